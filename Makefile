@@ -1,0 +1,58 @@
+# `make test` and `make demo` need Python 3.10 or later and, for the compiled extension, a C++ compiler. The rest they
+# install into .venv, once.
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+
+VENV := .venv
+VPY := $(VENV)/bin/python
+PIP := $(VPY) -m pip --disable-pip-version-check --quiet
+STAMP := $(VENV)/.installed
+BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
+
+.DEFAULT_GOAL := help
+.PHONY: help install test demo lint clean
+
+help:
+	@echo "make install   set up $(VENV): pinned dependencies and this package, editable"
+	@echo "make test      all tests; PYTEST_ARGS='-k packaging' chooses some"
+	@echo "make demo      train a small language model with AdamW, RFRMSProp and IFShampoo"
+	@echo "make lint      ruff and mypy"
+	@echo "make clean     remove $(VENV), builds and caches"
+	@echo
+	@echo "test, demo and lint run install first where it is due. PYTHON=python3.12 chooses the interpreter,"
+	@echo "ROOTFREE_BUILD=none|cpu|cuda what is compiled (make clean before a change of either)."
+
+install: $(STAMP)
+
+test: $(STAMP)
+	@$(VPY) -m pytest $(PYTEST_ARGS)
+
+demo: $(STAMP)
+	@$(VPY) -m bench.demo
+
+lint: $(STAMP)
+	@$(VPY) -m ruff check .
+	@$(VPY) -m ruff format --check .
+	@$(VPY) -m mypy rootfree_kernels
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info rootfree_kernels/_C.*so rootfree_kernels/_build.json
+	rm -rf .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find bench csrc rootfree_kernels tests triton_kernels -name __pycache__ -prune -exec rm -rf {} +
+
+# PyTorch comes before the package: the extension is compiled against the very version that will run it.
+$(STAMP): $(BUILD_INPUTS) | $(VPY)
+	@echo "installing the pinned dependencies and rootfree-kernels (again only when they change) ..."
+	@$(PIP) install -c constraints.txt torch setuptools wheel pybind11 ninja
+	@$(PIP) install --no-build-isolation -c constraints.txt -e '.[dev,bench]'
+	@$(VPY) -m rootfree_kernels
+	@touch $@
+
+$(VPY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "make: $(PYTHON) is missing or older than 3.10; name another one: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || \
+	  { echo "make: $(PYTHON) cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	@echo "setting up $(VENV) (once) ..."
+	@$(PYTHON) -m venv --clear $(VENV) || { rm -rf $(VENV); exit 1; }

@@ -1,0 +1,1 @@
+"""What is measured, against whom, on which settings; results/ holds dated records."""

@@ -1,0 +1,96 @@
+"""Tune each of the demo's optimizers with the same small budget.
+
+    python -m bench.tune_demo --method adamw|rfrmsprop|ifshampoo [--trials 12] [--finalists 3]
+
+Each method gets the same number of settings, spread over its space by a scrambled Sobol sequence, each
+trained for half of the demo's steps with the demo's schedule; the best few are trained again in full. Every result
+is appended to bench/results/demo-tuning.json. What the spaces hold is what a user would try first: each is
+centred on settings known to work on small models of this kind, and spans about a factor of ten in ``lr``.
+"""
+
+import argparse
+import json
+import math
+import shlex
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.demo import Task, standard_library, train
+
+RECORD = Path(__file__).parent / "results" / "demo-tuning.json"
+
+# name: (low, high), sampled uniformly in the logarithm. "sgd_step" is lr / (damping (1 - momentum)), the step of
+# the plain SGD that a root-free method falls back to where gradients are small; the damping follows from it.
+SPACES: dict[str, dict[str, tuple[float, float]]] = {
+    "adamw": {"lr": (7e-4, 1e-2), "1 - beta2": (2e-3, 1e-1), "weight_decay": (1e-3, 3e-1)},
+    "rfrmsprop": {"lr": (3e-5, 5e-4), "beta2": (0.05, 0.95), "sgd_step": (5.0, 80.0)},
+    "ifshampoo": {
+        "lr": (7e-5, 7e-4),
+        "beta2": (0.3, 0.95),
+        "sgd_step": (10.0, 80.0),
+        "riemannian_momentum": (0.02, 0.6),
+    },
+}
+
+
+def arguments_of(point: dict[str, float]) -> dict[str, Any]:
+    """The optimizer's arguments at a point of its space."""
+    settings: dict[str, Any] = dict(point)
+    if "1 - beta2" in settings:
+        settings["betas"] = (0.9, 1 - settings.pop("1 - beta2"))
+    if "sgd_step" in settings:
+        settings["damping"] = settings["lr"] / (settings.pop("sgd_step") * (1 - 0.9))
+    return settings
+
+
+def points(method: str, trials: int) -> list[dict[str, float]]:
+    """The first ``trials`` points of the method's Sobol sequence, to three digits."""
+    space = SPACES[method]
+    unit = torch.quasirandom.SobolEngine(len(space), scramble=True, seed=0).draw(trials).tolist()
+    return [
+        {name: float(f"{low * (high / low) ** u:.3g}") for u, (name, (low, high)) in zip(row, space.items(), strict=True)}
+        for row in unit
+    ]
+
+
+def trial(method: str, settings: dict[str, Any], task: Task, data: tuple[torch.Tensor, torch.Tensor]) -> dict[str, Any]:
+    """Train once, append the result to the record, and return it. A diverged run has the loss null."""
+    result: dict[str, Any] = {"method": method, "settings": settings, "task": asdict(task)}
+    try:
+        run, _ = train(method, settings, task, data, evaluations=1)
+        result |= {name: round(value, 4) for name, value in run.summary().items()}
+    except FloatingPointError as error:
+        result |= {"held_out_loss": None, "diverged": str(error)}
+    result |= {"torch": torch.__version__, "command": shlex.join(["python", "-m", "bench.tune_demo", *sys.argv[1:]])}
+    rows = json.loads(RECORD.read_text()) if RECORD.exists() else []
+    RECORD.parent.mkdir(exist_ok=True)
+    RECORD.write_text("[\n" + ",\n".join(json.dumps(row) for row in [*rows, result]) + "\n]\n")
+    print(method, task.steps, result["held_out_loss"], settings, flush=True)
+    return result
+
+
+def loss_of(result: dict[str, Any]) -> float:
+    """The held-out loss, infinite for a diverged run."""
+    return math.inf if result["held_out_loss"] is None else result["held_out_loss"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--method", required=True, choices=SPACES)
+    parser.add_argument("--trials", type=int, default=12)
+    parser.add_argument("--finalists", type=int, default=3)
+    options = parser.parse_args()
+    task, data = Task(), standard_library()
+    short = replace(task, steps=task.steps // 2)
+    results = [trial(options.method, arguments_of(point), short, data) for point in points(options.method, options.trials)]
+    finalists = sorted(results, key=loss_of)[: options.finalists]
+    best = min((trial(options.method, result["settings"], task, data) for result in finalists), key=loss_of)
+    print("best:", best["held_out_loss"], best["settings"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""From a parameter to blocks: matrix view → runs of equal blocks along each side → tiles.
+
+A weight with two or more axes is seen as a matrix [shape[0], rest]; a side longer than `max_dim` is cut into nearly
+equal blocks (sizes differ by at most one, larger ones first). Blocks of one size lie side by side, so that a matrix
+falls into at most four *tiles*, rectangles of equal blocks, and a tile is one strided view of the weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Run(NamedTuple):
+    """`count` neighbouring blocks of `size` rows (or columns), the first at `start`."""
+
+    start: int
+    count: int
+    size: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.count * self.size
+
+
+class Tile(NamedTuple):
+    """A rectangle of equal blocks of one matrix."""
+
+    rows: Run
+    cols: Run
+
+    @classmethod
+    def single(cls, rows: int, cols: int) -> Tile:
+        """One block that is the whole matrix."""
+        return cls(Run(0, 1, rows), Run(0, 1, cols))
+
+    @property
+    def num_blocks(self) -> int:
+        return self.rows.count * self.cols.count
+
+    @property
+    def block_shape(self) -> tuple[int, int]:
+        return self.rows.size, self.cols.size
+
+
+def split_side(size: int, max_dim: int | None) -> list[Run]:
+    """The runs of a side of `size` cut into ceil(size / max_dim) nearly equal blocks; `None` leaves it whole."""
+    if max_dim is None or size <= max_dim:
+        return [Run(0, 1, size)]
+    num_blocks = -(-size // max_dim)
+    small, num_large = divmod(size, num_blocks)
+    large = Run(0, num_large, small + 1)
+    rest = Run(large.stop, num_blocks - num_large, small)
+    return [run for run in (large, rest) if run.count]
+
+
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int] | None:
+    """(rows, columns) of a weight seen as a matrix, `None` where it has no two sides longer than 1."""
+    if len(shape) < 2:
+        return None
+    rows, cols = shape[0], prod(shape[1:])
+    return (rows, cols) if rows > 1 and cols > 1 else None
+
+
+def tiles(shape: Sequence[int], max_dim: int | None) -> list[Tile]:
+    """The tiles of a weight, none where it takes the diagonal step."""
+    matrix = matrix_shape(shape)
+    if matrix is None:
+        return []
+    rows, cols = (split_side(side, max_dim) for side in matrix)
+    return [Tile(row_run, col_run) for row_run in rows for col_run in cols]
+
+
+def matrix_view(tensor: Tensor) -> Tensor:
+    """`tensor` as [shape[0], rest]: a view where its strides allow, else a contiguous copy."""
+    return tensor if tensor.dim() == 2 else tensor.reshape(tensor.shape[0], -1)
+
+
+def block_views(matrix: Tensor, tile: Tile) -> list[Tensor]:
+    """The blocks of a tile, row by row, each a strided view [block rows, block columns] of `matrix`."""
+    if tile.num_blocks == 1 and tile.block_shape == tuple(matrix.shape):
+        return [matrix]
+    (row_start, num_rows, rows), (col_start, num_cols, cols) = tile
+    part = matrix[row_start : tile.rows.stop, col_start : tile.cols.stop]
+    grid = part.unflatten(0, (num_rows, rows)).unflatten(2, (num_cols, cols)).transpose(1, 2)
+    return [block for row in grid.unbind(0) for block in row.unbind(0)]

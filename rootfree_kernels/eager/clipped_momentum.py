@@ -1,0 +1,52 @@
+"""The normalised Riemannian momentum: m ← α₂m + (1−α₂)Δ, and the factor 1/max(1, ‖m‖) that clips its step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rootfree_kernels.eager.common import as_scalar, wide
+
+
+def block_norm(m: Tensor, clip: str) -> Tensor:
+    """‖m‖ [L] of symmetric blocks m [L, n, n]: Frobenius' norm, or the largest absolute row sum (never below the
+    largest singular value). `clip="none"` gives 0, so that nothing is clipped, but NaN where m is not finite."""
+    if clip == "row_sum":
+        return torch.linalg.vector_norm(m, 1, dim=-1).amax(-1)
+    norm = torch.linalg.vector_norm(m, dim=(-2, -1))
+    return norm if clip == "frobenius" else norm * 0.0
+
+
+def clipped_momentum(
+    momenta: Sequence[Tensor],
+    deltas: Sequence[Tensor],
+    found_inf: Tensor | None,
+    riemannian_momentum: float,
+    clip: str,
+) -> list[Tensor]:
+    """m ← α₂m + (1−α₂)Δ in place; gives 1/max(1, ‖m‖), wide [L], for each side (Lin et al., ICML 2024, Fig. 7).
+
+    Args:
+        momenta: the sides of a batch of L blocks, each [L, n, n] with an n of its own, FP64, FP32 or BF16 (rounded to
+            nearest; ‖m‖ is that of the unrounded value). Changed in place.
+        deltas: as many, of the same shapes.
+        found_inf: 0-d or [1]; unless it is 0 every block is skipped.
+        riemannian_momentum: α₂.
+        clip: "frobenius", "row_sum" or "none".
+
+    A block of which any side is not finite is skipped on every side: its m stay, and its factors are exactly 0, so
+    that C − β₂·0·Cm is C.
+    """
+    blended = [
+        torch.lerp(wide(m), wide(delta), 1.0 - riemannian_momentum)
+        for m, delta in zip(momenta, deltas, strict=True)
+    ]
+    norms = [block_norm(m, clip) for m in blended]
+    ok = torch.stack(norms).isfinite().all(0)
+    if found_inf is not None:
+        ok = ok & (as_scalar(found_inf) == 0)
+    for m, new in zip(momenta, blended, strict=True):
+        m.copy_(torch.where(ok[:, None, None], new, wide(m)))
+    return [torch.where(ok, 1.0 / norm.clamp(min=1.0), 0.0) for norm in norms]

@@ -1,0 +1,158 @@
+"""IF-Shampoo over batches of blocks: the update of the Kronecker factors and the preconditioned step of the weights.
+
+Shapes, for L blocks of p × d: G [L, p, d]; C, m_C [L, p, p]; K, m_K [L, d, d]. S⁻¹ = (CCᵀ) ⊗ (KKᵀ).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rootfree_kernels import rounding as rnd
+from rootfree_kernels.eager.clipped_momentum import clipped_momentum
+from rootfree_kernels.eager.common import Stored, as_scalar, heavy_ball, wide
+
+
+def kron_gather(grads: Sequence[Tensor], grad_scale: Tensor | None, dtype: torch.dtype, maximize: bool) -> Tensor:
+    """G [L, p, d] in `dtype` from L blocks [p, d] of any dtype and strides, divided by the scalar `grad_scale`."""
+    batch = grads[0].new_empty((len(grads), *grads[0].shape), dtype=dtype)
+    torch._foreach_copy_(list(batch.unbind()), list(grads))
+    if grad_scale is not None:
+        batch.div_(as_scalar(grad_scale))
+    return batch.neg_() if maximize else batch
+
+
+def curvature_step(
+    a: Tensor, factor: Tensor, other: Tensor, batch_size: float, damping: float, gamma: float
+) -> Tensor:
+    """Δ_C = ½[(B/d)·AAᵀ + (λ/d)·‖K‖²_F·CᵀC − γI], wide [L, p, p], from A [L, p, d], C and the other factor K [L, d, d].
+
+    Δ_K is the same of Aᵀ, K and C. The trace in the damping is a squared norm of K: it needs no product.
+    """
+    cols = a.shape[-1]
+    delta = wide(torch.bmm(a, a.mT)).mul_(batch_size / (2 * cols))
+    if damping:
+        trace = torch.linalg.vector_norm(wide(other), dim=(-2, -1), keepdim=True).square_()
+        delta.addcmul_(wide(torch.bmm(factor.mT, factor)), trace, value=damping / (2 * cols))
+    delta.diagonal(dim1=-2, dim2=-1).sub_(gamma / 2)
+    return delta
+
+
+def move_factor(factor: Stored, momentum: Tensor, scale: Tensor, matmul_dtype: torch.dtype) -> None:
+    """C ← C − s·C·m in place, with s [L]; the product reads the BF16 half of a compensated pair alone."""
+    product = torch.bmm(factor.value.to(matmul_dtype), momentum.to(matmul_dtype))
+    moved = torch.addcmul(factor.load(), wide(product), scale[:, None, None], value=-1.0)
+    value, residual = factor.rounded(moved)
+    factor.value.copy_(value)
+    if factor.residual is not None and residual is not None:
+        factor.residual.copy_(residual)
+
+
+def kron_factor(
+    factor_c: Tensor,
+    factor_k: Tensor,
+    momentum_c: Tensor,
+    momentum_k: Tensor,
+    residual_c: Tensor | None,
+    residual_k: Tensor | None,
+    product_c: Tensor | None,
+    product_k: Tensor | None,
+    grad: Tensor,
+    seeds: Tensor,
+    steps: Tensor,
+    found_inf: Tensor | None,
+    batch_size: float,
+    beta2: float,
+    riemannian_momentum: float,
+    damping: float,
+    gamma: float,
+    clip: str,
+    rounding: str,
+) -> Tensor:
+    """One update of C, K, m_C and m_K in place, both sides from the old factors; gives ok [L], bool.
+
+        A   = CᵀGK
+        Δ_C = ½[(B/d)·AAᵀ + (λ/d)·‖K‖²_F·CᵀC − γI],   Δ_K = ½[(B/p)·AᵀA + (λ/p)·‖C‖²_F·KᵀK − γI]
+        m   ← α₂m + (1−α₂)Δ,    C ← C − β₂/max(1, ‖m_C‖)·C·m_C,    K ← K − β₂/max(1, ‖m_K‖)·K·m_K
+
+    (Lin et al., ICML 2024, Fig. 5 right and Fig. 7, with the factor C in front of m_C that its caption lost.)
+    Products are taken in the dtype of `grad`. Where P_C = CCᵀ and P_K = KKᵀ are given, they are made anew. A block
+    with a non-finite norm stays as it was, and its `ok` is False.
+    """
+    c, k = factor_c.to(grad.dtype), factor_k.to(grad.dtype)
+    a = torch.bmm(torch.bmm(c.mT, grad), k)
+    deltas = [
+        curvature_step(a, c, k, batch_size, damping, gamma),
+        curvature_step(a.mT, k, c, batch_size, damping, gamma),
+    ]
+    clips = clipped_momentum([momentum_c, momentum_k], deltas, found_inf, riemannian_momentum, clip)
+    sides = (
+        (factor_c, residual_c, momentum_c, product_c, rnd.SLOT_FACTOR_C),
+        (factor_k, residual_k, momentum_k, product_k, rnd.SLOT_FACTOR_K),
+    )
+    for (factor, residual, momentum, product, slot), clip_factor in zip(sides, clips, strict=True):
+        draw = rnd.BlockBits(seeds, steps, slot, factor[0].numel())
+        move_factor(Stored(factor, residual, rounding, draw), momentum, beta2 * clip_factor, grad.dtype)
+        if product is not None:
+            new = factor.to(product.dtype)
+            product.copy_(torch.bmm(new, new.mT))
+    return clips[0] > 0
+
+
+def precondition(factor_c: Tensor, factor_k: Tensor, cached: bool, grad: Tensor) -> Tensor:
+    """U = CCᵀ·G·KKᵀ [L, p, d]; with `cached` the arguments are P_C = CCᵀ and P_K = KKᵀ, and half the work is saved."""
+    c, k = factor_c.to(grad.dtype), factor_k.to(grad.dtype)
+    if cached:
+        return torch.bmm(torch.bmm(c, grad), k)
+    a = torch.bmm(torch.bmm(c.mT, grad), k)
+    return torch.bmm(torch.bmm(c, a), k.mT)
+
+
+def kron_step(
+    params: Sequence[Tensor],
+    buffers: Sequence[Tensor],
+    residuals: Sequence[Tensor],
+    skipped: Tensor,
+    factor_c: Tensor,
+    factor_k: Tensor,
+    grad: Tensor,
+    lr: Tensor,
+    ok: Tensor | None,
+    seeds: Tensor,
+    steps: Tensor,
+    found_inf: Tensor | None,
+    cached: bool,
+    momentum: float,
+    weight_decay: float,
+    decoupled: bool,
+    rounding: str,
+) -> None:
+    """The preconditioned step of L blocks [p, d] of weights, in place:
+
+        U = CCᵀ·G·KKᵀ,    buf ← α₁buf + U + κW,    W ← W − β₁buf
+
+    `params`, `buffers` (and `residuals`, int16, for compensated BF16 weights, else none) are strided block views.
+    A block with a non-finite U, or one whose `ok` [L] says that its factors were skipped, keeps weights and buffer,
+    and its `skipped` [L] grows by one.
+    """
+    direction = wide(precondition(factor_c, factor_k, cached, grad))
+    finite = torch.linalg.vector_norm(direction, dim=(-2, -1)).isfinite()
+    if ok is not None:
+        finite = finite & ok
+    if found_inf is not None:
+        finite = finite & (as_scalar(found_inf) == 0)
+    skipped.add_(~finite)
+
+    draw = rnd.BlockBits(seeds, steps, rnd.SLOT_WEIGHT, grad[0].numel())
+    residual = torch.stack(list(residuals)) if residuals else None
+    stored = Stored(torch.stack(list(params)), residual, rounding, draw)
+    old_weight, old_buffer = stored.load(), wide(torch.stack(list(buffers)))
+    weight, buffer = heavy_ball(old_weight, old_buffer, direction, lr, momentum, weight_decay, decoupled)
+    keep = finite[:, None, None]
+    value, new_residual = stored.rounded(torch.where(keep, weight, old_weight))
+    torch._foreach_copy_(list(params), list(value.unbind()))
+    torch._foreach_copy_(list(buffers), list(torch.where(keep, buffer, old_buffer).unbind()))
+    if new_residual is not None:
+        torch._foreach_copy_(list(residuals), list(new_residual.unbind()))

@@ -1,0 +1,277 @@
+"""What both optimizers share: the conventions of torch.optim, the checks before a step, the diagonal step."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from rootfree_kernels import ops
+from rootfree_kernels.backends import choose
+from rootfree_kernels.optim.options import check_grad, check_options, check_param
+from rootfree_kernels.rounding import block_seed
+
+Group = dict[str, Any]
+
+
+class Entry(NamedTuple):
+    """One tensor of a parameter's state, as it is before the first step."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    fill: float = 0.0
+    like_param: bool = False  # take over the parameter's memory format
+
+
+def needs_bits(dtype: torch.dtype, rounding: str) -> bool:
+    return dtype == torch.bfloat16 and rounding == "stochastic"
+
+
+def is_pair(dtype: torch.dtype, rounding: str) -> bool:
+    return dtype == torch.bfloat16 and rounding == "compensated"
+
+
+def lr_scalar(lr: float | Tensor) -> Tensor:
+    """The learning rate as a 0-d tensor, never read: a Tensor stays on its device, a float becomes FP64."""
+    return lr.reshape(()) if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64)
+
+
+def state_dtype(param: Tensor, group: Group) -> torch.dtype:
+    chosen: torch.dtype | None = group["state_dtype"]
+    return chosen or torch.promote_types(param.dtype, torch.float32)
+
+
+class RootFreeOptimizer(Optimizer):
+    """Base of the optimizers; see `RFRMSProp` and `IFShampoo`.
+
+    State of every parameter: `step`, the number of calls with a gradient (FP32, 0-d; on the CPU, or with `capturable`
+    on the parameter's device); `momentum_buffer`, of the parameter's shape; `skipped` (int32), how many steps were left
+    out, whole or in part, because they were not finite.
+    """
+
+    _step_supports_amp_scaling = True  # GradScaler hands over grad_scale and found_inf, which stay on the device
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        self._seeds: dict[Tensor, int] = {}
+        super().__init__(params, defaults)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._seeds = {}
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; options that it does not name take the constructor's values. Errors leave all as it was."""
+        group = dict(param_group)
+        if isinstance(group["params"], Tensor):
+            group["params"] = [group["params"]]
+        if not isinstance(group["params"], set):  # refused by torch, with a message of its own
+            group["params"] = list(group["params"])
+        seen: set[Tensor] = set()
+        for index, item in enumerate(group["params"]):
+            label, param = item if isinstance(item, tuple) else (f"params[{index}]", item)
+            check_param(f"parameter {label!r}", param)
+            if param in seen:
+                raise ValueError(f"parameter {label!r} stands twice in the group: pass each parameter once.")
+            seen.add(param)
+        check_options({**self.defaults, **group})
+        super().add_param_group(group)
+
+    # ---- the step -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Take one step.
+
+        Args:
+            closure: evaluates the model with gradients enabled and returns the loss, which `step` returns.
+
+        Raises:
+            ValueError, RuntimeError: an option or a gradient cannot be served; nothing was changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        active = [self._checked_params(group) for group in self.param_groups]
+        for group, params in zip(self.param_groups, active, strict=True):
+            if params:
+                self._step_group(group, params)
+        return loss
+
+    def _checked_params(self, group: Group) -> list[Tensor]:
+        """The group's parameters that have a gradient, after every check of options, gradients and backend."""
+        check_options(group)
+        params = [param for param in group["params"] if param.grad is not None]
+        for param in params:
+            check_grad("a parameter", param, param.grad)
+        for device, dtype in {(param.device, param.dtype) for param in params}:
+            choose(device, dtype, group["fused"])
+        return params
+
+    def _step_group(self, group: Group, params: list[Tensor]) -> None:
+        raise NotImplementedError
+
+    def _layout(self, param: Tensor, group: Group) -> dict[str, Entry]:
+        """The state of a parameter under the options of `group`."""
+        raise NotImplementedError
+
+    def _diagonal_layout(self, param: Tensor, group: Group) -> dict[str, Entry]:
+        shape, kept = tuple(param.shape), state_dtype(param, group)
+        layout = {
+            "square": Entry(shape, kept, fill=1.0, like_param=True),
+            "momentum_buffer": Entry(shape, kept, like_param=True),
+            "skipped": Entry((), torch.int32),
+        }
+        if is_pair(kept, group["rounding"]):
+            layout["square_residual"] = Entry(shape, torch.int16)
+        if is_pair(param.dtype, group["weight_rounding"]):
+            layout["weight_residual"] = Entry(shape, torch.int16)
+        return layout
+
+    def _init_state(self, param: Tensor, group: Group) -> None:
+        """Make the state of a parameter at its first gradient."""
+        state = self.state[param]
+        device = param.device if group["capturable"] else "cpu"
+        state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+        for name, entry in self._layout(param, group).items():
+            if entry.like_param:
+                state[name] = torch.full_like(param, entry.fill, dtype=entry.dtype, requires_grad=False)
+            else:
+                state[name] = param.new_full(entry.shape, entry.fill, dtype=entry.dtype)
+
+    def _count_step(self, params: list[Tensor]) -> None:
+        torch._foreach_add_([self.state[param]["step"] for param in params], 1)
+
+    def _seed(self, param: Tensor, group: Group, block_index: int = 0) -> int:
+        """The seed of a block: a function of the group's seed and of the parameter's place among all parameters."""
+        if param not in self._seeds:
+            every = (p for g in self.param_groups for p in g["params"])
+            self._seeds = {p: index for index, p in enumerate(every)}
+        return block_seed(group["seed"], self._seeds[param], block_index)
+
+    def _amp(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+        """GradScaler's (grad_scale, found_inf) on `device`, None outside of it."""
+        scaling = (getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        grad_scale, found_inf = (x if x is None else x.to(device, non_blocking=True) for x in scaling)
+        return grad_scale, found_inf
+
+    def _diagonal_step(self, group: Group, params: list[Tensor]) -> None:
+        """RF-RMSProp for every parameter given: one operator for all of a dtype and device."""
+        batches: dict[Any, list[Tensor]] = defaultdict(list)
+        for param in params:
+            if param.numel():
+                alone = id(param) if group["foreach"] is False else None
+                batches[param.device, param.dtype, param.grad.dtype, alone].append(param)  # type: ignore[union-attr]
+        for batch in batches.values():
+            self._diagonal_batch(group, batch)
+
+    def _diagonal_batch(self, group: Group, params: list[Tensor]) -> None:
+        device, dtype = params[0].device, params[0].dtype
+        kept, modes = state_dtype(params[0], group), (group["rounding"], group["weight_rounding"])
+        seeds = steps = torch.zeros(0, dtype=torch.int32, device=device)
+        if needs_bits(kept, modes[0]) or needs_bits(dtype, modes[1]):
+            seeds = torch.tensor([self._seed(p, group) for p in params], dtype=torch.int32, device=device)
+            steps = torch.stack([self.state[p]["step"] for p in params])
+        grad_scale, found_inf = self._amp(device)
+
+        def entries(name: str) -> list[Tensor]:
+            return [self.state[p][name] for p in params]
+
+        ops.rf_rmsprop(
+            params,
+            entries("square"),
+            entries("momentum_buffer"),
+            entries("skipped"),
+            entries("square_residual") if is_pair(kept, modes[0]) else [],
+            entries("weight_residual") if is_pair(dtype, modes[1]) else [],
+            [p.grad for p in params],
+            lr_scalar(group["lr"]),
+            seeds,
+            steps,
+            grad_scale,
+            found_inf,
+            group["batch_size"],
+            group["beta2"],
+            group["gamma"],
+            group["momentum"],
+            group["damping"],
+            group["weight_decay"],
+            group["decoupled_weight_decay"],
+            group["maximize"],
+            *modes,
+            choose(device, dtype, group["fused"]),
+        )
+
+    # ---- checkpoints ----------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """As `torch.optim.Optimizer.state_dict`; callables among the options are saved as their names only, so that
+        `torch.load(weights_only=True)` reads it. On loading, the optimizer keeps its own callables."""
+        saved = super().state_dict()
+        for group in saved["param_groups"]:
+            for name, value in group.items():
+                if callable(value) and not isinstance(value, torch.dtype):
+                    group[name] = f"callable: {value!r}"
+        return saved
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of the same class and of parameters of the same shapes; dtypes stay as they were saved.
+
+        Raises:
+            ValueError: it belongs to another optimizer or to other shapes; nothing was changed.
+        """
+        final: dict[str, Any] = {}
+
+        def capture(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+            """Runs last of the hooks, and so sees what will be loaded."""
+            self._check_state_dict(state_dict)
+            final.update(state_dict)
+
+        callables = [{k: v for k, v in group.items() if callable(v)} for group in self.param_groups]
+        handle = self.register_load_state_dict_pre_hook(capture)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        self._restore_tensors(final)
+        for group, own in zip(self.param_groups, callables, strict=True):
+            for name, value in group.items():
+                if isinstance(value, str) and value.startswith("callable: "):
+                    group[name] = own.get(name, self.defaults[name])
+
+    def _saved_states(self, state_dict: Mapping[str, Any]) -> Iterable[tuple[Tensor, Group, dict[str, Any]]]:
+        """(parameter, its saved group, its saved state) for every parameter with a saved state."""
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            for param, index in zip(group["params"], saved["params"], strict=True):
+                if state_dict["state"].get(index):
+                    yield param, saved, state_dict["state"][index]
+
+    def _check_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        name = type(self).__name__
+        sizes = [len(group["params"]) for group in self.param_groups]
+        if sizes != [len(group["params"]) for group in state_dict["param_groups"]]:
+            raise ValueError(f"state_dict has other parameter groups than this {name}: build the groups in the same way.")
+        for group in state_dict["param_groups"]:
+            if missing := sorted(set(self.defaults) - set(group)):
+                raise ValueError(f"state_dict lacks the options {missing}: it is not of a {name}; load one that is.")
+        for param, group, state in self._saved_states(state_dict):
+            layout = self._layout(param, group)
+            if set(state) != {"step", *layout}:
+                raise ValueError(f"state_dict has {sorted(state)} where this {name} keeps {sorted({'step', *layout})}: load one of the same class and options.")
+            for key, entry in layout.items():
+                if tuple(state[key].shape) != entry.shape:
+                    raise ValueError(f"state_dict has {key} of shape {tuple(state[key].shape)} for a parameter that needs {entry.shape}: load one of the same model.")
+
+    def _restore_tensors(self, state_dict: Mapping[str, Any]) -> None:
+        """Undo the casts of `Optimizer.load_state_dict`, which gives all state the parameter's dtype."""
+        for param, group, saved in self._saved_states(state_dict):
+            for key, value in saved.items():
+                on_host = key == "step" and not group["capturable"]
+                self.state[param][key] = value.detach().to("cpu" if on_host else param.device, copy=True)

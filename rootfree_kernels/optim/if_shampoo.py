@@ -1,0 +1,340 @@
+"""IF-Shampoo: the inverse-free, root-free Shampoo."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT, required
+
+from rootfree_kernels import ops
+from rootfree_kernels.backends import choose, matmul_dtype
+from rootfree_kernels.blocks import Tile, tiles
+from rootfree_kernels.optim.base import (
+    Entry,
+    Group,
+    RootFreeOptimizer,
+    is_pair,
+    lr_scalar,
+    needs_bits,
+    state_dtype,
+)
+from rootfree_kernels.optim.factor_batch import FactorBatch, Member, blocks_of
+
+
+class Plan(NamedTuple):
+    """How a group's parameters are stepped, and the options that it was made for."""
+
+    options: tuple[Any, ...]
+    params: frozenset[Tensor]
+    batches: list[FactorBatch]
+
+
+class IFShampoo(RootFreeOptimizer):
+    r"""Shampoo without roots and without inverses (Lin et al., ICML 2024, Fig. 5 right and Fig. 7).
+
+    For a block W of p × d with gradient G; C (p × p) and K (d × d) start at I, m_C and m_K at 0::
+
+        every T-th step, both sides from the old factors:
+          A   = CᵀGK
+          Δ_C = ½[(B/d)·AAᵀ + (λ/d)·‖K‖²_F·CᵀC − γI]        Δ_K = ½[(B/p)·AᵀA + (λ/p)·‖C‖²_F·KᵀK − γI]
+          m   ← α₂m + (1−α₂)Δ
+          C   ← C − β₂/max(1, ‖m_C‖)·C·m_C                   K ← K − β₂/max(1, ‖m_K‖)·K·m_K
+        every step:
+          U   = CCᵀ·G·KKᵀ
+          buf ← α₁buf + U + κW
+          W   ← W − β₁buf
+
+    A parameter with two or more axes is seen as a matrix [shape[0], rest] and cut into blocks; one with fewer axes, or
+    with a side of 1, takes the diagonal step of `RFRMSProp` with the same options.
+
+    Args:
+        params: parameters, named parameters or groups; FP32, BF16, FP16 or FP64, of any shape and strides.
+        lr: β₁, a number or a one-element Tensor (which is never read by the host).
+        batch_size: B, the number of terms that the loss averages over (sequences worked well for language models);
+            1 for a summed loss. Required: a wrong B silently changes the method. It lives in the group, so that a
+            training loop can set it at every step.
+        beta2: β₂, the step size of the factors. Below 1, with a clip, CCᵀ and KKᵀ stay positive definite.
+        momentum: α₁, heavy ball, without a factor 1 − α₁: the step grows by 1/(1 − α₁).
+        riemannian_momentum: α₂, of the factors.
+        damping: λ. Where gradients are small, lr/(λ(1−α₁)) is the step size of plain SGD.
+        weight_decay: κ, added to the preconditioned gradient before the momentum.
+        decoupled_weight_decay: apply the decay to the weights instead, W ← (1 − β₁κ)W, as AdamW does.
+        gamma: γ; 1 averages the curvature (as RMSProp), 0 sums it (as AdaGrad).
+        precondition_frequency: T, or a callable from a parameter's step (0, 1, …) to whether its factors are updated,
+            `GrowingInterval(10)` for one. Updating at every step trains best.
+        clip: the norm ‖m‖ in the update: "frobenius" (the paper's), "row_sum" (the largest absolute row sum, which grows
+            less with width, so that the factors of wide layers learn faster) or "none".
+        structure: of the factors: "dense", or "elementwise" to give the whole group the diagonal step.
+        max_preconditioner_dim: longest side of a block; longer sides are cut into nearly equal blocks, each with factors of
+            its own. None leaves matrices whole. Smaller blocks cost less: an update is about 18n³ for n × n.
+        cache_products: keep CCᵀ and KKᵀ between updates. None: where T is not 1, where it halves the other steps' work;
+            False saves the memory.
+        factor_dtype: of C, K and m: torch.bfloat16, torch.float32 or torch.float64.
+        matmul_dtype: in which the factors are multiplied; None: `factor_dtype`, but FP32 where a CPU multiplies BF16 slowly.
+        state_dtype: of the momentum buffer and of the diagonal step's state; None is FP32 (FP64 for FP64 parameters).
+        rounding: of BF16 factors: "stochastic", "compensated" (two bytes more, FP32 to the bit) or "nearest" (the
+            paper's, which mostly stands still; see `rootfree_kernels.rounding`). m is rounded to nearest.
+        weight_rounding: of BF16 parameters, likewise.
+        seed: of the random bits of stochastic rounding. The global generators are never touched.
+        maximize: ascend.
+        foreach: False steps one parameter at a time; None and True all blocks of a shape together.
+        fused: True asks for a kernel backend, False for eager PyTorch, None takes the best that is there.
+        capturable: keep the step count on the device, for CUDA graphs; needs T = 1.
+
+    State of a matrix: `step`, `momentum_buffer`, and for its n blocks of one shape `factor_c` [n, p, p], `factor_k`
+    [n, d, d], `momentum_c`, `momentum_k`, `skipped` [n], and int16 `residual_c`, `residual_k` where rounding is
+    compensated (also `weight_residual`, for BF16 weights). Where blocks differ in shape, further names end in .1, .2, .3.
+
+    A block with a non-finite gradient is left out of the step, whole, and counted in `skipped`; the next goes on.
+
+    Raises:
+        ValueError: an option or a parameter cannot be served; the message names it, its value and the remedy.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 3e-4,
+        *,
+        batch_size: float = required,  # type: ignore[assignment]
+        beta2: float = 0.2,
+        momentum: float = 0.9,
+        riemannian_momentum: float = 0.5,
+        damping: float = 1e-4,
+        weight_decay: float = 0.0,
+        decoupled_weight_decay: bool = False,
+        gamma: float = 1.0,
+        precondition_frequency: int | Callable[[int], bool] = 1,
+        clip: str = "frobenius",
+        structure: str = "dense",
+        max_preconditioner_dim: int | None = 1024,
+        cache_products: bool | None = None,
+        factor_dtype: torch.dtype = torch.bfloat16,
+        matmul_dtype: torch.dtype | None = None,
+        state_dtype: torch.dtype | None = None,
+        rounding: str = "stochastic",
+        weight_rounding: str = "stochastic",
+        seed: int = 0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+    ) -> None:
+        options = {k: v for k, v in locals().items() if k not in ("self", "params", "__class__")}
+        self._plans: dict[Tensor, Plan] = {}  # by the first parameter of the group
+        super().__init__(params, options)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._plans = {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._plans = {}
+
+    load_state_dict.__doc__ = RootFreeOptimizer.load_state_dict.__doc__
+
+    # ---- state ----------------------------------------------------------------------------------------------------
+
+    def _tiles(self, param: Tensor, group: Group) -> list[Tile]:
+        if group["structure"] == "elementwise" or not param.numel():
+            return []
+        return tiles(param.shape, group["max_preconditioner_dim"])
+
+    def _layout(self, param: Tensor, group: Group) -> dict[str, Entry]:
+        parts = self._tiles(param, group)
+        if not parts:
+            return self._diagonal_layout(param, group)
+        layout = {"momentum_buffer": Entry(tuple(param.shape), state_dtype(param, group))}
+        if is_pair(param.dtype, group["weight_rounding"]):
+            layout["weight_residual"] = Entry(tuple(param.shape), torch.int16)
+        for number, tile in enumerate(parts):
+            for name, entry in _tile_layout(tile, group).items():
+                layout[name + _suffix(number)] = entry
+        return layout
+
+    def _init_state(self, param: Tensor, group: Group) -> None:
+        super()._init_state(param, group)
+        for name, tensor in self.state[param].items():
+            if name.startswith("factor_"):
+                tensor.diagonal(dim1=-2, dim2=-1).fill_(1.0)
+
+    # ---- the plan -------------------------------------------------------------------------------------------------
+
+    def _plan(self, group: Group, params: list[Tensor]) -> Plan:
+        """The cached plan of the group, made anew when parameters joined, options or the states' tensors changed."""
+        key = group["params"][0]
+        options = tuple(group[name] for name in _LAYOUT_OPTIONS)
+        plan = self._plans.get(key)
+        for param in params:
+            if not self.state[param]:
+                self._init_state(param, group)
+                plan = None
+        if plan and plan.options == options and plan.params.issuperset(params):
+            if all(batch.holds(self.state) for batch in plan.batches):
+                return plan
+        stepped = [param for param in group["params"] if self.state.get(param)]
+        self._plans[key] = Plan(options, frozenset(stepped), self._make_batches(group, stepped))
+        return self._plans[key]
+
+    def _make_batches(self, group: Group, params: list[Tensor]) -> list[FactorBatch]:
+        members: dict[Any, list[Member]] = defaultdict(list)
+        seeds: dict[Any, list[int]] = defaultdict(list)
+        for param in params:
+            block_index = 0
+            for number, tile in enumerate(self._tiles(param, group)):
+                alone = id(param) if group["foreach"] is False else None
+                key = (tile.block_shape, param.dtype, param.device, alone)
+                members[key].append(Member(param, tile, _suffix(number), len(seeds[key])))
+                blocks = range(block_index, block_index + tile.num_blocks)
+                seeds[key].extend(self._seed(param, group, index) for index in blocks)
+                block_index = blocks.stop
+        names = _tile_layout(Tile.single(1, 1), group)
+        return [self._make_batch(group, members[key], names, seeds[key]) for key in members]
+
+    def _make_batch(self, group: Group, members: list[Member], names: Any, seeds: list[int]) -> FactorBatch:
+        batch = FactorBatch(members, self.state, names, seeds)
+        cache = group["cache_products"]
+        if cache or (cache is None and group["precondition_frequency"] != 1):
+            batch.make_products(_matmul_dtype(group, batch.device))
+        return batch
+
+    # ---- the step -------------------------------------------------------------------------------------------------
+
+    def _step_group(self, group: Group, params: list[Tensor]) -> None:
+        plan = self._plan(group, params)
+        matrices = {member.param for batch in plan.batches for member in batch.members}
+        self._diagonal_step(group, [param for param in params if param not in matrices])
+        due = {param: self._is_due(group, param) for param in params if param in matrices}
+        for batch in plan.batches:
+            for update in (True, False):
+                members = [member for member in batch.members if due.get(member.param) is update]
+                if members:
+                    self._step_batch(group, batch, members, update)
+        self._count_step(params)
+
+    def _is_due(self, group: Group, param: Tensor) -> bool:
+        """Whether the parameter's factors are updated in this step."""
+        frequency = group["precondition_frequency"]
+        if frequency == 1:
+            return True
+        step = int(self.state[param]["step"].item())
+        return bool(frequency(step)) if callable(frequency) else step % frequency == 0
+
+    def _step_batch(self, group: Group, batch: FactorBatch, members: Sequence[Member], update: bool) -> None:
+        """Step some members of a batch, all with or all without an update of their factors."""
+        params = [member.param for member in members]
+        matrices = [p if p.dim() == 2 or p.is_contiguous() else p.contiguous() for p in params]
+        device, dtype = batch.device, params[0].dtype
+        backend = choose(device, dtype, group["fused"])
+        grad_scale, found_inf = self._amp(device)
+        index = batch.index(members)
+        part = batch.part(index)
+        steps = self._block_steps(group, members)
+        residuals = (
+            blocks_of(members, [self.state[p]["weight_residual"] for p in params])
+            if is_pair(dtype, group["weight_rounding"])
+            else []
+        )
+
+        grads = blocks_of(members, [p.grad for p in params])
+        grad = ops.kron_gather(
+            grads, grad_scale, _matmul_dtype(group, device), group["maximize"], backend
+        )
+        ok = None
+        if update:
+            ok = ops.kron_factor(
+                part["factor_c"],
+                part["factor_k"],
+                part["momentum_c"],
+                part["momentum_k"],
+                part.get("residual_c"),
+                part.get("residual_k"),
+                part.get("product_c"),
+                part.get("product_k"),
+                grad,
+                part["seeds"],
+                steps,
+                found_inf,
+                group["batch_size"],
+                group["beta2"],
+                group["riemannian_momentum"],
+                group["damping"],
+                group["gamma"],
+                group["clip"],
+                group["rounding"],
+                backend,
+            )
+        cached = "product_c" in part
+        ops.kron_step(
+            blocks_of(members, matrices),
+            blocks_of(members, [self.state[p]["momentum_buffer"] for p in params]),
+            residuals,
+            part["skipped"],
+            part["product_c" if cached else "factor_c"],
+            part["product_k" if cached else "factor_k"],
+            grad,
+            lr_scalar(group["lr"]),
+            ok,
+            part["seeds"],
+            steps,
+            found_inf,
+            cached,
+            group["momentum"],
+            group["weight_decay"],
+            group["decoupled_weight_decay"],
+            group["weight_rounding"],
+            backend,
+        )
+        batch.put_back(index, part)
+        for param, matrix in zip(params, matrices, strict=True):
+            if matrix is not param:
+                param.copy_(matrix)
+
+    def _block_steps(self, group: Group, members: Sequence[Member]) -> Tensor:
+        """The step counts of the members' blocks [L]; empty where no random bits are drawn."""
+        param = members[0].param
+        if not needs_bits(group["factor_dtype"], group["rounding"]) and not needs_bits(
+            param.dtype, group["weight_rounding"]
+        ):
+            return torch.zeros(0, dtype=torch.int32)
+        return torch.stack([self.state[m.param]["step"] for m in members for _ in range(m.tile.num_blocks)])
+
+
+_LAYOUT_OPTIONS = (
+    "structure",
+    "max_preconditioner_dim",
+    "precondition_frequency",
+    "cache_products",
+    "factor_dtype",
+    "matmul_dtype",
+    "rounding",
+    "seed",
+    "foreach",
+)
+
+
+def _suffix(tile_number: int) -> str:
+    return f".{tile_number}" if tile_number else ""
+
+
+def _tile_layout(tile: Tile, group: Group) -> dict[str, Entry]:
+    """The state of the blocks of one tile."""
+    dtype, count = group["factor_dtype"], tile.num_blocks
+    layout = {"skipped": Entry((count,), torch.int32)}
+    for side, size in zip("ck", tile.block_shape, strict=True):
+        shape = (count, size, size)
+        layout[f"factor_{side}"] = Entry(shape, dtype)
+        layout[f"momentum_{side}"] = Entry(shape, dtype)
+        if is_pair(dtype, group["rounding"]):
+            layout[f"residual_{side}"] = Entry(shape, torch.int16)
+    return layout
+
+
+def _matmul_dtype(group: Group, device: torch.device) -> torch.dtype:
+    chosen: torch.dtype | None = group["matmul_dtype"]
+    return chosen or matmul_dtype(group["factor_dtype"], device)

@@ -1,0 +1,132 @@
+"""What an option may be. Every check names the argument, its value and the remedy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import required
+
+from rootfree_kernels.backends import DTYPES
+from rootfree_kernels.rounding import ROUNDINGS
+
+CLIPS = ("frobenius", "row_sum", "none")
+STRUCTURES = ("dense", "elementwise")
+FACTOR_DTYPES = (torch.bfloat16, torch.float32, torch.float64)
+
+
+class Rule(NamedTuple):
+    """`allows(value)` or an error that gives `remedy`."""
+
+    allows: Callable[[Any], bool]
+    remedy: str
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_lr(value: Any) -> bool:
+    if isinstance(value, Tensor):  # its value is left unread: that would wait for the device
+        return value.numel() == 1 and value.is_floating_point()
+    return _is_number(value) and value >= 0
+
+
+def _one_of(choices: Iterable[Any], also: str = "") -> Rule:
+    allowed = tuple(choices)
+    return Rule(lambda value: value in allowed, f"choose one of {', '.join(map(str, allowed))}{also}")
+
+
+def _none_or(rule: Rule, meaning: str) -> Rule:
+    return Rule(lambda value: value is None or rule.allows(value), f"{rule.remedy}, or None {meaning}")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+_NON_NEGATIVE = Rule(lambda value: _is_number(value) and value >= 0, "pass a finite number, 0 or more")
+_FRACTION = Rule(lambda value: _is_number(value) and 0 <= value < 1, "pass a number in [0, 1)")
+_FLAG = Rule(lambda value: isinstance(value, bool), "pass True or False")
+_MAYBE_FLAG = _none_or(_FLAG, "to leave the choice to the library")
+
+RULES: dict[str, Rule] = {
+    "lr": Rule(_is_lr, "pass a finite number, 0 or more, or a floating-point Tensor with one element"),
+    "batch_size": Rule(
+        lambda value: _is_number(value) and value > 0,
+        "pass the number of terms that the loss averages over (1 for a summed loss; times the world size where "
+        "gradients are averaged over ranks)",
+    ),
+    "beta2": _NON_NEGATIVE,
+    "momentum": _FRACTION,
+    "riemannian_momentum": _FRACTION,
+    "damping": _NON_NEGATIVE,
+    "weight_decay": _NON_NEGATIVE,
+    "gamma": _one_of((0, 1), " (0 sums the curvature as AdaGrad does, 1 averages it as RMSProp does)"),
+    "precondition_frequency": Rule(
+        lambda value: _is_count(value) or callable(value),
+        "pass a whole number of steps, 1 or more, or a callable from the step (0, 1, …) to whether to update",
+    ),
+    "clip": _one_of(CLIPS),
+    "structure": _one_of(STRUCTURES),
+    "max_preconditioner_dim": _none_or(
+        Rule(_is_count, "pass the longest side of a block, 1 or more"), "to leave matrices whole"
+    ),
+    "cache_products": _MAYBE_FLAG,
+    "factor_dtype": _one_of(FACTOR_DTYPES),
+    "matmul_dtype": _none_or(_one_of(FACTOR_DTYPES), "for the faster one on the device"),
+    "state_dtype": _none_or(_one_of(FACTOR_DTYPES), "for FP32 (FP64 for FP64 parameters)"),
+    "rounding": _one_of(ROUNDINGS),
+    "weight_rounding": _one_of(ROUNDINGS),
+    "seed": Rule(lambda value: isinstance(value, int), "pass a whole number"),
+    "decoupled_weight_decay": _FLAG,
+    "maximize": _FLAG,
+    "capturable": _FLAG,
+    "foreach": _MAYBE_FLAG,
+    "fused": _MAYBE_FLAG,
+}
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raise ValueError at the first option that breaks its rule, or that another option forbids."""
+    for name, rule in RULES.items():
+        if name in options:
+            value = options[name]
+            if value is required or not rule.allows(value):
+                raise ValueError(f"{name}={value!r}: {rule.remedy}.")
+    if options.get("foreach") and options.get("fused"):
+        raise ValueError("foreach=True and fused=True: choose one of them.")
+    if options.get("capturable") and options.get("precondition_frequency", 1) != 1:
+        raise ValueError(
+            f"precondition_frequency={options['precondition_frequency']!r} with capturable=True: the step count lives "
+            "on the device, where the host cannot decide by it; pass precondition_frequency=1, or capturable=False."
+        )
+
+
+def check_param(name: str, param: Any) -> None:
+    """Raise unless `param` is a dense, real, floating-point tensor of a dtype that is served."""
+    if not isinstance(param, Tensor):
+        raise TypeError(f"{name} is a {type(param).__name__}: optimizers take Tensors.")
+    if param.is_complex():
+        raise ValueError(f"{name} has dtype {param.dtype}: complex parameters are not served; pass torch.view_as_real of them.")
+    if param.dtype not in DTYPES:
+        raise ValueError(f"{name} has dtype {param.dtype}: pass parameters of {', '.join(map(str, DTYPES))}.")
+    if param.layout != torch.strided:
+        raise ValueError(f"{name} has layout {param.layout}: pass a dense parameter (param.to_dense()).")
+    if hasattr(param, "device_mesh"):
+        raise ValueError(f"{name} is a DTensor: sharded parameters are not served yet; pass local tensors.")
+
+
+def check_grad(name: str, param: Tensor, grad: Tensor) -> None:
+    """Raise unless `grad` is dense and matches its parameter."""
+    if grad.layout != torch.strided:
+        raise RuntimeError(f"{name} has a gradient of layout {grad.layout}: make it dense (nn.Embedding(sparse=False)).")
+    if grad.shape != param.shape:
+        raise RuntimeError(f"{name} of shape {tuple(param.shape)} has a gradient of shape {tuple(grad.shape)}: they must agree.")
+    if grad.device != param.device:
+        raise RuntimeError(f"{name} on {param.device} has a gradient on {grad.device}: move it with grad.to({str(param.device)!r}).")
+    if grad.is_complex() or grad.dtype not in DTYPES:
+        raise RuntimeError(f"{name} has a gradient of dtype {grad.dtype}: pass one of {', '.join(map(str, DTYPES))}.")

@@ -1,0 +1,214 @@
+"""Build rootfree_kernels: the Python package always, the compiled extension where that is possible.
+
+pyproject.toml holds the metadata. Here is what it cannot say: the folder triton_kernels/ is installed inside
+the package, and rootfree_kernels._C is compiled against the PyTorch of this environment. Whatever keeps it
+from being compiled is printed, is recorded in rootfree_kernels/_build.json (pip hides what a build prints),
+and leaves a working install in pure Python.
+
+ROOTFREE_BUILD=none compiles nothing; =cpu wants the C++ part alone, =cuda both parts, and what is wanted by
+name and cannot be built is an error.
+"""
+
+import json
+import os
+import shlex
+import subprocess
+import sysconfig
+from glob import glob
+from pathlib import Path
+
+from setuptools import Command, find_packages, setup
+from setuptools.command.build import build
+
+try:
+    import torch
+    from torch.utils import cpp_extension
+except Exception as error:  # a broken install of torch raises anything, and must not break this one
+    torch = cpp_extension = None
+    torch_problem = f"{type(error).__name__}: {error}".splitlines()[0]
+
+ROOT = Path(__file__).resolve().parent
+PACKAGE = "rootfree_kernels"
+CPU_SOURCES = ["csrc/bindings.cpp", *sorted(glob("csrc/cpu/*.cpp", root_dir=ROOT))]
+CUDA_SOURCES = sorted(glob("csrc/cuda/*.cu", root_dir=ROOT) + glob("csrc/cuda/*.cpp", root_dir=ROOT))
+
+# What ROOTFREE_BUILD may say -> the parts of the extension it insists on.
+MODES = {"auto": (), "none": (), "cpu": ("cpp",), "cuda": ("cpp", "cuda")}
+MODE = os.environ.get("ROOTFREE_BUILD") or "auto"
+if MODE not in MODES:
+    raise SystemExit(f"rootfree-kernels: ROOTFREE_BUILD={MODE} is unknown: choose one of {', '.join(MODES)}")
+
+LEFT_OUT = {"cpp": None, "cuda": None}  # part -> why it is not built, None where it is
+
+
+def leave_out(part, reason):
+    """Go on without a part of the extension, unless ROOTFREE_BUILD insists on it."""
+    if part in MODES[MODE]:
+        raise SystemExit(f"rootfree-kernels: ROOTFREE_BUILD={MODE} is impossible here: {reason}")
+    LEFT_OUT[part] = LEFT_OUT[part] or reason  # the first reason stands
+
+
+def why_no_cpp():
+    """Why the extension cannot be built at all, or None."""
+    if MODE == "none":
+        return "ROOTFREE_BUILD=none"
+    if torch is None:
+        return (
+            f"PyTorch cannot be imported in the build environment ({torch_problem}); "
+            "with torch installed, `pip install --no-build-isolation` builds the extension"
+        )
+    return None
+
+
+def why_no_cuda():
+    """Why the CUDA part is left out, or None. A visible GPU plays no part: builders may have none."""
+    if LEFT_OUT["cpp"]:
+        return LEFT_OUT["cpp"]
+    if MODE == "cpu":
+        return "ROOTFREE_BUILD=cpu"
+    if not CUDA_SOURCES:
+        return "this version has no CUDA sources"
+    if torch.version.cuda is None:
+        return f"PyTorch {torch.__version__} is built without CUDA"
+    if cpp_extension.CUDA_HOME is None:
+        return "no CUDA toolkit: set CUDA_HOME or put nvcc on the PATH"
+    return None
+
+
+def why_no_compiler():
+    """Why the C++ compiler cannot compile the simplest extension, in one line, or None."""
+    if os.name == "nt":
+        return None  # setuptools searches for MSVC itself, and says what it found
+    compiler = os.environ.get("CXX") or "c++"
+    includes = [f"-I{sysconfig.get_path(name)}" for name in ("include", "platinclude")]
+    command = [*shlex.split(compiler), "-x", "c++", "-fsyntax-only", *includes, "-"]
+    program = "#include <memory>\n#include <Python.h>\n"
+    english = {**os.environ, "LC_ALL": "C"}
+    try:
+        run = subprocess.run(command, input=program, capture_output=True, text=True, env=english)
+    except OSError as error:
+        return f"no C++ compiler: {error}"
+    if run.returncode == 0:
+        return None
+    errors = [line for line in run.stderr.splitlines() if "error" in line]
+    detail = errors[0] if errors else f"exit status {run.returncode}"
+    return f"no working C++ compiler: `{compiler}`: {detail}"
+
+
+def make_extension(with_cuda):
+    """The extension rootfree_kernels._C, with the CUDA sources or without."""
+    kind = cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension
+    cxx_flags = [] if os.name == "nt" else ["-O3", "-g0", "-fvisibility=hidden"]
+    return kind(
+        f"{PACKAGE}._C",
+        CPU_SOURCES + (CUDA_SOURCES if with_cuda else []),
+        include_dirs=pybind11_include(),
+        define_macros=[("ROOTFREE_WITH_CUDA", "1")] if with_cuda else [],
+        extra_compile_args={"cxx": cxx_flags, "nvcc": ["-O3"]},
+    )
+
+
+def pybind11_include():
+    """The headers of pybind11; an environment without it takes the copy among PyTorch's headers."""
+    try:
+        import pybind11
+    except ImportError:
+        return []
+    return [pybind11.get_include()]
+
+
+def tolerant_build_ext():
+    """PyTorch's build_ext that survives a failing compile (Extension.optional does not survive ninja's)."""
+    # pip runs a virtual environment's Python without its scripts on the PATH, where PyTorch looks for ninja.
+    os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
+
+    class BuildExt(cpp_extension.BuildExtension):
+        def build_extensions(self):
+            problem = why_no_compiler()
+            if problem is None:
+                problem = self.why_not_compiled()
+                if problem and LEFT_OUT["cuda"] is None:
+                    problem = self.retry_without_cuda(problem)
+            if problem:
+                leave_out("cpp", problem)
+                leave_out("cuda", problem)
+                self.extensions = []  # so that no later step looks for the file
+
+        def why_not_compiled(self):
+            try:
+                super().build_extensions()
+            except Exception as error:
+                first_line = f"{type(error).__name__}: {error}".splitlines()[0]
+                return f"the compile failed ({first_line}); `pip install -v` shows the compiler's words"
+            return None
+
+        def retry_without_cuda(self, problem):
+            leave_out("cuda", problem)
+            for extension in self.extensions:
+                vars(extension).update(vars(make_extension(with_cuda=False)))
+            return self.why_not_compiled()
+
+    return BuildExt
+
+
+class BuildRecord(Command):
+    """Print what was left out, and write it into _build.json beside the modules, of the wheel or the tree."""
+
+    def initialize_options(self):
+        self.build_lib = None
+        self.editable_mode = False  # set by setuptools for `pip install -e`
+
+    def finalize_options(self):
+        self.set_undefined_options("build", ("build_lib", "build_lib"))
+
+    def run(self):
+        if LEFT_OUT["cpp"]:
+            print(f"rootfree-kernels: compiled extension left out: {LEFT_OUT['cpp']}", flush=True)
+            stale = self.folder() / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+            stale.unlink(missing_ok=True)  # an earlier build's would be packed, or imported, all the same
+        elif LEFT_OUT["cuda"]:
+            print(f"rootfree-kernels: CUDA part left out: {LEFT_OUT['cuda']}", flush=True)
+        version = None if torch is None else str(torch.__version__)
+        record = {"extension": LEFT_OUT["cpp"] is None, "left_out": LEFT_OUT, "torch": version}
+        (self.folder() / "_build.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+    def folder(self):
+        folder = (ROOT if self.editable_mode else Path(self.build_lib)) / PACKAGE
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def get_source_files(self):
+        """What a source distribution holds beside the Python modules, extension or not."""
+        return sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*") if path.is_file())
+
+    def get_outputs(self):
+        return [] if self.editable_mode else [str(self.folder() / "_build.json")]
+
+    def get_output_mapping(self):
+        return {}
+
+
+class Build(build):
+    # The record comes last, when the outcome is known.
+    sub_commands = [*build.sub_commands, ("build_record", None)]  # noqa: RUF012, setuptools' own way
+
+
+def describe_extension():
+    """The extension modules and the commands that build them, empty where there is nothing to build."""
+    for part, why in (("cpp", why_no_cpp), ("cuda", why_no_cuda)):
+        if reason := why():
+            leave_out(part, reason)
+    if LEFT_OUT["cpp"]:
+        return [], {}
+    return [make_extension(with_cuda=LEFT_OUT["cuda"] is None)], {"build_ext": tolerant_build_ext()}
+
+
+extensions, commands = describe_extension()
+setup(
+    # A top-level triton_kernels is another project's, and others probe for it: ours goes inside the package.
+    packages=[*find_packages(include=[PACKAGE, f"{PACKAGE}.*"]), f"{PACKAGE}.triton_kernels"],
+    package_dir={f"{PACKAGE}.triton_kernels": "triton_kernels"},
+    package_data={PACKAGE: ["py.typed"]},
+    ext_modules=extensions,
+    cmdclass={"build": Build, "build_record": BuildRecord, **commands},
+)

@@ -1,0 +1,145 @@
+"""What gets installed, with a C++ compiler and without one, and never a top-level triton_kernels."""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(
+    any(find_spec(name) is None for name in ("pip", "setuptools")),  # importing both here would patch distutils
+    reason="building a wheel needs pip and setuptools",
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = ["pyproject.toml", "setup.py", "README.md", "LICENSE", "csrc", "rootfree_kernels", "triton_kernels"]
+BUILD_PRODUCTS = shutil.ignore_patterns("__pycache__", "*.so", "*.pyd", "_build.json")
+CHANGED = ("PYTHONPATH", "ROOTFREE_BUILD")  # environment variables that would change what is tested
+
+COMPILER = shlex.split(os.environ.get("CXX") or "c++")[0]
+needs_compiler = pytest.mark.skipif(
+    shutil.which(COMPILER) is None or not Path(sysconfig.get_path("include"), "Python.h").exists(),
+    reason="no C++ compiler, or no Python.h, on this machine",
+)
+
+
+def run(*command: str | Path, cwd: Path, **environment: str) -> str:
+    """Run a command away from the repository and return its output; show all of it if it fails."""
+    inherited = {name: value for name, value in os.environ.items() if name not in CHANGED}
+    environment = {**inherited, **environment}
+    result = subprocess.run(
+        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert result.returncode == 0, result.stdout
+    return result.stdout
+
+
+def build_wheel(folder: Path, **environment: str) -> Path:
+    """Build a wheel from a copy of the tree, so that nothing built earlier slips in."""
+    tree, wheels = folder / "tree", folder / "wheels"
+    tree.mkdir()
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, tree / name, ignore=BUILD_PRODUCTS)
+        else:
+            shutil.copy2(ROOT / name, tree / name)
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
+    run(*pip, "wheel", "--no-build-isolation", "--no-deps", "-w", wheels, tree, cwd=folder, **environment)
+    (wheel,) = wheels.glob("*.whl")
+    return wheel
+
+
+def names(wheel: Path) -> list[str]:
+    return zipfile.ZipFile(wheel).namelist()
+
+
+def build_record(wheel: Path) -> dict:
+    return json.loads(zipfile.ZipFile(wheel).read("rootfree_kernels/_build.json"))
+
+
+def has_extension(wheel: Path) -> bool:
+    return any(name.startswith("rootfree_kernels/_C.") for name in names(wheel))
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_wheel(tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def wheel_without_compiler(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_wheel(tmp_path_factory.mktemp("no_compiler"), CC="/bin/false", CXX="/bin/false")
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("installed")
+    run(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", target, wheel, cwd=target)
+    return target
+
+
+def test_wheel_holds_the_package_and_nothing_beside_it(wheel: Path) -> None:
+    top_level = {name.split("/")[0] for name in names(wheel)}
+    assert {name for name in top_level if not name.endswith(".dist-info")} == {"rootfree_kernels"}
+
+
+@pytest.mark.parametrize("name", ["__init__.py", "py.typed", "_build.json", "triton_kernels/__init__.py"])
+def test_wheel_holds(wheel: Path, name: str) -> None:
+    assert f"rootfree_kernels/{name}" in names(wheel)
+
+
+def test_every_module_of_the_tree_is_in_the_wheel(wheel: Path) -> None:
+    package = {path.relative_to(ROOT) for path in ROOT.glob("rootfree_kernels/**/*.py")}
+    triton_room = {
+        "rootfree_kernels" / path.relative_to(ROOT) for path in ROOT.glob("triton_kernels/**/*.py")
+    }
+    assert {path.as_posix() for path in package | triton_room} <= set(names(wheel))
+
+
+def test_build_record_agrees_with_the_wheel(wheel: Path) -> None:
+    record = build_record(wheel)
+    assert record["extension"] == has_extension(wheel)
+    assert record["extension"] == (record["left_out"]["cpp"] is None)
+
+
+@needs_compiler
+def test_extension_is_built_where_there_is_a_compiler(wheel: Path) -> None:
+    assert has_extension(wheel), build_record(wheel)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="/bin/false stands in for a broken compiler")
+def test_broken_compiler_leaves_a_wheel_that_says_why(wheel_without_compiler: Path) -> None:
+    record = build_record(wheel_without_compiler)
+    assert not record["extension"] and not has_extension(wheel_without_compiler)
+    assert "/bin/false" in record["left_out"]["cpp"]
+    assert "rootfree_kernels/__init__.py" in names(wheel_without_compiler)
+
+
+def test_triton_kernels_is_imported_from_inside_the_package_only(installed: Path, tmp_path: Path) -> None:
+    program = "import rootfree_kernels.triton_kernels as room; print(room.__file__)"
+    output = run(sys.executable, "-c", program, cwd=tmp_path, PYTHONPATH=str(installed))
+    assert Path(output.splitlines()[-1]).is_relative_to(installed)
+
+
+def test_no_top_level_triton_kernels_after_install(installed: Path, tmp_path: Path) -> None:
+    """Neither by this wheel nor by the install, editable or not, that runs these tests."""
+    program = "import rootfree_kernels, importlib.util as u; print(u.find_spec('triton_kernels'))"
+    output = run(sys.executable, "-c", program, cwd=tmp_path, PYTHONPATH=str(installed))
+    assert output.splitlines()[-1] == "None"
+
+
+@needs_compiler
+def test_extension_tells_how_it_was_built(installed: Path, tmp_path: Path) -> None:
+    program = "import json; from rootfree_kernels import _C; print(json.dumps(_C.build_info()))"
+    output = run(sys.executable, "-c", program, cwd=tmp_path, PYTHONPATH=str(installed))
+    info = json.loads(output.splitlines()[-1])
+    assert set(info) == {"compiler", "cxx_standard", "torch", "cuda", "build_type"}
+    torch_built_against = json.loads((installed / "rootfree_kernels/_build.json").read_text())["torch"]
+    assert torch_built_against.startswith(info["torch"])
