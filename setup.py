@@ -14,6 +14,7 @@ import os
 import shlex
 import subprocess
 import sysconfig
+import textwrap
 from glob import glob
 from pathlib import Path
 
@@ -25,7 +26,7 @@ try:
     from torch.utils import cpp_extension
 except Exception as error:  # a broken install of torch raises anything, and must not break this one
     torch = cpp_extension = None
-    torch_problem = f"{type(error).__name__}: {error}".splitlines()[0]
+    torch_problem = textwrap.shorten(f"{type(error).__name__}: {error}", 80, placeholder=" ...")
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "rootfree_kernels"
@@ -138,8 +139,8 @@ def tolerant_build_ext():
             try:
                 super().build_extensions()
             except Exception as error:
-                first_line = f"{type(error).__name__}: {error}".splitlines()[0]
-                return f"the compile failed ({first_line}); `pip install -v` shows the compiler's words"
+                what = textwrap.shorten(f"{type(error).__name__}: {error}", 80, placeholder=" ...")
+                return f"the compile failed ({what}); `pip install -v` shows the compiler's words"
             return None
 
         def retry_without_cuda(self, problem):

@@ -20,6 +20,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 
 from rootfree_kernels import IFShampoo, RFRMSProp
@@ -60,19 +66,29 @@ class Run:
     optimizer_seconds: float = 0.0
     state_bytes: int = 0
 
-    def summary(self) -> dict[str, float]:
-        """The numbers of the table; the final train loss is the mean of the last tenth of the steps."""
+    @property
+    def final_train_loss(self) -> float:
+        """The mean over the last tenth of the steps."""
         last = self.train[-max(1, len(self.train) // 10) :]
-        return {
-            "final_train_loss": sum(last) / len(last),
-            "held_out_loss": self.held_out[len(self.train)],
-            "steps_per_second": len(self.train) / self.seconds,
-            "optimizer_share": self.optimizer_seconds / self.seconds,
-            "state_bytes": self.state_bytes,
-        }
+        return sum(last) / len(last)
 
+    @property
+    def held_out_loss(self) -> float:
+        return self.held_out[len(self.train)]
 
-# ---------------------------------------------------------------------------------------------- data
+    @property
+    def steps_per_second(self) -> float:
+        return len(self.train) / self.seconds
+
+    @property
+    def optimizer_share(self) -> float:
+        """The part of ``seconds`` spent in ``optimizer.step``."""
+        return self.optimizer_seconds / self.seconds
+
+    def summary(self) -> dict[str, float]:
+        """The numbers of the table."""
+        names = ("final_train_loss", "held_out_loss", "steps_per_second", "optimizer_share", "state_bytes")
+        return {name: getattr(self, name) for name in names}
 
 
 def standard_library() -> tuple[Tensor, Tensor]:
@@ -82,7 +98,16 @@ def standard_library() -> tuple[Tensor, Tensor]:
     tables rather than code (codecs, pydoc's topics).
     """
     root = Path(sysconfig.get_path("stdlib"))
-    left_out = {"site-packages", "dist-packages", "test", "tests", "idlelib", "idle_test", "encodings", "pydoc_data"}
+    left_out = {
+        "site-packages",
+        "dist-packages",
+        "test",
+        "tests",
+        "idlelib",
+        "idle_test",
+        "encodings",
+        "pydoc_data",
+    }
     sides: tuple[bytearray, bytearray] = (bytearray(), bytearray())
     for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
         name = path.relative_to(root)
@@ -93,15 +118,12 @@ def standard_library() -> tuple[Tensor, Tensor]:
 
 
 def batches(data: Tensor, count: int, task: Task, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """``count`` batches of (inputs, targets), each [batch, length], from places that ``seed`` alone decides."""
+    """``count`` batches of (inputs, targets), each [batch, length], from places that ``seed`` decides."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(count):
         starts = torch.randint(len(data) - task.length, (task.batch, 1), generator=generator)
         window = data[starts + torch.arange(task.length + 1)].long()
         yield window[:, :-1], window[:, 1:]
-
-
-# --------------------------------------------------------------------------------------------- model
 
 
 class Block(nn.Module):
@@ -116,7 +138,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm1(x)
-        heads = (f(y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.query, self.key, self.value))
+        heads = (
+            f(y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.query, self.key, self.value)
+        )
         x = x + self.mix(F.scaled_dot_product_attention(*heads, is_causal=True).transpose(1, 2).flatten(2))
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
@@ -151,9 +175,6 @@ class GPT(nn.Module):
             logits = self(text[:, -len(self.places.weight) :])[:, -1] / temperature
             text = torch.cat([text, torch.multinomial(logits.softmax(-1), 1, generator=generator)], 1)
         return bytes(text[0].tolist()).decode(errors="replace")
-
-
-# ------------------------------------------------------------------------------------------ training
 
 
 def make_optimizer(method: str, model: nn.Module, task: Task, **settings: Any) -> torch.optim.Optimizer:
@@ -229,3 +250,94 @@ def timed_step(model: GPT, optimizer: torch.optim.Optimizer, batch: tuple[Tensor
     run.seconds += end - begin
     run.optimizer_seconds += end - before_update
     return run.train[-1]
+
+
+def train_with_bar(method: str, task: Task, data: tuple[Tensor, Tensor]) -> tuple[Run, GPT]:
+    """Train with the chosen settings under a progress bar that shows the loss."""
+    columns = (TextColumn(f"{method:>10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TextColumn("loss {task.fields[loss]:.3f}")) as progress:
+        bar = progress.add_task(method, total=task.steps, loss=math.nan)
+
+        def report(step: int, loss: float) -> None:
+            progress.update(bar, completed=step, loss=loss)
+
+        return train(method, CHOSEN[method], task, data, report)
+
+
+def table_of(runs: dict[str, Run]) -> Table:
+    """The runs' summaries, one line a method."""
+    table = Table("optimizer", caption="losses in nats per byte; train: mean of the last tenth of the steps")
+    for name in ("train loss", "held-out", "steps/s", "in optimizer", "state"):
+        table.add_column(name, justify="right")
+    for method, run in runs.items():
+        losses = (f"{loss:.3f}" for loss in (run.final_train_loss, run.held_out_loss))
+        times = (f"{run.steps_per_second:.2f}", f"{run.optimizer_share:.1%}")
+        table.add_row(method, *losses, *times, f"{run.state_bytes / 1e6:.1f} MB")
+    return table
+
+
+def plot(runs: dict[str, Run], path: Path) -> None:
+    """Train loss, smoothed over about ten steps, as lines; held-out loss as markers."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for method, run in runs.items():
+        smooth = [run.train[0]]
+        for loss in run.train[1:]:
+            smooth.append(0.9 * smooth[-1] + 0.1 * loss)
+        (line,) = axes.plot(range(1, len(smooth) + 1), smooth, label=method, linewidth=1.2)
+        axes.plot(list(run.held_out), list(run.held_out.values()), "o", color=line.get_color(), markersize=5)
+    axes.set(xlabel="step", ylabel="loss, nats per byte", title="Lines: train (smoothed). Markers: held-out.")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:.1f}")
+    axes.yaxis.set_minor_formatter("{x:.1f}")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def write_summary(path: Path, runs: dict[str, Run], task: Task, data: tuple[Tensor, Tensor]) -> None:
+    """The table's numbers with all that is needed to repeat them."""
+    summary = {
+        "results": {method: run.summary() for method, run in runs.items()},
+        "settings": {method: CHOSEN[method] for method in runs},
+        "task": asdict(task),
+        "bytes": {"train": len(data[0]), "held_out": len(data[1])},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
+    }
+    path.write_text(json.dumps(summary, indent=2, default=str) + "\n")
+
+
+def parse() -> tuple[argparse.Namespace, Task]:
+    """The command line's options, and the task they describe."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--optimizers", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME")
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"))
+    for name, default in asdict(Task()).items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+    options = parser.parse_args()
+    return options, Task(**{name: getattr(options, name) for name in asdict(Task())})
+
+
+def main() -> None:
+    options, task = parse()
+    console, data = Console(), standard_library()
+    weights = sum(weight.numel() for weight in GPT(task).parameters())
+    console.print(f"{weights:,} weights, {len(data[0]):,} bytes to train on, {len(data[1]):,} held out")
+    runs, models = {}, {}
+    for method in options.optimizers:
+        runs[method], models[method] = train_with_bar(method, task, data)
+    console.print(table_of(runs))
+    options.out.mkdir(parents=True, exist_ok=True)
+    write_summary(options.out / "summary.json", runs, task, data)
+    plot(runs, options.out / "loss.png")
+    best = min(runs, key=lambda method: runs[method].held_out_loss)
+    text = models[best].sample("def ", 300, task.seed)
+    console.print(Panel(Text(text), title=f"written by the model of {best}"))
+    console.print(f"Wrote {options.out / 'summary.json'} and {options.out / 'loss.png'}")
+
+
+if __name__ == "__main__":
+    main()

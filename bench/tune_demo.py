@@ -3,9 +3,9 @@
     python -m bench.tune_demo --method adamw|rfrmsprop|ifshampoo [--trials 12] [--finalists 3]
 
 Each method gets the same number of settings, spread over its space by a scrambled Sobol sequence, each
-trained for half of the demo's steps with the demo's schedule; the best few are trained again in full. Every result
-is appended to bench/results/demo-tuning.json. What the spaces hold is what a user would try first: each is
-centred on settings known to work on small models of this kind, and spans about a factor of ten in ``lr``.
+trained for half of the demo's steps with the demo's schedule; the best few are trained again in full. Every
+result is appended to bench/results/demo-tuning.json. Each space is centred on settings known to work on small
+models of this kind, and spans a factor of ten and more in ``lr``.
 """
 
 import argparse
@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bench.demo import Task, standard_library, train
 
 RECORD = Path(__file__).parent / "results" / "demo-tuning.json"
 
-# name: (low, high), sampled uniformly in the logarithm. "sgd_step" is lr / (damping (1 - momentum)), the step of
-# the plain SGD that a root-free method falls back to where gradients are small; the damping follows from it.
+# name: (low, high), sampled uniformly in the logarithm. "sgd_step" is lr / (damping (1 - momentum)), the step
+# of the plain SGD that a root-free method falls back to where gradients are small; it fixes the damping.
 SPACES: dict[str, dict[str, tuple[float, float]]] = {
     "adamw": {"lr": (7e-4, 1e-2), "1 - beta2": (2e-3, 1e-1), "weight_decay": (1e-3, 3e-1)},
     "rfrmsprop": {"lr": (3e-5, 5e-4), "beta2": (0.05, 0.95), "sgd_step": (5.0, 80.0)},
@@ -43,21 +44,20 @@ def arguments_of(point: dict[str, float]) -> dict[str, Any]:
     if "1 - beta2" in settings:
         settings["betas"] = (0.9, 1 - settings.pop("1 - beta2"))
     if "sgd_step" in settings:
-        settings["damping"] = settings["lr"] / (settings.pop("sgd_step") * (1 - 0.9))
+        settings["damping"] = float(f"{settings['lr'] / (settings.pop('sgd_step') * (1 - 0.9)):.3g}")
     return settings
 
 
 def points(method: str, trials: int) -> list[dict[str, float]]:
     """The first ``trials`` points of the method's Sobol sequence, to three digits."""
     space = SPACES[method]
-    unit = torch.quasirandom.SobolEngine(len(space), scramble=True, seed=0).draw(trials).tolist()
-    return [
-        {name: float(f"{low * (high / low) ** u:.3g}") for u, (name, (low, high)) in zip(row, space.items(), strict=True)}
-        for row in unit
-    ]
+    low, high = torch.tensor(list(space.values()), dtype=torch.float64).T
+    unit = torch.quasirandom.SobolEngine(len(space), scramble=True, seed=0).draw(trials)
+    values = (low * (high / low) ** unit).tolist()
+    return [{name: float(f"{value:.3g}") for name, value in zip(space, row, strict=True)} for row in values]
 
 
-def trial(method: str, settings: dict[str, Any], task: Task, data: tuple[torch.Tensor, torch.Tensor]) -> dict[str, Any]:
+def trial(method: str, settings: dict[str, Any], task: Task, data: tuple[Tensor, Tensor]) -> dict[str, Any]:
     """Train once, append the result to the record, and return it. A diverged run has the loss null."""
     result: dict[str, Any] = {"method": method, "settings": settings, "task": asdict(task)}
     try:
@@ -65,7 +65,10 @@ def trial(method: str, settings: dict[str, Any], task: Task, data: tuple[torch.T
         result |= {name: round(value, 4) for name, value in run.summary().items()}
     except FloatingPointError as error:
         result |= {"held_out_loss": None, "diverged": str(error)}
-    result |= {"torch": torch.__version__, "command": shlex.join(["python", "-m", "bench.tune_demo", *sys.argv[1:]])}
+    result |= {
+        "torch": torch.__version__,
+        "command": shlex.join(["python", "-m", "bench.tune_demo", *sys.argv[1:]]),
+    }
     rows = json.loads(RECORD.read_text()) if RECORD.exists() else []
     RECORD.parent.mkdir(exist_ok=True)
     RECORD.write_text("[\n" + ",\n".join(json.dumps(row) for row in [*rows, result]) + "\n]\n")
@@ -79,14 +82,17 @@ def loss_of(result: dict[str, Any]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--method", required=True, choices=SPACES)
     parser.add_argument("--trials", type=int, default=12)
     parser.add_argument("--finalists", type=int, default=3)
     options = parser.parse_args()
     task, data = Task(), standard_library()
     short = replace(task, steps=task.steps // 2)
-    results = [trial(options.method, arguments_of(point), short, data) for point in points(options.method, options.trials)]
+    candidates = [arguments_of(point) for point in points(options.method, options.trials)]
+    results = [trial(options.method, settings, short, data) for settings in candidates]
     finalists = sorted(results, key=loss_of)[: options.finalists]
     best = min((trial(options.method, result["settings"], task, data) for result in finalists), key=loss_of)
     print("best:", best["held_out_loss"], best["settings"])

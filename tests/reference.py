@@ -1,8 +1,7 @@
 """The optimizers' formulas in NumPy float64, one matrix at a time, to test other implementations against.
 
-Written from the equations alone and for reading. Symbols: W weight and G gradient, p x d; C (p x p), K (d x d)
-the factors of S^-1 = (C C^T) kron (K K^T); m_C, m_K their momentum; B ``batch_size``, the number of terms the
-loss is the mean of; gamma 1 for a moving average, 0 for a sum; lambda damping; kappa weight decay.
+W weight, G gradient: p x d. C (p x p), K (d x d): factors of S^-1 = (C C^T) kron (K K^T). m_C, m_K: their
+momentum. B ``batch_size``: how many terms the loss is the mean of. gamma: 1 moving average, 0 sum.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -60,9 +59,8 @@ def _descend(weight, direction, buffer, *, lr, momentum, weight_decay, decoupled
 
 
 def diagonal_step(weight, grad, state, *, batch_size, beta2, gamma, damping, maximize=False, **descent):
-    """RF-RMSProp (gamma 1), RF-AdaGrad (gamma 0): s <- (1 - beta2 gamma) s + beta2 B g^2,  U = g/(s + lambda);
-    buf and W as in ``_descend``, whose keywords ``descent`` holds. weight, grad: any one shape.
-    Returns (new weight, new DiagonalState).
+    """RF-RMSProp, RF-AdaGrad: s <- (1 - beta2 gamma) s + beta2 B g^2;  U = g / (s + lambda);  buf and W by
+    ``_descend``, with its keywords. weight, grad: any one shape. Returns (new weight, new DiagonalState).
     """
     weight, grad = np.asarray(weight, np.float64), (-1 if maximize else 1) * np.asarray(grad, np.float64)
     square = (1 - beta2 * gamma) * state.square + beta2 * batch_size * grad**2
@@ -232,8 +230,7 @@ def _truncate(bits, x):
 
 def round_nearest(x):
     """fp32 bits (uint32) -> BF16 bits (uint16), to nearest, ties to even."""
-    is_odd = (x >> np.uint32(16)) & np.uint32(1)
-    return _truncate(x + np.uint32(0x7FFF) + is_odd, x)
+    return _truncate(x + np.uint32(0x7FFF) + ((x >> np.uint32(16)) & np.uint32(1)), x)
 
 
 def round_stochastic(x, bits):

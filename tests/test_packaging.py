@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 pytestmark = pytest.mark.skipif(
-    any(find_spec(name) is None for name in ("pip", "setuptools")),  # importing both here would patch distutils
+    any(find_spec(name) is None for name in ("pip", "setuptools")),  # imported here, they would clash
     reason="building a wheel needs pip and setuptools",
 )
 
@@ -23,11 +23,17 @@ SOURCES = ["pyproject.toml", "setup.py", "README.md", "LICENSE", "csrc", "rootfr
 BUILD_PRODUCTS = shutil.ignore_patterns("__pycache__", "*.so", "*.pyd", "_build.json")
 CHANGED = ("PYTHONPATH", "ROOTFREE_BUILD")  # environment variables that would change what is tested
 
-COMPILER = shlex.split(os.environ.get("CXX") or "c++")[0]
-needs_compiler = pytest.mark.skipif(
-    shutil.which(COMPILER) is None or not Path(sysconfig.get_path("include"), "Python.h").exists(),
-    reason="no C++ compiler, or no Python.h, on this machine",
-)
+
+def compiler_works() -> bool:
+    include = f"-I{sysconfig.get_path('include')}"
+    command = [*shlex.split(os.environ.get("CXX") or "c++"), "-x", "c++", "-fsyntax-only", include, "-"]
+    try:
+        return subprocess.run(command, input=b"#include <Python.h>\n", capture_output=True).returncode == 0
+    except OSError:
+        return False
+
+
+needs_compiler = pytest.mark.skipif(not compiler_works(), reason="no working C++ compiler, or no Python.h")
 
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> str:

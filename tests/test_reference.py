@@ -32,9 +32,7 @@ def assert_different(actual, expected):
 
 
 def update_arguments(clip="frobenius", **changes):
-    beta2 = (
-        0.3 if clip else 0.03
-    )  # without a clip large steps diverge, and no digits would be left to compare
+    beta2 = 0.3 if clip else 0.03  # without a clip large steps diverge and leave no digits to compare
     return {
         "batch_size": 4,
         "beta2": beta2,
@@ -145,10 +143,8 @@ def test_diagonal_weights_do_not_depend_on_averaging_the_loss_when_s_starts_B_ti
     rng = np.random.default_rng(2)
     B, gradient = 16, smooth_loss_gradient(rng, 3, 5)
     summed = mean = rng.standard_normal((3, 5))
-    state, mean_state = (
-        ref.DiagonalState.initial((3, 5)),
-        ref.DiagonalState(np.full((3, 5), 1 / B), np.zeros((3, 5))),
-    )
+    state = ref.DiagonalState.initial((3, 5))
+    mean_state = ref.DiagonalState(state.square / B, state.buffer)
     shared = {"lr": 0.05, "beta2": 0.3, "gamma": gamma, "momentum": 0.8, "weight_decay": 0.02}
     for _ in range(NUM_STEPS):
         summed, state = ref.diagonal_step(
@@ -188,11 +184,8 @@ def corresponding_states(rng, E, F, random_matrix):
 @by_clip
 def test_affine_reparametrisation_gives_the_same_weights_from_corresponding_factors(shape, clip):
     rng = np.random.default_rng(3)
-    E, F, offset = (
-        well_conditioned(rng, shape[0]),
-        well_conditioned(rng, shape[1]),
-        rng.standard_normal(shape),
-    )
+    E, F = well_conditioned(rng, shape[0]), well_conditioned(rng, shape[1])
+    offset = rng.standard_normal(shape)
     states = corresponding_states(rng, E, F, well_conditioned)
     actual, expected, *_ = reparametrised_trajectories(
         rng, E, F, offset, *states, damping=0, weight_decay=0, clip=clip
@@ -318,7 +311,7 @@ def test_d_times_the_trace_of_one_side_is_p_times_the_trace_of_the_other(shape, 
 
 
 def relative_change(old, new):
-    """The eigenvalues of C^-1 C_new; real, because they are those of I minus a multiple of the symmetric m."""
+    """The eigenvalues of C^-1 C_new; real, as they are those of I minus a multiple of the symmetric m."""
     return np.linalg.eigvals(np.linalg.inv(old) @ new).real
 
 
@@ -360,7 +353,7 @@ def test_an_unclipped_update_leaves_the_bounds_and_can_turn_a_factor_over():
 
 
 def test_an_unclipped_update_can_make_the_preconditioner_singular():
-    """C = K = I, beta2 = 1/2, G G^T = diag(10, 0): Delta_C = diag(2, -1/2), I - Delta_C/2 loses its rank."""
+    """C = K = I, beta2 = 1/2, G = diag(10^.5, 0): Delta_C = diag(2, -1/2), I - Delta_C/2 is singular."""
     grad = np.diag([np.sqrt(10), 0])
     arguments = update_arguments(batch_size=1, beta2=0.5, riemannian_momentum=0, damping=0)
     unclipped = ref.kron_update(ref.KronState.initial(2, 2), grad, **(arguments | {"clip": None}))
@@ -383,7 +376,7 @@ def gradient_path(rng, *shape):
 
 
 def distance_from_inverses(gradient, beta2, num_steps, project=None, random_matrix=well_conditioned, **hyper):
-    """||C C^T - S_C^-1|| + ||K K^T - S_K^-1||, both methods fed gradient(k beta2), from one preconditioner."""
+    """||C C^T - S_C^-1|| + ||K K^T - S_K^-1||, both fed gradient(k beta2) from one preconditioner."""
     rng = np.random.default_rng(11)
     p, d = gradient(0).shape
     state = random_state(rng, p, d, C=random_matrix(rng, p), K=random_matrix(rng, d))
@@ -470,7 +463,7 @@ def test_the_second_order_term_keeps_the_full_inverse_above_half_the_old_one_at_
 
 
 def test_one_weight_makes_the_full_diagonal_and_matrix_preconditioners_agree():
-    """n = p = d = 1: S = s, and with S_K held at 1 root-free Shampoo's S_C is the same number."""
+    """n = p = d = 1: S = s, and from S_C = S_K = 1 both of root-free Shampoo's are the same number."""
     hyper = {"batch_size": 3, "beta2": 0.2, "gamma": 1.0}
     S = ref.full_matrix_update(np.array([[1.0]]), np.array([2.0]), **hyper)
     _, state = ref.diagonal_step(

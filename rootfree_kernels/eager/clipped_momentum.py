@@ -48,5 +48,6 @@ def clipped_momentum(
     if found_inf is not None:
         ok = ok & (as_scalar(found_inf) == 0)
     for m, new in zip(momenta, blended, strict=True):
-        m.copy_(torch.where(ok[:, None, None], new, wide(m)))
+        keep = ok.to(new.dtype)[:, None, None]
+        m.copy_(wide(m).lerp_(new.nan_to_num_(0.0, 0.0, 0.0), keep))
     return [torch.where(ok, 1.0 / norm.clamp(min=1.0), 0.0) for norm in norms]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rootfree_kernels import rounding as rnd
+
+
+WIDE = (torch.float32, torch.float64)
 
 
 def wide(x: Tensor) -> Tensor:
@@ -44,24 +47,30 @@ class Stored(NamedTuple):
         return new.to(self.value.dtype), None
 
 
-def heavy_ball(
-    weight: Tensor,
-    buffer: Tensor,
-    direction: Tensor,
+def heavy_ball_(
+    weights: Sequence[Tensor],
+    buffers: Sequence[Tensor],
+    directions: Sequence[Tensor],
+    keep: Tensor,
     lr: Tensor,
     momentum: float,
     weight_decay: float,
     decoupled: bool,
-) -> tuple[Tensor, Tensor]:
-    """The new (weight, buffer) of a preconditioned direction u; all are wide and of one shape, `lr` is 0-d.
+) -> None:
+    """The heavy-ball step along preconditioned directions u, in place; all are wide and finite, `lr` is 0-d.
 
         m ← α₁m + u + κμ,    μ ← μ − β₁m                      (Fig. 6; L2 decay, the default)
         m ← α₁m + u,         μ ← (1 − β₁κ)μ − β₁m             (decoupled, as in AdamW)
+
+    `keep` [number of tensors, …] is 1 where a step is taken and 0 where it is not, and is broadcast over a tensor. It
+    multiplies, which is as exact as `torch.where` and costs a CPU a fifteenth of it where it is broadcast. The
+    directions are overwritten.
     """
-    buffer = torch.add(direction, buffer, alpha=momentum)
+    directions, keeps, rates = list(directions), list(keep.unbind()), list((keep * lr).unbind())
+    torch._foreach_add_(directions, buffers, alpha=momentum)
     if weight_decay and not decoupled:
-        buffer.add_(weight, alpha=weight_decay)
-    step = buffer * lr
+        torch._foreach_add_(directions, weights, alpha=weight_decay)
+    torch._foreach_lerp_(buffers, directions, keeps)
     if weight_decay and decoupled:
-        step.add_(weight * lr, alpha=weight_decay)
-    return weight - step, buffer
+        torch._foreach_addcmul_(weights, weights, rates, value=-weight_decay)
+    torch._foreach_addcmul_(weights, directions, rates, value=-1)

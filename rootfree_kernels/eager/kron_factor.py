@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rootfree_kernels import rounding as rnd
 from rootfree_kernels.eager.clipped_momentum import clipped_momentum
-from rootfree_kernels.eager.common import Stored, as_scalar, heavy_ball, wide
+from rootfree_kernels.eager.common import WIDE, Stored, as_scalar, heavy_ball_, wide
 
 
 def kron_gather(grads: Sequence[Tensor], grad_scale: Tensor | None, dtype: torch.dtype, maximize: bool) -> Tensor:
@@ -43,7 +43,7 @@ def curvature_step(
 def move_factor(factor: Stored, momentum: Tensor, scale: Tensor, matmul_dtype: torch.dtype) -> None:
     """C ← C − s·C·m in place, with s [L]; the product reads the BF16 half of a compensated pair alone."""
     product = torch.bmm(factor.value.to(matmul_dtype), momentum.to(matmul_dtype))
-    moved = torch.addcmul(factor.load(), wide(product), scale[:, None, None], value=-1.0)
+    moved = factor.load().addcmul_(wide(product), scale[:, None, None], value=-1.0)
     value, residual = factor.rounded(moved)
     factor.value.copy_(value)
     if factor.residual is not None and residual is not None:
@@ -97,7 +97,7 @@ def kron_factor(
         move_factor(Stored(factor, residual, rounding, draw), momentum, beta2 * clip_factor, grad.dtype)
         if product is not None:
             new = factor.to(product.dtype)
-            product.copy_(torch.bmm(new, new.mT))
+            torch.bmm(new, new.mT, out=product)
     return clips[0] > 0
 
 
@@ -146,13 +146,33 @@ def kron_step(
     skipped.add_(~finite)
 
     draw = rnd.BlockBits(seeds, steps, rnd.SLOT_WEIGHT, grad[0].numel())
+    weight = _as_batch(params, residuals, rounding, draw)
+    buffer = _as_batch(buffers, [], "nearest", draw)
+    wide_weights = list(params) if weight is None else list(weight.load().unbind())
+    wide_buffers = list(buffers) if buffer is None else list(buffer.load().unbind())
+    direction = direction.nan_to_num_(0.0, 0.0, 0.0).to(wide_buffers[0].dtype)
+    keep = finite.to(direction.dtype)
+    heavy_ball_(wide_weights, wide_buffers, direction.unbind(), keep, lr, momentum, weight_decay, decoupled)
+    if weight is not None:
+        _store_batch(weight, wide_weights, params, residuals)
+    if buffer is not None:
+        _store_batch(buffer, wide_buffers, buffers, [])
+
+
+def _as_batch(
+    tensors: Sequence[Tensor], residuals: Sequence[Tensor], mode: str, draw_bits: rnd.BlockBits
+) -> Stored | None:
+    """Blocks of a narrow dtype as one batch to load and to round; None for wide ones, which are stepped in place."""
+    if tensors[0].dtype in WIDE:
+        return None
     residual = torch.stack(list(residuals)) if residuals else None
-    stored = Stored(torch.stack(list(params)), residual, rounding, draw)
-    old_weight, old_buffer = stored.load(), wide(torch.stack(list(buffers)))
-    weight, buffer = heavy_ball(old_weight, old_buffer, direction, lr, momentum, weight_decay, decoupled)
-    keep = finite[:, None, None]
-    value, new_residual = stored.rounded(torch.where(keep, weight, old_weight))
-    torch._foreach_copy_(list(params), list(value.unbind()))
-    torch._foreach_copy_(list(buffers), list(torch.where(keep, buffer, old_buffer).unbind()))
-    if new_residual is not None:
-        torch._foreach_copy_(list(residuals), list(new_residual.unbind()))
+    return Stored(torch.stack(list(tensors)), residual, mode, draw_bits)
+
+
+def _store_batch(
+    stored: Stored, new: Sequence[Tensor], tensors: Sequence[Tensor], residuals: Sequence[Tensor]
+) -> None:
+    value, residual = stored.rounded(torch.stack(list(new)))
+    torch._foreach_copy_(list(tensors), list(value.unbind()))
+    if residual is not None:
+        torch._foreach_copy_(list(residuals), list(residual.unbind()))

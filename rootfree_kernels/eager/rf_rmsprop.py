@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rootfree_kernels import rounding as rnd
-from rootfree_kernels.eager.common import Stored, as_scalar, heavy_ball, wide
+from rootfree_kernels.eager.common import Stored, as_scalar, heavy_ball_, wide
 
 CHUNK_NUMBERS = 1 << 20
 """Numbers in a chunk: eight FP32 vectors of this length (32 MiB) fit a server's last-level cache."""
@@ -66,13 +66,13 @@ def _descent_gradient(grads: Sequence[Tensor], grad_scale: Tensor | None, maximi
 
 
 def _skips(step_size: Tensor, sizes: list[int], found_inf: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(keep [N]: numbers to step, bad [n], int32: 1 for each tensor that leaves any out)."""
+    """(keep [N], wide: 1 for numbers to step, else 0; bad [n], int32: 1 for tensors that leave any out)."""
     keep = step_size.abs() < torch.inf
     bad = ~torch.stack(torch._foreach_norm(list(step_size.split(sizes)), torch.inf)).isfinite()
     if found_inf is not None:
         overflow = as_scalar(found_inf) != 0
         keep, bad = keep & ~overflow, bad | overflow
-    return keep, bad.to(torch.int32)
+    return keep.to(step_size.dtype), bad.to(torch.int32)
 
 
 def rf_rmsprop(
@@ -113,17 +113,19 @@ def rf_rmsprop(
         weight_bits = rnd.RaggedBits(seeds[chunk], steps[chunk], rnd.SLOT_WEIGHT, sizes)
         square = _gather(squares[chunk], square_residuals[chunk], rounding, square_bits)
         weight = _gather(params[chunk], weight_residuals[chunk], weight_rounding, weight_bits)
-        old_square, old_weight, old_buffer = square.load(), weight.load(), wide(_flat(buffers[chunk]))
         grad = _descent_gradient(grads[chunk], grad_scale, maximize)
-
-        new_square = (old_square * (1 - beta2 * gamma)).addcmul_(grad, grad, value=beta2 * batch_size)
-        direction = grad / (new_square + damping)
-        new_weight, new_buffer = heavy_ball(
-            old_weight, old_buffer, direction, lr, momentum, weight_decay, decoupled
-        )
+        new_square = square.load() * (1 - beta2 * gamma)
+        new_square.addcmul_(grad, grad, value=beta2 * batch_size)
+        direction = (grad / (new_square + damping)).to(new_square.dtype)
 
         keep, bad = _skips(new_square + direction, sizes, found_inf)
         torch._foreach_add_(list(skipped[chunk]), list(bad.unbind()))
-        _scatter(buffers[chunk], torch.where(keep, new_buffer, old_buffer))
-        _store(square, torch.where(keep, new_square, old_square), squares[chunk], square_residuals[chunk])
-        _store(weight, torch.where(keep, new_weight, old_weight), params[chunk], weight_residuals[chunk])
+        new_square = square.load().lerp_(new_square.nan_to_num_(0.0, 0.0, 0.0), keep)
+        new_weight, buffer = weight.load(), wide(_flat(buffers[chunk]))
+        direction.nan_to_num_(0.0, 0.0, 0.0)
+        heavy_ball_(
+            [new_weight], [buffer], [direction], keep[None], lr, momentum, weight_decay, decoupled
+        )
+        _scatter(buffers[chunk], buffer)
+        _store(square, new_square, squares[chunk], square_residuals[chunk])
+        _store(weight, new_weight, params[chunk], weight_residuals[chunk])

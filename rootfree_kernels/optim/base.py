@@ -99,11 +99,15 @@ class RootFreeOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._step_all()
+        return loss
+
+    @torch.compiler.disable(reason="bookkeeping on the host around operators that are opaque to the compiler")
+    def _step_all(self) -> None:
         active = [self._checked_params(group) for group in self.param_groups]
         for group, params in zip(self.param_groups, active, strict=True):
             if params:
                 self._step_group(group, params)
-        return loss
 
     def _checked_params(self, group: Group) -> list[Tensor]:
         """The group's parameters that have a gradient, after every check of options, gradients and backend."""
