@@ -52,8 +52,8 @@ def measure(beta2: float, seeds: list[int], task: Task, data: tuple[Tensor, Tens
 def markdown(rows: list[dict[str, Any]], seeds: list[int], task: Task) -> str:
     """The rows as a table, losses averaged over the seeds."""
     lines = [
-        f"The demo's model, {task.steps} steps of IFShampoo, mean of seeds {seeds}: `python -m bench.rounding`.",
-        "Losses in nats per byte; in brackets their ratios to fp32 factors.",
+        f"The demo's model, {task.steps} steps of IFShampoo, mean of seeds {seeds}; losses in nats per byte,",
+        "in brackets their ratios to fp32 factors. Made by `python -m bench.rounding`.",
         "",
         "| β₂ | factors | final train loss | held-out loss | optimizer state |",
         "| --- | --- | --- | --- | --- |",

@@ -18,14 +18,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import CustomOpDef, custom_op, infer_schema
+from torch.library import Library, infer_schema, register_fake
 
 from rootfree_kernels import eager
 from rootfree_kernels.backends import implementation
 
+_LIBRARY = Library("rootfree", "FRAGMENT")
 
-def _define(function: Callable[..., Any], mutates_args: Sequence[str] = ()) -> CustomOpDef:
-    """The operator with the signature of an eager function, a backend's name behind it, that calls the backend."""
+
+def _define(
+    function: Callable[..., Any], mutates_args: Sequence[str], fake: Callable[..., Any]
+) -> Callable[..., Any]:
+    """The operator with the signature of an eager function, a backend's name behind it, that calls the backend.
+
+    `Library` and not `custom_op`, whose wrapper takes 0.2 ms a call at twenty arguments to bump version counters: the
+    in-place operations of eager PyTorch bump them anyway. A backend that writes through raw pointers has to call
+    `torch.autograd.graph.increment_version` on what it changed.
+    """
     stem = function.__name__
     arguments, result = infer_schema(function, mutates_args=mutates_args).rsplit(") -> ", 1)
 
@@ -33,46 +42,44 @@ def _define(function: Callable[..., Any], mutates_args: Sequence[str] = ()) -> C
         *arguments, backend = args
         return implementation(backend, stem)(*arguments)
 
-    schema = f"{arguments}, str backend) -> {result}"
-    return custom_op(f"rootfree::{stem}", dispatch, mutates_args=mutates_args, schema=schema)
+    _LIBRARY.define(f"{stem}{arguments}, str backend) -> {result}")
+    _LIBRARY.impl(stem, dispatch, "CompositeExplicitAutograd")
+    register_fake(f"rootfree::{stem}", fake, lib=_LIBRARY)
+    operator: Callable[..., Any] = getattr(torch.ops.rootfree, stem).default
+    return operator
+
+
+def _returns_nothing(*args: Any) -> None:
+    return None
+
+
+def _fake_gather(grads: Sequence[Tensor], grad_scale: Tensor | None, dtype: torch.dtype, *args: Any) -> Tensor:
+    return grads[0].new_empty((len(grads), *grads[0].shape), dtype=dtype)
+
+
+def _fake_ok(factor_c: Tensor, *args: Any) -> Tensor:
+    return factor_c.new_empty(factor_c.shape[:1], dtype=torch.bool)
+
+
+def _fake_clips(momenta: Sequence[Tensor], deltas: Sequence[Tensor], *args: Any) -> list[Tensor]:
+    return [delta.new_empty(delta.shape[:1]) for delta in deltas]
 
 
 rf_rmsprop = _define(
     eager.rf_rmsprop,
     ("params", "squares", "buffers", "skipped", "square_residuals", "weight_residuals"),
+    _returns_nothing,
 )
-clipped_momentum = _define(eager.clipped_momentum, ("momenta",))
-kron_gather = _define(eager.kron_gather)
+clipped_momentum = _define(eager.clipped_momentum, ("momenta", "deltas"), _fake_clips)
+kron_gather = _define(eager.kron_gather, (), _fake_gather)
 kron_factor = _define(
     eager.kron_factor,
     (
         *("factor_c", "factor_k", "momentum_c", "momentum_k"),
         *("residual_c", "residual_k", "product_c", "product_k"),
     ),
+    _fake_ok,
 )
-kron_step = _define(eager.kron_step, ("params", "buffers", "residuals", "skipped"))
-
-
-@rf_rmsprop.register_fake
-def _(*args: Any) -> None:
-    return None
-
-
-@clipped_momentum.register_fake
-def _(momenta: Sequence[Tensor], *args: Any) -> list[Tensor]:
-    return [m.new_empty(m.shape[:1], dtype=torch.promote_types(m.dtype, torch.float32)) for m in momenta]
-
-
-@kron_gather.register_fake
-def _(grads: Sequence[Tensor], grad_scale: Tensor | None, dtype: torch.dtype, *args: Any) -> Tensor:
-    return grads[0].new_empty((len(grads), *grads[0].shape), dtype=dtype)
-
-
-@kron_factor.register_fake
-def _(factor_c: Tensor, *args: Any) -> Tensor:
-    return factor_c.new_empty(factor_c.shape[:1], dtype=torch.bool)
-
-
-@kron_step.register_fake
-def _(*args: Any) -> None:
-    return None
+kron_step = _define(
+    eager.kron_step, ("params", "buffers", "residuals", "skipped", "grad"), _returns_nothing
+)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rootfree_kernels.eager.common import as_scalar, wide
+from rootfree_kernels.eager.common import as_scalar
 
 
 def block_norm(m: Tensor, clip: str) -> Tensor:
@@ -31,7 +31,7 @@ def clipped_momentum(
     Args:
         momenta: the sides of a batch of L blocks, each [L, n, n] with an n of its own, FP64, FP32 or BF16 (rounded to
             nearest; ‖m‖ is that of the unrounded value). Changed in place.
-        deltas: as many, of the same shapes.
+        deltas: Δ of each side, of the same shapes, wide. Overwritten.
         found_inf: 0-d or [1]; unless it is 0 every block is skipped.
         riemannian_momentum: α₂.
         clip: "frobenius", "row_sum" or "none".
@@ -39,15 +39,13 @@ def clipped_momentum(
     A block of which any side is not finite is skipped on every side: its m stay, and its factors are exactly 0, so
     that C − β₂·0·Cm is C.
     """
-    blended = [
-        torch.lerp(wide(m), wide(delta), 1.0 - riemannian_momentum)
-        for m, delta in zip(momenta, deltas, strict=True)
-    ]
-    norms = [block_norm(m, clip) for m in blended]
+    for m, delta in zip(momenta, deltas, strict=True):
+        delta.lerp_(m.to(delta.dtype), riemannian_momentum)
+    norms = [block_norm(new, clip) for new in deltas]
     ok = torch.stack(norms).isfinite().all(0)
     if found_inf is not None:
         ok = ok & (as_scalar(found_inf) == 0)
-    for m, new in zip(momenta, blended, strict=True):
-        keep = ok.to(new.dtype)[:, None, None]
-        m.copy_(wide(m).lerp_(new.nan_to_num_(0.0, 0.0, 0.0), keep))
+    keep = ok.to(deltas[0].dtype)[:, None, None]
+    for m, new in zip(momenta, deltas, strict=True):
+        m.copy_(m.to(new.dtype).lerp_(new.nan_to_num_(0.0, 0.0, 0.0), keep))
     return [torch.where(ok, 1.0 / norm.clamp(min=1.0), 0.0) for norm in norms]

@@ -101,13 +101,17 @@ def kron_factor(
     return clips[0] > 0
 
 
-def precondition(factor_c: Tensor, factor_k: Tensor, cached: bool, grad: Tensor) -> Tensor:
-    """U = CCᵀ·G·KKᵀ [L, p, d]; with `cached` the arguments are P_C = CCᵀ and P_K = KKᵀ, and half the work is saved."""
+def precondition_(factor_c: Tensor, factor_k: Tensor, cached: bool, grad: Tensor) -> Tensor:
+    """G ← U = CCᵀ·G·KKᵀ [L, p, d], in the memory of `grad`.
+
+    With `cached` the factors are P_C = CCᵀ and P_K = KKᵀ, which saves half the work.
+    """
     c, k = factor_c.to(grad.dtype), factor_k.to(grad.dtype)
     if cached:
-        return torch.bmm(torch.bmm(c, grad), k)
-    a = torch.bmm(torch.bmm(c.mT, grad), k)
-    return torch.bmm(torch.bmm(c, a), k.mT)
+        return torch.bmm(torch.bmm(c, grad), k, out=grad)
+    half = torch.bmm(c.mT, grad)
+    torch.bmm(half, k, out=grad)
+    return torch.bmm(torch.bmm(c, grad, out=half), k.mT, out=grad)
 
 
 def kron_step(
@@ -133,11 +137,11 @@ def kron_step(
 
         U = CCᵀ·G·KKᵀ,    buf ← α₁buf + U + κW,    W ← W − β₁buf
 
-    `params`, `buffers` (and `residuals`, int16, for compensated BF16 weights, else none) are strided block views.
+    `grad` is G, and is overwritten. `params`, `buffers` (and `residuals`, int16, for compensated BF16 weights, else none) are strided block views.
     A block with a non-finite U, or one whose `ok` [L] says that its factors were skipped, keeps weights and buffer,
     and its `skipped` [L] grows by one.
     """
-    direction = wide(precondition(factor_c, factor_k, cached, grad))
+    direction = wide(precondition_(factor_c, factor_k, cached, grad))
     finite = torch.linalg.vector_norm(direction, dim=(-2, -1)).isfinite()
     if ok is not None:
         finite = finite & ok

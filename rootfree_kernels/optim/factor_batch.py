@@ -35,7 +35,7 @@ class FactorBatch:
         self.members = list(members)
         self.storage: dict[str, Tensor] = {}
         self.products: dict[str, Tensor] = {}
-        self._views: list[tuple[Tensor, str, Tensor]] = []
+        self._views: dict[Tensor, list[tuple[str, Tensor]]] = {}
         self.seeds = torch.tensor(seeds, dtype=torch.int32, device=self.device)
         for name in names:
             self._adopt(states, name)
@@ -51,11 +51,15 @@ class FactorBatch:
         for member in self.members:
             view = self.storage[name][member.blocks]
             states[member.param][name + member.suffix] = view
-            self._views.append((member.param, name + member.suffix, view))
+            self._views.setdefault(member.param, []).append((name + member.suffix, view))
 
     def holds(self, states: Any) -> bool:
         """Whether the states still hold the views: a user may have put other tensors in their place."""
-        return all(states[param].get(name) is view for param, name, view in self._views)
+        for param, views in self._views.items():
+            state = states[param]
+            if not all(state.get(name) is view for name, view in views):
+                return False
+        return True
 
     def make_products(self, dtype: torch.dtype) -> None:
         """Derive P_C and P_K from the factors, in `dtype`."""

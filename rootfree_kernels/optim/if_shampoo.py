@@ -25,6 +25,10 @@ from rootfree_kernels.optim.base import (
 from rootfree_kernels.optim.factor_batch import FactorBatch, Member, blocks_of
 
 
+MAX_BATCH_NUMBERS = {"cpu": 1 << 18}
+"""Numbers of G in a batch, by type of device: on a CPU what its second-level cache holds, elsewhere no limit."""
+
+
 class Plan(NamedTuple):
     """How a group's parameters are stepped, and the options that it was made for."""
 
@@ -184,11 +188,15 @@ class IFShampoo(RootFreeOptimizer):
     def _make_batches(self, group: Group, params: list[Tensor]) -> list[FactorBatch]:
         members: dict[Any, list[Member]] = defaultdict(list)
         seeds: dict[Any, list[int]] = defaultdict(list)
+        parts: dict[Any, int] = defaultdict(int)
         for param in params:
             block_index = 0
             for number, tile in enumerate(self._tiles(param, group)):
                 alone = id(param) if group["foreach"] is False else None
-                key = (tile.block_shape, param.dtype, param.device, alone)
+                kind = (tile.block_shape, param.dtype, param.device, alone)
+                if _is_full(len(seeds[kind, parts[kind]]), tile, param.device):
+                    parts[kind] += 1
+                key = (kind, parts[kind])
                 members[key].append(Member(param, tile, _suffix(number), len(seeds[key])))
                 blocks = range(block_index, block_index + tile.num_blocks)
                 seeds[key].extend(self._seed(param, group, index) for index in blocks)
@@ -316,6 +324,13 @@ _LAYOUT_OPTIONS = (
     "seed",
     "foreach",
 )
+
+
+def _is_full(num_blocks: int, tile: Tile, device: torch.device) -> bool:
+    """Whether a batch of `num_blocks` has no room for the blocks of one more tile."""
+    rows, cols = tile.block_shape
+    limit = MAX_BATCH_NUMBERS.get(device.type)
+    return limit is not None and num_blocks > 0 and (num_blocks + tile.num_blocks) * rows * cols > limit
 
 
 def _suffix(tile_number: int) -> str:
