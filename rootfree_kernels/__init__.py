@@ -1,7 +1,18 @@
 """Adaptive optimizers without the square root (Lin et al., ICML 2024): RF-RMSProp and IF-Shampoo for PyTorch."""
 
+from rootfree_kernels.batch_size import BatchSizeCounter
 from rootfree_kernels.optim import GrowingInterval, IFShampoo, RFAdaGrad, RFRMSProp
+from rootfree_kernels.param_split import ParamSplit, split_params
 
 __version__ = "0.1.0"
 
-__all__ = ["GrowingInterval", "IFShampoo", "RFAdaGrad", "RFRMSProp", "__version__"]
+__all__ = [
+    "BatchSizeCounter",
+    "GrowingInterval",
+    "IFShampoo",
+    "ParamSplit",
+    "RFAdaGrad",
+    "RFRMSProp",
+    "__version__",
+    "split_params",
+]

@@ -6,6 +6,8 @@ import copy
 import inspect
 import pickle
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -426,9 +428,7 @@ def test_an_overflow_under_grad_scaler_is_counted_and_changes_nothing_else(
     scaled_step(model, optimizer, scaler, 3)
     finite = snapshot(optimizer)
     assert all(value.isfinite().all() for value in finite.values())
-    assert all(
-        not same_bits(finite[name], before[name]) for name in before if name.endswith((" weight", " factor_c"))
-    )
+    assert not any(same_bits(finite[name], before[name]) for name in before if "momentum_buffer" in name)
     assert all(torch.equal(finite[name], after[name]) for name in after if "skipped" in name)
 
 
@@ -482,11 +482,8 @@ def test_parameters_of_any_strides_step_as_contiguous_ones(case: Case, shape: An
         states.append(snapshot(optimizer))
     assert finals[0].stride() != finals[1].stride()
     assert_same_bits(*states)
-    if layout is sliced:
-        whole = finals[0].detach()._base if finals[0]._base is None else finals[0]._base
-        storage = torch.tensor([], dtype=case.dtype).set_(finals[0].untyped_storage())
-        assert whole is not None or True
-        assert storage.count_nonzero() == finals[0].count_nonzero()
+    memory = torch.tensor([], dtype=case.dtype).set_(finals[0].untyped_storage())
+    assert memory.count_nonzero() == finals[0].count_nonzero()  # the gaps hold zeros still
 
 
 GRADIENT_LAYOUTS = [
@@ -513,39 +510,32 @@ def test_gradients_of_any_strides_act_as_contiguous_ones(case: Case, shape: Any,
     assert_same_bits(*states)
 
 
-DTYPES = {
-    # dtype of the weights: by how much six steps may differ from FP64 weights, in units of the largest weight.
-    # A weight is rounded once a step, by one unit in the last place at most (stochastic rounding), six in all; the
-    # inputs are rounded by half a unit, gradients too. FP32 adds the rounding of 6 × 6 products.
-    torch.float64: 0.0,
-    torch.float32: 16 * 2.0**-23,
-    torch.float16: 16 * 2.0**-10,
-    torch.bfloat16: 16 * 2.0**-7,
-}
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_floating_dtype_of_weights_is_served(case: Case, dtype: torch.dtype) -> None:
-    """The same trajectory but for the rounding of weights and gradients."""
+    """The trajectory of FP64 weights but for seven roundings of the weight, at the start and after each of six steps, of
+    at most one unit in the last place (eps · |w|) each; one more for those of the gradients."""
 
-    def run(dtype: torch.dtype) -> list[Tensor]:
+    def run(dtype: torch.dtype) -> Tensor:
         changes = {"factor_dtype": torch.float64, "state_dtype": torch.float64} if case.is_shampoo else {}
         model = Model(dtype)
-        start = copy.deepcopy(model)
-        optimizer = case.make(model.parameters(), **changes)
+        optimizer = case.make(model.parameters(), lr=0.25, **changes)
         train(model, optimizer, [*BEFORE, *AFTER])
         assert all(param.dtype == dtype for param in model.parameters())
-        pairs = zip(model.parameters(), start.parameters(), strict=True)
-        assert all((param != old).any() for param, old in pairs)
-        return [param.detach().double() for param in model.parameters()]
+        return nn.utils.parameters_to_vector(model.parameters()).detach().double()
 
-    for actual, expected in zip(run(dtype), run(torch.float64), strict=True):
-        assert (actual - expected).abs().max() <= DTYPES[dtype] * expected.abs().max().clamp(min=1)
+    actual, expected = run(dtype), run(torch.float64)
+    tolerance = 0.0 if dtype == torch.float64 else 8 * torch.finfo(dtype).eps * expected.abs().max()
+    assert (actual - expected).abs().max() <= tolerance
+    start = nn.utils.parameters_to_vector(Model(torch.float64).parameters())
+    assert (start - expected).abs().max() > 5 * tolerance
 
 
-@pytest.mark.parametrize("grad_dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("grad_dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_a_gradient_may_have_another_floating_dtype(case: Case, grad_dtype: torch.dtype) -> None:
-    """As from reduced-precision reduction of gradients; the numbers are chosen so that no cast rounds."""
+    """As after a reduction of gradients in another precision; no cast rounds the numbers chosen here."""
     states = []
     for dtype in (grad_dtype, case.dtype):
         params = [nn.Parameter(torch.ones(shape, dtype=case.dtype)) for shape in SHAPES.values()]
@@ -556,7 +546,10 @@ def test_a_gradient_may_have_another_floating_dtype(case: Case, grad_dtype: torc
                 param.grad = grad.to(dtype)
             optimizer.step()
         states.append(snapshot(optimizer))
-    assert_same_bits(*states)
+    if grad_dtype == torch.float64:  # the diagonal step then divides in FP64 and rounds to FP32 afterwards
+        torch.testing.assert_close(*states, rtol=2**-20, atol=2**-20)
+    else:
+        assert_same_bits(*states)
 
 
 # ---- state ---------------------------------------------------------------------------------------------------------
@@ -673,15 +666,17 @@ READS = ("item", "tolist", "numpy", "cpu", "__float__", "__int__", "__index__", 
 class NoReads(TorchDispatchMode):
     """Fails where the host asks for a number that a tensor holds."""
 
-    FORBIDDEN = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal)
+    TAGS = frozenset({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape})
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert func.overloadpacket not in self.FORBIDDEN, f"{func} waits for the device"
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        size_is_told = kwargs.get("output_size") is not None
+        assert size_is_told or self.TAGS.isdisjoint(func.tags), f"{func} waits for the device"
+        return func(*args, **kwargs)
 
 
-@pytest.fixture
-def no_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+@contextmanager
+def no_reads() -> Iterator[None]:
     """Any read of a tensor's value by the host fails, within the operators (which hide from a mode) as well."""
 
     def forbidden(*args: Any, **kwargs: Any) -> Any:
@@ -694,35 +689,50 @@ def no_reads(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return call
 
-    functions = {name: f for name, f in vars(eager).items() if inspect.isfunction(f)}
-    monkeypatch.setitem(
-        backends.BACKENDS, "eager", SimpleNamespace(**{n: watched(f) for n, f in functions.items()})
-    )
-    for name in READS:
-        monkeypatch.setattr(torch.Tensor, name, forbidden)
+    functions = {name: watched(f) for name, f in vars(eager).items() if inspect.isfunction(f)}
+    with pytest.MonkeyPatch.context() as patch, NoReads():
+        patch.setitem(backends.BACKENDS, "eager", SimpleNamespace(**functions))
+        for name in READS:
+            patch.setattr(torch.Tensor, name, forbidden)
+        yield
 
 
 @pytest.mark.parametrize("capturable", [False, True], ids=["default", "capturable"])
 @pytest.mark.parametrize("case", [case for case in CASES if "T3" not in case.name], ids=lambda case: case.name)
-def test_a_step_with_t_1_reads_no_tensor(case: Case, capturable: bool, no_reads: None) -> None:
+def test_a_step_with_t_1_reads_no_tensor(case: Case, capturable: bool) -> None:
     model, optimizer = case.start(lr=torch.tensor(0.01), capturable=capturable)
     optimizer.grad_scale, optimizer.found_inf = torch.tensor(8.0), torch.tensor(0.0)
     for step in BEFORE:
         model(step).backward()
-        with NoReads():
+        with no_reads():
             optimizer.step()
 
 
-def test_reading_a_tensor_is_noticed(no_reads: None) -> None:
+READERS = {
+    "float": float,
+    "bool": bool,
+    "item": lambda x: x.item(),
+    "tolist": lambda x: x.tolist(),
+    "equal": lambda x: torch.equal(x, x),
+    "mask": lambda x: x[x > 0],
+    "repeat": lambda x: torch.repeat_interleave(x.long()),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_reading_a_tensor_is_noticed(reader: str) -> None:
     """So that the test above can fail."""
-    with NoReads():
-        for read in (float, bool, torch.Tensor.item, lambda x: torch.repeat_interleave(x.long())):
-            with pytest.raises(AssertionError):
-                read(torch.ones(1))
+    x, noticed = torch.ones(1), False
+    with no_reads():
+        try:
+            READERS[reader](x)
+        except AssertionError:
+            noticed = True
+    assert noticed
 
 
 @pytest.mark.parametrize("lr", [torch.tensor(0.01), torch.tensor([0.01])], ids=["0-d", "1-d"])
-def test_the_learning_rate_is_never_read(case: Case, lr: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_learning_rate_is_never_read(case: Case, lr: Tensor) -> None:
     """Also where T > 1, whose step counts the host does read."""
     model, optimizer = case.start(lr=lr)
 
@@ -735,11 +745,12 @@ def test_the_learning_rate_is_never_read(case: Case, lr: Tensor, monkeypatch: py
 
         return read
 
-    for name in READS:
-        monkeypatch.setattr(torch.Tensor, name, guarded(name))
-    with pytest.raises(AssertionError):
-        lr.item()
-    train(model, optimizer, BEFORE)
+    for step in BEFORE:
+        model(step).backward()
+        with pytest.MonkeyPatch.context() as patch:
+            for name in READS:
+                patch.setattr(torch.Tensor, name, guarded(name))
+            optimizer.step()
 
 
 @pytest.mark.gpu

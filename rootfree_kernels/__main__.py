@@ -1,0 +1,83 @@
+"""`python -m rootfree_kernels`: what is installed, and which backend serves which device and dtype, and why."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+import platform
+
+import torch
+
+import rootfree_kernels
+from rootfree_kernels.backends import DTYPES, NAMES, build_record, choose, matmul_dtype, why_not
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _devices() -> list[tuple[torch.device, str]]:
+    """(device, description) of the CPU and of every GPU that torch can see."""
+    threads = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    devices = [(torch.device("cpu"), f"{platform.processor() or platform.machine()}, {threads}")]
+    for index in range(torch.cuda.device_count()):
+        devices.append((torch.device("cuda", index), torch.cuda.get_device_name(index)))
+    return devices
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _extension(built: bool) -> str:
+    if not built:
+        return "left out"
+    try:
+        info = importlib.import_module("rootfree_kernels._C").build_info()
+    except ImportError as error:
+        return f"BROKEN, reinstall the package: {error}"
+    return ", ".join(f"{name} {value}" for name, value in info.items())
+
+
+def _versions() -> list[str]:
+    record = build_record()
+    lines = [
+        f"rootfree-kernels {rootfree_kernels.__version__}",
+        f"python {platform.python_version()}, torch {torch.__version__} (CUDA {torch.version.cuda or 'none'}), "
+        f"triton {_version('triton')}",
+        f"compiled extension: {_extension(record['extension'])}",
+    ]
+    lines += [f"  {part}: {reason}" for part, reason in record["left_out"].items() if reason]
+    if forced := os.environ.get("ROOTFREE_BACKEND"):
+        lines.append(f"ROOTFREE_BACKEND={forced}")
+    return lines
+
+
+def _serving(device: torch.device, description: str) -> list[str]:
+    lines = [f"{device}: {description}"]
+    for dtype in DTYPES:
+        try:
+            lines.append(f"  {_short(dtype):9} {choose(device, dtype)}")
+        except RuntimeError as error:
+            lines.append(f"  {_short(dtype):9} nothing: {error}")
+    for name in NAMES:
+        if reason := why_not(name, device, torch.float32):
+            lines.append(f"  not {name}: {reason}")
+    lines.append(f"  bfloat16 factors are multiplied in {_short(matmul_dtype(torch.bfloat16, device))}")
+    return lines
+
+
+def main() -> None:
+    """Print the report; never fails where the package can be imported."""
+    lines = _versions()
+    for device, description in _devices():
+        lines += ["", *_serving(device, description)]
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""Splitting a model's parameters into groups that deserve hyperparameters of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from torch.nn import Module, Parameter
+
+from rootfree_kernels.blocks import matrix_shape
+
+HEAD_NAMES = frozenset({"head", "lm_head", "classifier", "score", "unembed", "output_projection", "fc_out"})
+
+
+@dataclass
+class ParamSplit:
+    """Named parameters in three parts, and for each name one sentence why it is where it is."""
+
+    matrices: list[tuple[str, Parameter]] = field(default_factory=list)
+    embeddings_and_heads: list[tuple[str, Parameter]] = field(default_factory=list)
+    vectors: list[tuple[str, Parameter]] = field(default_factory=list)
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    def groups(self, **options: dict[str, Any]) -> list[dict[str, Any]]:
+        """The parts that are not empty as parameter groups, in the order above.
+
+        Args:
+            options: group options by part, such as `vectors={"weight_decay": 0.0}`.
+
+        Raises:
+            ValueError: an unknown part is named.
+        """
+        parts = ("matrices", "embeddings_and_heads", "vectors")
+        if unknown := sorted(set(options) - set(parts)):
+            raise ValueError(f"{unknown[0]}={options[unknown[0]]!r}: no such part; choose from {', '.join(parts)}.")
+        return [{"params": getattr(self, part), **options.get(part, {})} for part in parts if getattr(self, part)]
+
+    def __str__(self) -> str:
+        return "\n".join(f"{name}: {reason}" for name, reason in self.reasons.items())
+
+
+def split_params(model: Module, heads: Collection[str] = ()) -> ParamSplit:
+    """Split the trainable parameters of `model`; each stands once, under its first name.
+
+    - *matrices*: hidden weights with two or more axes (two sides longer than 1): Kronecker factors pay most here.
+    - *embeddings and heads*: one row a token or class; sides are long and gradients sparse by rows, so that another
+      learning rate, smaller blocks or `structure="elementwise"` may serve better.
+    - *vectors*: biases, gains and all else that takes the diagonal step.
+
+    Args:
+        model: any module.
+        heads: names of modules to count as heads besides those recognised: modules named like a head (`lm_head`,
+            `classifier`, …) and linear layers that share an embedding's weight or its number of rows.
+
+    Raises:
+        ValueError: `heads` names a module that the model does not have.
+    """
+    modules = dict(model.named_modules())
+    if unknown := sorted(set(heads) - set(modules)):
+        raise ValueError(f"heads={unknown[0]!r}: no such module; choose from model.named_modules().")
+    vocabularies = {m.num_embeddings for m in modules.values() if isinstance(m, nn.Embedding)}
+    split = ParamSplit()
+    for name, param, owner_name in _owned_params(model):
+        owner = modules[owner_name]
+        if matrix_shape(param.shape) is None:
+            part, why = split.vectors, f"shape {tuple(param.shape)} has no two sides longer than 1: diagonal step"
+        elif isinstance(owner, nn.Embedding | nn.EmbeddingBag):
+            part, why = split.embeddings_and_heads, "the weight of an embedding: one row a token"
+        elif _is_head(owner, owner_name, heads, vocabularies):
+            part, why = split.embeddings_and_heads, "the weight of an output head: one row a class"
+        else:
+            part, why = split.matrices, f"a hidden weight of shape {tuple(param.shape)}: Kronecker factors"
+        part.append((name, param))
+        split.reasons[name] = why
+    return split
+
+
+def _owned_params(model: Module) -> Iterator[tuple[str, Parameter, str]]:
+    """(name, parameter, name of the module that holds it) for every trainable parameter, once."""
+    for name, param in model.named_parameters():
+        if param.requires_grad:
+            yield name, param, name.rpartition(".")[0]
+
+
+def _is_head(owner: Module, owner_name: str, heads: Collection[str], vocabularies: set[int]) -> bool:
+    if owner_name in heads or owner_name.rpartition(".")[2] in HEAD_NAMES:
+        return True
+    return isinstance(owner, nn.Linear) and owner.out_features in vocabularies

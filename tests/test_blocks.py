@@ -1,0 +1,57 @@
+"""From a parameter to blocks."""
+
+from __future__ import annotations
+
+import pytest
+import reference as ref
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rootfree_kernels.blocks import block_views, matrix_shape, matrix_view, split_side, tiles
+
+
+@given(st.integers(1, 5000), st.integers(1, 1500))
+def test_a_side_is_cut_into_as_few_nearly_equal_blocks_as_the_longest_side_allows(size, max_dim):
+    runs = split_side(size, max_dim)
+    blocks = [slice(run.start + i * run.size, run.start + (i + 1) * run.size) for run in runs for i in range(run.count)]
+    assert blocks == ref.block_slices(size, max_dim)
+    assert len(runs) <= 2
+
+
+def test_none_leaves_a_side_whole():
+    assert split_side(10**6, None) == [(0, 1, 10**6)]
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [((), None), ((3,), None), ((1, 5), None), ((5, 1), None), ((4, 3), (4, 3)), ((8, 3, 3, 3), (8, 27)), ((8, 1, 3), (8, 3))],
+    ids=str,
+)
+def test_what_is_seen_as_a_matrix(shape, expected):
+    assert matrix_shape(shape) == expected
+
+
+@given(st.integers(2, 23), st.integers(2, 23), st.integers(1, 9))
+def test_the_blocks_of_all_tiles_are_views_that_cover_the_matrix_once(rows, cols, max_dim):
+    matrix = torch.zeros(rows, cols).t().contiguous().t()  # column-major: any strides will do
+    for tile in tiles(matrix.shape, max_dim):
+        views = block_views(matrix, tile)
+        assert len(views) == tile.num_blocks
+        for view in views:
+            assert tuple(view.shape) == tile.block_shape
+            view += 1
+    assert (matrix == 1).all()
+
+
+def test_blocks_stand_row_by_row():
+    matrix = torch.arange(24.0).reshape(4, 6)
+    (tile,) = tiles(matrix.shape, 3)
+    assert [view[0, 0].item() for view in block_views(matrix, tile)] == [0, 3, 12, 15]
+
+
+def test_a_matrix_view_of_a_contiguous_weight_shares_its_memory():
+    weight = torch.randn(4, 3, 2, 2)
+    assert matrix_view(weight).data_ptr() == weight.data_ptr()
+    channels_last = weight.to(memory_format=torch.channels_last)
+    assert torch.equal(matrix_view(channels_last), weight.reshape(4, 12))

@@ -1,0 +1,125 @@
+"""The diagonal step against the FP64 reference."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import reference as ref
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolerances import assert_close, relative_error
+
+from rootfree_kernels import IFShampoo, RFAdaGrad, RFRMSProp
+from rootfree_kernels.eager.rf_rmsprop import chunks
+
+OPTIONS = {"lr": 0.05, "batch_size": 3.0, "beta2": 0.3, "momentum": 0.8, "damping": 0.2, "weight_decay": 0.03}
+SHAPES = [(), (1,), (13,), (5, 3), (2, 3, 4)]
+
+
+def train(optimizer_class, dtype, steps=6, gamma=1.0, shapes=SHAPES, **options):
+    """[(our weight, the reference's)] of several tensors after some steps along the same random gradients."""
+    rng = np.random.default_rng(0)
+    weights = [rng.normal(size=shape) for shape in shapes]
+    params = [torch.nn.Parameter(torch.tensor(weight).to(dtype)) for weight in weights]
+    weights = [param.detach().double().numpy() for param in params]
+    optimizer = optimizer_class(params, **OPTIONS, **options)
+    states = [ref.DiagonalState.initial(shape) for shape in shapes]
+    descent = {
+        "decoupled": options.get("decoupled_weight_decay", False),
+        "maximize": options.get("maximize", False),
+    }
+    for _ in range(steps):
+        for index, param in enumerate(params):
+            param.grad = torch.tensor(rng.normal(size=param.shape)).to(dtype)
+            weights[index], states[index] = ref.diagonal_step(
+                *(weights[index], param.grad.double().numpy(), states[index]), gamma=gamma, **OPTIONS, **descent
+            )
+        optimizer.step()
+    return list(zip(params, weights, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"decoupled_weight_decay": True}, {"maximize": True}, {"foreach": False}], ids=str
+)
+def test_rf_rmsprop_follows_the_reference(dtype, options):
+    for actual, expected in train(RFRMSProp, dtype, **options):
+        assert_close(actual, expected, dtype)
+
+
+def test_rf_adagrad_is_the_method_with_gamma_0():
+    for actual, expected in train(RFAdaGrad, torch.float64, gamma=0.0):
+        assert_close(actual, expected, torch.float64)
+
+
+def test_if_shampoo_gives_vectors_and_matrices_with_a_side_of_1_the_diagonal_step():
+    shapes = [(), (1,), (9,), (1, 7), (7, 1), (5, 1, 1)]
+    for actual, expected in train(IFShampoo, torch.float64, shapes=shapes):
+        assert_close(actual, expected, torch.float64)
+
+
+def test_the_elementwise_structure_gives_matrices_the_diagonal_step_too():
+    for actual, expected in train(IFShampoo, torch.float64, structure="elementwise"):
+        assert_close(actual, expected, torch.float64)
+
+
+@pytest.mark.parametrize("rounding", ["stochastic", "compensated"])
+def test_bf16_weights_follow_the_reference(rounding):
+    for actual, expected in train(RFRMSProp, torch.bfloat16, shapes=[(64,), (9, 40)], weight_rounding=rounding):
+        assert_close(actual, expected, torch.bfloat16)
+
+
+def test_compensated_bf16_weights_are_fp32_weights_bit_for_bit():
+    generator = torch.Generator().manual_seed(0)
+    narrow = torch.nn.Parameter(torch.randn(50, generator=generator).bfloat16())
+    wide = torch.nn.Parameter(narrow.detach().float())
+    optimizers = [RFRMSProp([p], **OPTIONS, weight_rounding="compensated") for p in (narrow, wide)]
+    for _ in range(20):
+        grad = torch.randn(50, generator=generator).bfloat16()
+        narrow.grad, wide.grad = grad, grad.float()
+        for optimizer in optimizers:
+            optimizer.step()
+    residual = optimizers[0].state[narrow]["weight_residual"]
+    joined = (narrow.detach().view(torch.int16).to(torch.int32) << 16) + residual
+    assert torch.equal(joined.view(torch.float32), wide.detach())
+
+
+@pytest.mark.parametrize("rounding", ["stochastic", "compensated", "nearest"])
+def test_only_nearest_stops_a_bf16_average_from_decaying(rounding):
+    """β₂ = 0.001 changes s by a thousandth, less than half a BF16 unit: nearest leaves s = 1 for ever."""
+    param = torch.nn.Parameter(torch.zeros(4096))
+    optimizer = RFRMSProp([param], batch_size=1, beta2=1e-3, state_dtype=torch.bfloat16, rounding=rounding)
+    for _ in range(100):
+        param.grad = torch.zeros(4096)
+        optimizer.step()
+    square = optimizer.state[param]["square"].float().mean().item()
+    expected = 1.0 if rounding == "nearest" else 0.999**100
+    assert square == pytest.approx(expected, rel=2e-3)
+
+
+@given(st.lists(st.integers(0, 700_000), max_size=12))
+@settings(max_examples=50, deadline=None)
+def test_chunks_cover_the_list_in_order_and_stay_small(sizes):
+    tensors = [torch.empty(0).expand(0) if not n else torch.empty(1).expand(n) for n in sizes]
+    slices = list(chunks(tensors))
+    assert [t for piece in slices for t in range(len(sizes))[piece]] == list(range(len(sizes)))
+    assert all(len(sizes[p]) == 1 or sum(sizes[p]) <= 1 << 20 for p in slices)
+
+
+def test_many_tensors_in_one_call_step_as_each_alone():
+    def run(groups):
+        params = [torch.nn.Parameter(torch.full((size,), 0.5)) for size in range(1, 40)]
+        for param in params:
+            param.grad = torch.linspace(-1, 1, param.numel())
+        for some in groups(params):
+            RFRMSProp(some, **OPTIONS, state_dtype=torch.bfloat16, rounding="nearest").step()
+        return params
+
+    together, alone = run(lambda params: [params]), run(lambda params: [[p] for p in params])
+    assert all(torch.equal(x, y) for x, y in zip(together, alone, strict=True))
+
+
+def test_fp16_parameters_and_gradients_are_stepped_in_fp32():
+    for actual, expected in train(RFRMSProp, torch.float16, steps=3, shapes=[(200,)]):
+        assert relative_error(actual, expected) < 1e-3  # three roundings of 5e-4
