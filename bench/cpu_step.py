@@ -86,9 +86,7 @@ def report(rows: list[dict[str, Any]]) -> None:
     print(f"{'case':44} {'ours ms':>9} {'other ms':>9} {'ratio':>6}  target")
     for row in rows:
         target = f"≤ {row['target']}" if row["target"] else ""
-        print(
-            f"{row['case']:44} {row['ours'] * 1e3:9.2f} {row['theirs'] * 1e3:9.2f} {row['ratio']:6.2f}  {target}"
-        )
+        print(f"{row['case']:44} {row['ours'] * 1e3:9.2f} {row['theirs'] * 1e3:9.2f} {row['ratio']:6.2f}  {target}")
 
 
 def measure(repeats: int) -> list[dict[str, Any]]:
@@ -102,7 +100,12 @@ def measure(repeats: int) -> list[dict[str, Any]]:
     return [
         row("1 × 1024², update, against naive", big["rootfree"]["update"], big["naive"]["update"], 1.05),
         row("1 × 1024², other step, against naive", big["rootfree"]["other"], big["naive"]["other"], 0.6),
-        row("12 × 256², mean step at T=10, against naive", small["rootfree"]["mean"], small["naive"]["mean"], 0.7),
+        row(
+            "12 × 256², mean step at T=10, against naive",
+            small["rootfree"]["mean"],
+            small["naive"]["mean"],
+            0.7,
+        ),
         row(
             f"product 1024², BF16 against FP32 (chosen: {str(chosen).removeprefix('torch.')})",
             product["torch.bfloat16"],

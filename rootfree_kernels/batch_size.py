@@ -56,7 +56,9 @@ class BatchSizeCounter:
         world_size: int = 1,
     ) -> None:
         if not all("batch_size" in group for group in optimizer.param_groups):
-            raise ValueError(f"optimizer={type(optimizer).__name__} has groups without a batch_size: pass RFRMSProp or IFShampoo.")
+            raise ValueError(
+                f"optimizer={type(optimizer).__name__} has groups without a batch_size: pass RFRMSProp or IFShampoo."
+            )
         self.count = 0
         self._count_terms = count_terms
         self._world_size = world_size

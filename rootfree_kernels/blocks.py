@@ -15,15 +15,15 @@ from torch import Tensor
 
 
 class Run(NamedTuple):
-    """`count` neighbouring blocks of `size` rows (or columns), the first at `start`."""
+    """`num_blocks` neighbouring blocks of `size` rows (or columns), the first at `start`."""
 
     start: int
-    count: int
+    num_blocks: int
     size: int
 
     @property
     def stop(self) -> int:
-        return self.start + self.count * self.size
+        return self.start + self.num_blocks * self.size
 
 
 class Tile(NamedTuple):
@@ -39,7 +39,7 @@ class Tile(NamedTuple):
 
     @property
     def num_blocks(self) -> int:
-        return self.rows.count * self.cols.count
+        return self.rows.num_blocks * self.cols.num_blocks
 
     @property
     def block_shape(self) -> tuple[int, int]:
@@ -54,7 +54,7 @@ def split_side(size: int, max_dim: int | None) -> list[Run]:
     small, num_large = divmod(size, num_blocks)
     large = Run(0, num_large, small + 1)
     rest = Run(large.stop, num_blocks - num_large, small)
-    return [run for run in (large, rest) if run.count]
+    return [run for run in (large, rest) if run.num_blocks]
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int] | None:

@@ -26,9 +26,7 @@ from rootfree_kernels.backends import implementation
 _LIBRARY = Library("rootfree", "FRAGMENT")
 
 
-def _define(
-    function: Callable[..., Any], mutates_args: Sequence[str], fake: Callable[..., Any]
-) -> Callable[..., Any]:
+def _define(function: Callable[..., Any], mutates_args: Sequence[str], fake: Callable[..., Any]) -> Callable[..., Any]:
     """The operator with the signature of an eager function, a backend's name behind it, that calls the backend.
 
     `Library` and not `custom_op`, whose wrapper takes 0.2 ms a call at twenty arguments to bump version counters: the
@@ -53,7 +51,7 @@ def _returns_nothing(*args: Any) -> None:
     return None
 
 
-def _fake_gather(grads: Sequence[Tensor], grad_scale: Tensor | None, dtype: torch.dtype, *args: Any) -> Tensor:
+def _fake_gather(grads: list[Tensor], grad_scale: Tensor | None, dtype: torch.dtype, *args: Any) -> Tensor:
     return grads[0].new_empty((len(grads), *grads[0].shape), dtype=dtype)
 
 
@@ -61,7 +59,7 @@ def _fake_ok(factor_c: Tensor, *args: Any) -> Tensor:
     return factor_c.new_empty(factor_c.shape[:1], dtype=torch.bool)
 
 
-def _fake_clips(momenta: Sequence[Tensor], deltas: Sequence[Tensor], *args: Any) -> list[Tensor]:
+def _fake_clips(momenta: list[Tensor], deltas: list[Tensor], *args: Any) -> list[Tensor]:
     return [delta.new_empty(delta.shape[:1]) for delta in deltas]
 
 
@@ -80,6 +78,4 @@ kron_factor = _define(
     ),
     _fake_ok,
 )
-kron_step = _define(
-    eager.kron_step, ("params", "buffers", "residuals", "skipped", "grad"), _returns_nothing
-)
+kron_step = _define(eager.kron_step, ("params", "buffers", "residuals", "skipped", "grad"), _returns_nothing)

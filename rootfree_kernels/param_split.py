@@ -65,7 +65,10 @@ def split_params(model: Module, heads: Collection[str] = ()) -> ParamSplit:
     for name, param, owner_name in _owned_params(model):
         owner = modules[owner_name]
         if matrix_shape(param.shape) is None:
-            part, why = split.vectors, f"shape {tuple(param.shape)} has no two sides longer than 1: diagonal step"
+            part, why = (
+                split.vectors,
+                f"shape {tuple(param.shape)} has no two sides longer than 1: diagonal step",
+            )
         elif isinstance(owner, nn.Embedding | nn.EmbeddingBag):
             part, why = split.embeddings_and_heads, "the weight of an embedding: one row a token"
         elif _is_head(owner, owner_name, heads, vocabularies):

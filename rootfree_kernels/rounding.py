@@ -24,7 +24,7 @@ backend computes alike, with 32-bit wrap-around arithmetic:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -75,21 +75,23 @@ def keys(seeds: Tensor, steps: Tensor, slot: int) -> Tensor:
     return _mix(key)
 
 
-class BlockBits(NamedTuple):
-    """Draws 16 random bits for each of `count` elements of L blocks: int32 [L, count], 0 … 65535."""
+@dataclass(frozen=True)
+class BlockBits:
+    """Draws 16 random bits for each of `numel` elements of L blocks: int32 [L, numel], 0 … 65535."""
 
     seeds: Tensor
     steps: Tensor
     slot: int
-    count: int
+    numel: int
 
     def __call__(self) -> Tensor:
         key = keys(self.seeds, self.steps, self.slot)
-        index = torch.arange(self.count, device=key.device).to(torch.int32)
+        index = torch.arange(self.numel, device=key.device).to(torch.int32)
         return _upper_half(_mix(key.unsqueeze(1) ^ index))
 
 
-class RaggedBits(NamedTuple):
+@dataclass(frozen=True)
+class RaggedBits:
     """As `BlockBits`, for L tensors of `sizes` numbers laid end to end: int32 [sum(sizes)]."""
 
     seeds: Tensor

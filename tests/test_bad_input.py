@@ -123,20 +123,20 @@ def test_growing_interval_wants_a_whole_number(max_interval: Any) -> None:
     assert_explains(caught.value, "max_interval", max_interval)
 
 
-FIXED_BY_STATE = {
+LAYOUT_OPTIONS = {
     "factor_dtype": torch.float64,
     "rounding": "compensated",
+    "weight_rounding": "compensated",
     "structure": "elementwise",
     "max_preconditioner_dim": 3,
     "state_dtype": torch.float64,
-    "capturable": True,
 }
 
 
-@pytest.mark.parametrize("name", FIXED_BY_STATE)
+@pytest.mark.parametrize("name", LAYOUT_OPTIONS)
 def test_an_option_that_the_state_was_made_for_takes_effect_or_is_refused(name: str) -> None:
-    """Never an error half way, nor a run that goes on as if nothing had been asked for."""
-    model, value = Model(), FIXED_BY_STATE[name]
+    """Neither an error half way nor a run that goes on as if nothing had been asked for."""
+    model, value = Model(torch.bfloat16), LAYOUT_OPTIONS[name]
     params = list(model.parameters())
     opt = IFShampoo([{"params": params[:1]}, {"params": params[1:]}], **OPTIONS)
     train(model, opt, [0, 1])
@@ -150,8 +150,8 @@ def test_an_option_that_the_state_was_made_for_takes_effect_or_is_refused(name: 
     else:
         fresh = IFShampoo([{"params": params[:1]}, {"params": params[1:], name: value}], **OPTIONS)
         fresh.step()
-        expected = {key: (x.shape, x.dtype, x.device) for key, x in snapshot(fresh).items()}
-        assert {key: (x.shape, x.dtype, x.device) for key, x in snapshot(opt).items()} == expected
+        assert set(snapshot(opt)) == set(snapshot(fresh))
+        assert {k: x.dtype for k, x in snapshot(opt).items()} == {k: x.dtype for k, x in snapshot(fresh).items()}
 
 
 # ---- parameters ----------------------------------------------------------------------------------------------------
@@ -212,9 +212,9 @@ def test_no_parameters_at_all_are_refused(optimizer: Any, params: Any) -> None:
 
 
 def test_a_set_of_parameters_is_refused(case: Case) -> None:
-    """Its order changes from run to run."""
+    """Its order, by which random bits and checkpoints go, changes from run to run."""
     with pytest.raises(TypeError, match="set"):
-        case.make({nn.Parameter(torch.ones(3))})
+        case.make([{"params": {nn.Parameter(torch.ones(3))}}])
 
 
 # ---- gradients -----------------------------------------------------------------------------------------------------
@@ -288,7 +288,7 @@ def other_classes(case: Case) -> dict[str, torch.optim.Optimizer]:
     }
 
 
-def assert_refused(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any], match: str = "") -> None:
+def assert_refused(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any], match: str) -> None:
     """Loading raises ValueError and leaves options, weights and state as they were."""
     before, groups = snapshot(optimizer), copy.deepcopy(optimizer.state_dict()["param_groups"])
     with pytest.raises(ValueError, match=match):
@@ -342,16 +342,14 @@ def test_a_state_dict_that_lacks_an_entry_or_has_one_too_many_is_refused(case: C
     for change in (lambda state: state.pop(entry), lambda state: state.update(exp_avg=torch.ones(6))):
         saved = copy.deepcopy(optimizer.state_dict())
         change(saved["state"][index])
-        assert_refused(optimizer, saved)
+        assert_refused(optimizer, saved, match="keeps")
 
 
 # ---- backends ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", ["cuda", "triton", "no-such-backend"])
-def test_a_forced_backend_that_cannot_run_says_why(
-    case: Case, backend: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_forced_backend_that_cannot_run_says_why(case: Case, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither of them runs on a CPU."""
     model, optimizer = case.start()
     train(model, optimizer, [0, 1])
@@ -380,12 +378,21 @@ SHAMPOOS = pytest.mark.parametrize("case", CASES[2:], ids=lambda case: case.name
 ROW, COL = 6, 4  # the last element of `weight`, parameter 0
 
 
+def initial_state(case: Case) -> dict[str, Tensor]:
+    """What a first step finds: a step that is left out makes it (see the test of the first gradient)."""
+    model, optimizer = case.start()
+    for param in model.parameters():
+        param.grad = torch.full_like(param, torch.nan)
+    optimizer.step()
+    return snapshot(optimizer)
+
+
 def runs_with_and_without(case: Case, steps_before: int, param: str, index: Any, bad: float) -> tuple:
-    """Snapshots before one more step, after it with a bad number in a gradient, and after it with none; and the
-    optimizer with the bad number, its model."""
+    """Snapshots before one more step, after it with a bad number in one gradient, and after it with none; and the
+    model and the optimizer that met the bad number."""
     model, optimizer = case.start()
     train(model, optimizer, range(steps_before))
-    before = snapshot(optimizer)
+    before = snapshot(optimizer) if steps_before else initial_state(case)
     clean_model, clean = copy.deepcopy((model, optimizer))
     train(clean_model, clean, [steps_before])
     optimizer.zero_grad()
@@ -395,16 +402,37 @@ def runs_with_and_without(case: Case, steps_before: int, param: str, index: Any,
     return before, snapshot(optimizer), snapshot(clean), model, optimizer
 
 
-def assert_recovers(model: Model, optimizer: torch.optim.Optimizer, steps: range, moved: Tensor) -> None:
-    """Finite gradients go on from there, with finite values, and are not counted as skips."""
-    shot = snapshot(optimizer)
-    skips = {name: value for name, value in shot.items() if "skipped" in name}
-    old = moved.clone()
+def assert_recovers(model: Model, optimizer: torch.optim.Optimizer, steps: range, buffer: Tensor) -> None:
+    """Finite gradients go on from there with finite values, move `buffer`, and are not counted as skipped."""
+    skips = {name: value for name, value in snapshot(optimizer).items() if "skipped" in name}
+    old = buffer.clone()
     train(model, optimizer, steps)
-    shot = snapshot(optimizer)
-    assert all(value.isfinite().all() for value in shot.values())
-    assert_same_bits({name: shot[name] for name in skips}, skips)
-    assert (moved != old).all()
+    after = snapshot(optimizer)
+    assert all(value.isfinite().all() for value in after.values())
+    assert_same_bits({name: after[name] for name in skips}, skips)
+    assert (buffer != old).all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, HUGE], ids=str)
+def test_the_first_gradient_may_be_non_finite(case: Case, bad: float) -> None:
+    """Weights and state are then those of the start, but for the counts."""
+    model, optimizer = case.start()
+    start = snapshot(optimizer)
+    model(0).backward()
+    for param in model.parameters():
+        param.grad.fill_(bad)
+    optimizer.step()
+    after = snapshot(optimizer)
+    assert_same_bits({name: after[name] for name in start}, start)
+    for name in after.keys() - start.keys():
+        value, entry = after[name], name.split()[1].split(".")[0]
+        if entry in ("factor_c", "factor_k"):
+            assert torch.equal(value, torch.eye(value.shape[-1]).to(value.dtype).expand_as(value)), name
+        else:
+            assert (value == (1 if entry in ("square", "step", "skipped") else 0)).all(), name
+
+
+BLOCK_ENTRIES = ("factor_c", "factor_k", "momentum_c", "momentum_k", "residual_c", "residual_k")
 
 
 @SHAMPOOS
@@ -412,68 +440,29 @@ def assert_recovers(model: Model, optimizer: torch.optim.Optimizer, steps: range
 @pytest.mark.parametrize("steps_before", [0, 3, 4], ids=["first-step", "update-step", "other-step"])
 def test_a_non_finite_gradient_leaves_out_its_block_alone(case: Case, bad: float, steps_before: int) -> None:
     """Factors, momenta, weights of that block stay bit for bit; every other block steps as if nothing were wrong."""
-    before, actual, clean, model, optimizer = runs_with_and_without(
-        case, steps_before, "weight", (ROW, COL), bad
-    )
-    if not steps_before:
-        start = case.make(Model(case.dtype).parameters(), lr=0.0, beta2=0.0)
-        before = initial_state(start) | before
-    side = case.options.get("max_preconditioner_dim", 8)
+    before, actual, clean, model, optimizer = runs_with_and_without(case, steps_before, "weight", (ROW, COL), bad)
+    side = case.options.get("max_preconditioner_dim", 7)
     region = ref.block_slices(7, side)[-1], ref.block_slices(5, side)[-1]
-    last_tile = max(name for name in clean if name.startswith("0 factor_c")).removeprefix("0 factor_c")
+    tile = max(name for name in clean if name.startswith("0 factor_c")).removeprefix("0 factor_c")
     expected = {name: value.clone() for name, value in clean.items()}
-    for name in ("weight", "momentum_buffer", "weight_residual"):
-        if f"0 {name}" in expected:
-            expected[f"0 {name}"][region] = before[f"0 {name}"][region]
-    for name in ("factor_c", "factor_k", "momentum_c", "momentum_k", "residual_c", "residual_k"):
-        if f"0 {name}" in expected:
-            expected[f"0 {name}{last_tile}"][-1] = before[f"0 {name}{last_tile}"][-1]
-    expected[f"0 skipped{last_tile}"][-1] += 1
+    for name in ("0 weight", "0 momentum_buffer", "0 weight_residual"):
+        if name in expected:
+            expected[name][region] = before[name][region]
+    for name in (f"0 {entry}{tile}" for entry in BLOCK_ENTRIES):
+        if name in expected:
+            expected[name][-1] = before[name][-1]
+    expected[f"0 skipped{tile}"][-1] += 1
+
     assert_same_bits(actual, expected)
-    assert sum(value.sum() for name, value in actual.items() if "skipped" in name) == 1
+    assert sum(int(value.sum()) for name, value in actual.items() if "skipped" in name) == 1
     steps = range(steps_before + 1, steps_before + 4)
     assert_recovers(model, optimizer, steps, optimizer.state[model.weight]["momentum_buffer"][region])
 
 
-def initial_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """State as a first step finds it: that of a step whose gradient is left out."""
-    for param in optimizer.param_groups[0]["params"]:
-        param.grad = torch.full_like(param, torch.nan)
-    optimizer.step()
-    return {name: x for name, x in snapshot(optimizer).items() if not name.endswith(" weight")}
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, HUGE], ids=str)
-def test_the_first_gradient_may_be_non_finite(case: Case, bad: float) -> None:
-    """What follows is then the run from the start: nothing was learnt from it."""
-    model, optimizer = case.start()
-    start = snapshot(optimizer)
-    model(0).backward()
-    for param in model.parameters():
-        param.grad.fill_(bad)
-    optimizer.step()
-    assert all(same_bits(snapshot(optimizer)[name], weight) for name, weight in start.items())
-    for name, value in snapshot(optimizer).items():
-        if "factor_" in name:
-            identity = torch.eye(value.shape[-1], dtype=value.dtype).expand_as(value)
-            assert torch.equal(value, identity)
-        elif "square" in name and "residual" not in name:
-            assert (value == 1).all()
-        elif "momentum" in name or "residual" in name:
-            assert (value == 0).all() or "weight" in name
-        elif "skipped" in name or "step" in name:
-            assert (value == 1).all()
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @NON_FINITE
 @pytest.mark.parametrize("steps_before", [0, 3], ids=["first-step", "later"])
-def test_the_diagonal_step_leaves_out_the_elements_concerned_alone(
-    case: Case, bad: float, steps_before: int
-) -> None:
+def test_the_diagonal_step_leaves_out_the_elements_concerned_alone(case: Case, bad: float, steps_before: int) -> None:
     before, actual, clean, model, optimizer = runs_with_and_without(case, steps_before, "bias", 2, bad)
-    initial = {"3 square": torch.ones(6), "3 momentum_buffer": torch.zeros(6)}
-    before = initial | {"3 weight_residual": torch.zeros(6, dtype=torch.int16)} | before
     expected = {name: value.clone() for name, value in clean.items()}
     for name in ("3 weight", "3 square", "3 momentum_buffer", "3 weight_residual"):
         if name in expected:

@@ -30,7 +30,10 @@ def test_momentum_and_clip_are_the_reference_s(clip, scale):
 
 def test_the_row_sum_bounds_the_largest_singular_value_and_lies_below_frobenius_times_root_n():
     m = symmetric(20, 30, 3)
-    _, *norms = (ops.clipped_momentum([m.clone()], [m.clone()], None, 0.0, clip, "eager")[0] for clip in ("none", "row_sum", "frobenius"))
+    _, *norms = (
+        ops.clipped_momentum([m.clone()], [m.clone()], None, 0.0, clip, "eager")[0]
+        for clip in ("none", "row_sum", "frobenius")
+    )
     row_sum, frobenius = (1 / x for x in norms)
     spectral = torch.linalg.matrix_norm(m, 2)
     assert (row_sum >= spectral).all() and (frobenius >= spectral).all()

@@ -103,7 +103,14 @@ def test_parameters_fall_into_matrices_embeddings_with_heads_and_vectors_each_wi
     split = split_params(model)
     assert names(split.matrices) == ["hidden.weight", "conv.weight", "value.weight"]
     assert names(split.embeddings_and_heads) == ["embed.weight", "logits.weight"]
-    assert names(split.vectors) == ["norm.weight", "norm.bias", "hidden.bias", "conv.bias", "logits.bias", "value.bias"]
+    assert names(split.vectors) == [
+        "norm.weight",
+        "norm.bias",
+        "hidden.bias",
+        "conv.bias",
+        "logits.bias",
+        "value.bias",
+    ]
     every = {name for name, param in model.named_parameters() if param.requires_grad}
     assert set(split.reasons) == every
     assert str(split).count("\n") == len(every) - 1

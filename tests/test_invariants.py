@@ -65,7 +65,7 @@ def preconditioner(state, side):
     return state[f"factor_{side}"][0] @ state[f"factor_{side}"][0].T
 
 
-# ---- 1. the scale of the loss -----------------------------------------------------------------------------------------
+# ---- 1. the scale of the loss
 
 
 def scaled_loss_runs(same_start):
@@ -73,9 +73,7 @@ def scaled_loss_runs(same_start):
     b, weight, c, k = 9.0, random(P, D, seed=1), near_identity(P, 2), near_identity(D, 3)
     root = 1.0 if same_start else b**0.25
     summed, _ = run(weight, gradient, c, k, batch_size=1.0, damping=0.3)
-    averaged, _ = run(
-        weight, lambda w: gradient(w) / b, root * c, root * k, batch_size=b, damping=0.3 / b
-    )
+    averaged, _ = run(weight, lambda w: gradient(w) / b, root * c, root * k, batch_size=b, damping=0.3 / b)
     return summed, averaged
 
 
@@ -91,7 +89,10 @@ def test_but_not_from_the_same_start():
 
 def test_the_diagonal_step_has_the_same_invariance():
     weights = []
-    for scale, options in ((1.0, {"batch_size": 1, "damping": 0.3}), (4.0, {"batch_size": 4, "damping": 0.3 / 4})):
+    for scale, options in (
+        (1.0, {"batch_size": 1, "damping": 0.3}),
+        (4.0, {"batch_size": 4, "damping": 0.3 / 4}),
+    ):
         param = torch.nn.Parameter(random(7, seed=1))
         optimizer = RFRMSProp([param], lr=0.1, **options)
         for step in range(5):
@@ -105,7 +106,7 @@ def test_the_diagonal_step_has_the_same_invariance():
     assert_exact(weights[1], weights[0])
 
 
-# ---- 2. affine reparametrisation --------------------------------------------------------------------------------------
+# ---- 2. affine reparametrisation
 
 
 def reparametrised(e, f, o, c, k, **options):
@@ -138,7 +139,7 @@ def test_orthogonal_reparametrisation_is_exact_from_the_identity_with_damping_de
     assert_exact(e @ n @ f.T, original)
 
 
-# ---- 3. inside a structure: the diagonal step -------------------------------------------------------------------------
+# ---- 3. inside a structure: the diagonal step
 
 
 def test_the_diagonal_step_is_invariant_under_diagonal_reparametrisation():
@@ -158,14 +159,12 @@ def test_the_diagonal_step_is_invariant_under_diagonal_reparametrisation():
     assert_exact(weights[1], weights[0])
 
 
-# ---- 4. the freedom of the factors ------------------------------------------------------------------------------------
+# ---- 4. the freedom of the factors
 
 
 def test_moving_a_scalar_from_one_factor_to_the_other_changes_nothing():
     weight, c, k, s = random(P, D, seed=1), near_identity(P, 2), near_identity(D, 3), 3.7
-    (w, state), (w_scaled, scaled) = (
-        run(weight, gradient, a, b, damping=0.2) for a, b in ((c, k), (s * c, k / s))
-    )
+    (w, state), (w_scaled, scaled) = (run(weight, gradient, a, b, damping=0.2) for a, b in ((c, k), (s * c, k / s)))
     assert_exact(w_scaled, w)
     assert_exact(scaled["momentum_c"], state["momentum_c"])
     assert_exact(scaled["momentum_k"], state["momentum_k"])
@@ -179,7 +178,7 @@ def test_rotating_a_factor_rotates_its_momentum_and_leaves_the_preconditioner():
     assert_exact(rotated["momentum_c"][0], q.T @ state["momentum_c"][0] @ q)
 
 
-# ---- 5. transposition -------------------------------------------------------------------------------------------------
+# ---- 5. transposition
 
 
 @pytest.mark.parametrize("clip", ["frobenius", "row_sum"])
@@ -196,7 +195,7 @@ def test_the_traces_of_both_sides_balance():
     assert_exact(D * traces[0], P * traces[1])
 
 
-# ---- 6. positive definiteness -----------------------------------------------------------------------------------------
+# ---- 6. positive definiteness
 
 
 def step_ratio(clip, beta2, seed, scale=30.0):
@@ -218,7 +217,7 @@ def test_without_a_clip_they_leave_that_range():
     assert step_ratio("none", 0.3, 0).min() < 0
 
 
-# ---- the rates --------------------------------------------------------------------------------------------------------
+# ---- the rates
 
 
 def distance_to_root_free_shampoo(beta2, steps):

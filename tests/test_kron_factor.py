@@ -88,8 +88,7 @@ def test_a_preconditioned_step_is_the_reference_s(cached, decoupled, dtype):
     batch = Batch(3, 7, 5, dtype)
     rows = zip(batch.weight.double().numpy(), batch.grad.double().numpy(), batch.states, strict=True)
     expected = [
-        ref.kron_step(weight, grad, state, update=False, decoupled=decoupled, **WEIGHT)
-        for weight, grad, state in rows
+        ref.kron_step(weight, grad, state, update=False, decoupled=decoupled, **WEIGHT) for weight, grad, state in rows
     ]
     batch.step(cached, decoupled)
     assert_close(batch.weight, np.stack([weight for weight, _ in expected]), dtype)

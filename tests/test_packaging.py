@@ -103,9 +103,7 @@ def test_wheel_holds(wheel: Path, name: str) -> None:
 
 def test_every_module_of_the_tree_is_in_the_wheel(wheel: Path) -> None:
     package = {path.relative_to(ROOT) for path in ROOT.glob("rootfree_kernels/**/*.py")}
-    triton_room = {
-        "rootfree_kernels" / path.relative_to(ROOT) for path in ROOT.glob("triton_kernels/**/*.py")
-    }
+    triton_room = {"rootfree_kernels" / path.relative_to(ROOT) for path in ROOT.glob("triton_kernels/**/*.py")}
     assert {path.as_posix() for path in package | triton_room} <= set(names(wheel))
 
 

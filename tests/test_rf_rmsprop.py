@@ -33,7 +33,10 @@ def train(optimizer_class, dtype, steps=6, gamma=1.0, shapes=SHAPES, **options):
         for index, param in enumerate(params):
             param.grad = torch.tensor(rng.normal(size=param.shape)).to(dtype)
             weights[index], states[index] = ref.diagonal_step(
-                *(weights[index], param.grad.double().numpy(), states[index]), gamma=gamma, **OPTIONS, **descent
+                *(weights[index], param.grad.double().numpy(), states[index]),
+                gamma=gamma,
+                **OPTIONS,
+                **descent,
             )
         optimizer.step()
     return list(zip(params, weights, strict=True))

@@ -28,7 +28,11 @@ def bits(seed: int, step: int, slot: int, index: int) -> int:
     return mix(key ^ index) >> 16
 
 
-@given(st.lists(st.integers(-(2**31), 2**31 - 1), min_size=1, max_size=4), st.integers(0, 2**24), st.integers(0, 3))
+@given(
+    st.lists(st.integers(-(2**31), 2**31 - 1), min_size=1, max_size=4),
+    st.integers(0, 2**24),
+    st.integers(0, 3),
+)
 def test_bits_follow_the_documented_function_of_seed_step_slot_and_element(seeds, step, slot):
     seed, steps = torch.tensor(seeds, dtype=torch.int32), torch.full((len(seeds),), float(step))
     drawn = rnd.BlockBits(seed, steps, slot, 9)()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -20,8 +18,8 @@ def block_norm(m: Tensor, clip: str) -> Tensor:
 
 
 def clipped_momentum(
-    momenta: Sequence[Tensor],
-    deltas: Sequence[Tensor],
+    momenta: list[Tensor],
+    deltas: list[Tensor],
     found_inf: Tensor | None,
     riemannian_momentum: float,
     clip: str,

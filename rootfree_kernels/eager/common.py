@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rootfree_kernels import rounding as rnd
-
 
 WIDE = (torch.float32, torch.float64)
 
@@ -48,9 +47,9 @@ class Stored(NamedTuple):
 
 
 def heavy_ball_(
-    weights: Sequence[Tensor],
-    buffers: Sequence[Tensor],
-    directions: Sequence[Tensor],
+    weights: list[Tensor],
+    buffers: list[Tensor],
+    directions: list[Tensor],
     keep: Tensor,
     lr: Tensor,
     momentum: float,
@@ -66,7 +65,7 @@ def heavy_ball_(
     multiplies, which is as exact as `torch.where` and costs a CPU a fifteenth of it where it is broadcast. The
     directions are overwritten.
     """
-    directions, keeps, rates = list(directions), list(keep.unbind()), list((keep * lr).unbind())
+    keeps, rates = list(keep.unbind()), list((keep * lr).unbind())
     torch._foreach_add_(directions, buffers, alpha=momentum)
     if weight_decay and not decoupled:
         torch._foreach_add_(directions, weights, alpha=weight_decay)

@@ -5,8 +5,6 @@ Shapes, for L blocks of p × d: G [L, p, d]; C, m_C [L, p, p]; K, m_K [L, d, d].
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -15,18 +13,16 @@ from rootfree_kernels.eager.clipped_momentum import clipped_momentum
 from rootfree_kernels.eager.common import WIDE, Stored, as_scalar, heavy_ball_, wide
 
 
-def kron_gather(grads: Sequence[Tensor], grad_scale: Tensor | None, dtype: torch.dtype, maximize: bool) -> Tensor:
+def kron_gather(grads: list[Tensor], grad_scale: Tensor | None, dtype: torch.dtype, maximize: bool) -> Tensor:
     """G [L, p, d] in `dtype` from L blocks [p, d] of any dtype and strides, divided by the scalar `grad_scale`."""
     batch = grads[0].new_empty((len(grads), *grads[0].shape), dtype=dtype)
-    torch._foreach_copy_(list(batch.unbind()), list(grads))
+    torch._foreach_copy_(list(batch.unbind()), grads)
     if grad_scale is not None:
         batch.div_(as_scalar(grad_scale))
     return batch.neg_() if maximize else batch
 
 
-def curvature_step(
-    a: Tensor, factor: Tensor, other: Tensor, batch_size: float, damping: float, gamma: float
-) -> Tensor:
+def curvature_step(a: Tensor, factor: Tensor, other: Tensor, batch_size: float, damping: float, gamma: float) -> Tensor:
     """Δ_C = ½[(B/d)·AAᵀ + (λ/d)·‖K‖²_F·CᵀC − γI], wide [L, p, p], from A [L, p, d], C and the other factor K [L, d, d].
 
     Δ_K is the same of Aᵀ, K and C. The trace in the damping is a squared norm of K: it needs no product.
@@ -115,9 +111,9 @@ def precondition_(factor_c: Tensor, factor_k: Tensor, cached: bool, grad: Tensor
 
 
 def kron_step(
-    params: Sequence[Tensor],
-    buffers: Sequence[Tensor],
-    residuals: Sequence[Tensor],
+    params: list[Tensor],
+    buffers: list[Tensor],
+    residuals: list[Tensor],
     skipped: Tensor,
     factor_c: Tensor,
     factor_k: Tensor,
@@ -137,9 +133,9 @@ def kron_step(
 
         U = CCᵀ·G·KKᵀ,    buf ← α₁buf + U + κW,    W ← W − β₁buf
 
-    `grad` is G, and is overwritten. `params`, `buffers` (and `residuals`, int16, for compensated BF16 weights, else none) are strided block views.
-    A block with a non-finite U, or one whose `ok` [L] says that its factors were skipped, keeps weights and buffer,
-    and its `skipped` [L] grows by one.
+    `grad` is G, and is overwritten. `params`, `buffers` (and `residuals`, int16, for compensated BF16 weights, else
+    none) are strided block views. A block with a non-finite U, or one whose `ok` [L] says that its factors were
+    skipped, keeps weights and buffer, and its `skipped` [L] grows by one.
     """
     direction = wide(precondition_(factor_c, factor_k, cached, grad))
     finite = torch.linalg.vector_norm(direction, dim=(-2, -1)).isfinite()
@@ -152,31 +148,27 @@ def kron_step(
     draw = rnd.BlockBits(seeds, steps, rnd.SLOT_WEIGHT, grad[0].numel())
     weight = _as_batch(params, residuals, rounding, draw)
     buffer = _as_batch(buffers, [], "nearest", draw)
-    wide_weights = list(params) if weight is None else list(weight.load().unbind())
-    wide_buffers = list(buffers) if buffer is None else list(buffer.load().unbind())
+    wide_weights = params if weight is None else list(weight.load().unbind())
+    wide_buffers = buffers if buffer is None else list(buffer.load().unbind())
     direction = direction.nan_to_num_(0.0, 0.0, 0.0).to(wide_buffers[0].dtype)
     keep = finite.to(direction.dtype)
-    heavy_ball_(wide_weights, wide_buffers, direction.unbind(), keep, lr, momentum, weight_decay, decoupled)
+    heavy_ball_(wide_weights, wide_buffers, list(direction.unbind()), keep, lr, momentum, weight_decay, decoupled)
     if weight is not None:
         _store_batch(weight, wide_weights, params, residuals)
     if buffer is not None:
         _store_batch(buffer, wide_buffers, buffers, [])
 
 
-def _as_batch(
-    tensors: Sequence[Tensor], residuals: Sequence[Tensor], mode: str, draw_bits: rnd.BlockBits
-) -> Stored | None:
+def _as_batch(tensors: list[Tensor], residuals: list[Tensor], mode: str, draw_bits: rnd.BlockBits) -> Stored | None:
     """Blocks of a narrow dtype as one batch to load and to round; None for wide ones, which are stepped in place."""
     if tensors[0].dtype in WIDE:
         return None
-    residual = torch.stack(list(residuals)) if residuals else None
-    return Stored(torch.stack(list(tensors)), residual, mode, draw_bits)
+    residual = torch.stack(residuals) if residuals else None
+    return Stored(torch.stack(tensors), residual, mode, draw_bits)
 
 
-def _store_batch(
-    stored: Stored, new: Sequence[Tensor], tensors: Sequence[Tensor], residuals: Sequence[Tensor]
-) -> None:
-    value, residual = stored.rounded(torch.stack(list(new)))
-    torch._foreach_copy_(list(tensors), list(value.unbind()))
+def _store_batch(stored: Stored, new: list[Tensor], tensors: list[Tensor], residuals: list[Tensor]) -> None:
+    value, residual = stored.rounded(torch.stack(new))
+    torch._foreach_copy_(tensors, list(value.unbind()))
     if residual is not None:
-        torch._foreach_copy_(list(residuals), list(residual.unbind()))
+        torch._foreach_copy_(residuals, list(residual.unbind()))

@@ -6,7 +6,7 @@ such a chunk is bounded, so that temporary memory stays within it, or within the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ CHUNK_NUMBERS = 1 << 20
 """Numbers in a chunk: eight FP32 vectors of this length (32 MiB) fit a server's last-level cache."""
 
 
-def chunks(tensors: Sequence[Tensor]) -> Iterator[slice]:
+def chunks(tensors: list[Tensor]) -> Iterator[slice]:
     """Slices of neighbouring tensors that hold at most CHUNK_NUMBERS numbers together, or one larger tensor."""
     start, total = 0, 0
     for index, tensor in enumerate(tensors):
@@ -30,34 +30,32 @@ def chunks(tensors: Sequence[Tensor]) -> Iterator[slice]:
         yield slice(start, len(tensors))
 
 
-def _flat(tensors: Sequence[Tensor]) -> Tensor:
+def _flat(tensors: list[Tensor]) -> Tensor:
     """All numbers as one vector, each tensor's in row-major order."""
     if len(tensors) == 1:
         return tensors[0].reshape(-1)
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
-def _scatter(tensors: Sequence[Tensor], vector: Tensor) -> None:
+def _scatter(tensors: list[Tensor], vector: Tensor) -> None:
     """The inverse of `_flat`."""
     parts = vector.split([tensor.numel() for tensor in tensors])
     shaped = [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
-    torch._foreach_copy_(list(tensors), shaped)
+    torch._foreach_copy_(tensors, shaped)
 
 
-def _gather(
-    tensors: Sequence[Tensor], residuals: Sequence[Tensor], mode: str, draw_bits: rnd.RaggedBits
-) -> Stored:
+def _gather(tensors: list[Tensor], residuals: list[Tensor], mode: str, draw_bits: rnd.RaggedBits) -> Stored:
     return Stored(_flat(tensors), _flat(residuals) if residuals else None, mode, draw_bits)
 
 
-def _store(stored: Stored, new: Tensor, tensors: Sequence[Tensor], residuals: Sequence[Tensor]) -> None:
+def _store(stored: Stored, new: Tensor, tensors: list[Tensor], residuals: list[Tensor]) -> None:
     value, residual = stored.rounded(new)
     _scatter(tensors, value)
     if residual is not None:
         _scatter(residuals, residual)
 
 
-def _descent_gradient(grads: Sequence[Tensor], grad_scale: Tensor | None, maximize: bool) -> Tensor:
+def _descent_gradient(grads: list[Tensor], grad_scale: Tensor | None, maximize: bool) -> Tensor:
     """The gradient to descend along, wide, unscaled: one vector, never the caller's own tensor."""
     grad = wide(_flat(grads))
     if grad_scale is not None:
@@ -76,13 +74,13 @@ def _skips(step_size: Tensor, sizes: list[int], found_inf: Tensor | None) -> tup
 
 
 def rf_rmsprop(
-    params: Sequence[Tensor],
-    squares: Sequence[Tensor],
-    buffers: Sequence[Tensor],
-    skipped: Sequence[Tensor],
-    square_residuals: Sequence[Tensor],
-    weight_residuals: Sequence[Tensor],
-    grads: Sequence[Tensor],
+    params: list[Tensor],
+    squares: list[Tensor],
+    buffers: list[Tensor],
+    skipped: list[Tensor],
+    square_residuals: list[Tensor],
+    weight_residuals: list[Tensor],
+    grads: list[Tensor],
     lr: Tensor,
     seeds: Tensor,
     steps: Tensor,
@@ -119,13 +117,11 @@ def rf_rmsprop(
         direction = (grad / (new_square + damping)).to(new_square.dtype)
 
         keep, bad = _skips(new_square + direction, sizes, found_inf)
-        torch._foreach_add_(list(skipped[chunk]), list(bad.unbind()))
+        torch._foreach_add_(skipped[chunk], list(bad.unbind()))
         new_square = square.load().lerp_(new_square.nan_to_num_(0.0, 0.0, 0.0), keep)
         new_weight, buffer = weight.load(), wide(_flat(buffers[chunk]))
         direction.nan_to_num_(0.0, 0.0, 0.0)
-        heavy_ball_(
-            [new_weight], [buffer], [direction], keep[None], lr, momentum, weight_decay, decoupled
-        )
+        heavy_ball_([new_weight], [buffer], [direction], keep[None], lr, momentum, weight_decay, decoupled)
         _scatter(buffers[chunk], buffer)
         _store(square, new_square, squares[chunk], square_residuals[chunk])
         _store(weight, new_weight, params[chunk], weight_residuals[chunk])

@@ -27,6 +27,17 @@ class Entry(NamedTuple):
     like_param: bool = False  # take over the parameter's memory format
 
 
+_LAYOUT_OPTIONS = (
+    *("structure", "max_preconditioner_dim", "factor_dtype", "state_dtype", "rounding", "weight_rounding"),
+)
+
+
+def _differs(state: Mapping[str, Tensor], layout: Mapping[str, Entry]) -> bool:
+    """Whether a parameter's state has other names, shapes or dtypes than `layout`."""
+    kept = {name: (tuple(x.shape), x.dtype) for name, x in state.items() if name != "step"}
+    return kept != {name: (entry.shape, entry.dtype) for name, entry in layout.items()}
+
+
 def needs_bits(dtype: torch.dtype, rounding: str) -> bool:
     return dtype == torch.bfloat16 and rounding == "stochastic"
 
@@ -56,12 +67,17 @@ class RootFreeOptimizer(Optimizer):
     _step_supports_amp_scaling = True  # GradScaler hands over grad_scale and found_inf, which stay on the device
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
-        self._seeds: dict[Tensor, int] = {}
+        self._forget()
         super().__init__(params, defaults)
+
+    def _forget(self) -> None:
+        """Drop what is derived from groups and state and kept between steps."""
+        self._seeds: dict[Tensor, int] = {}
+        self._checked_options: dict[Tensor, tuple[Any, ...]] = {}  # by the first parameter of a group
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._seeds = {}
+        self._forget()
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
@@ -86,7 +102,7 @@ class RootFreeOptimizer(Optimizer):
     # ---- the step -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step.
 
         Args:
@@ -117,7 +133,20 @@ class RootFreeOptimizer(Optimizer):
             check_grad("a parameter", param, param.grad)
         for device, dtype in {(param.device, param.dtype) for param in params}:
             choose(device, dtype, group["fused"])
+        self._check_layout(group)
         return params
+
+    def _check_layout(self, group: Group) -> None:
+        """Raise if an option that decides what the state looks like was changed after the state was made."""
+        options = tuple(group.get(name) for name in _LAYOUT_OPTIONS)
+        if self._checked_options.get(group["params"][0]) == options:
+            return
+        for param in group["params"]:
+            state = self.state.get(param)
+            if state and _differs(state, self._layout(param, group)):
+                now = ", ".join(f"{n}={v}" for n, v in zip(_LAYOUT_OPTIONS, options, strict=True) if n in group)
+                raise ValueError(f"{now}: the state was made with other options; set them before the first step.")
+        self._checked_options[group["params"][0]] = options
 
     def _step_group(self, group: Group, params: list[Tensor]) -> None:
         raise NotImplementedError
@@ -261,21 +290,25 @@ class RootFreeOptimizer(Optimizer):
         name = type(self).__name__
         sizes = [len(group["params"]) for group in self.param_groups]
         if sizes != [len(group["params"]) for group in state_dict["param_groups"]]:
-            raise ValueError(f"state_dict has other parameter groups than this {name}: build the groups in the same way.")
+            raise ValueError(f"state_dict has other groups than this {name}: build the groups in the same way.")
         for group in state_dict["param_groups"]:
             if missing := sorted(set(self.defaults) - set(group)):
-                raise ValueError(f"state_dict lacks the options {missing}: it is not of a {name}; load one that is.")
+                raise ValueError(f"state_dict lacks the options {missing}: load one of a {name}.")
         for param, group, state in self._saved_states(state_dict):
             layout = self._layout(param, group)
             if set(state) != {"step", *layout}:
-                raise ValueError(f"state_dict has {sorted(state)} where this {name} keeps {sorted({'step', *layout})}: load one of the same class and options.")
+                kept = sorted({"step", *layout})
+                raise ValueError(f"state_dict has {sorted(state)} for {kept}: load one of a {name} with these options.")
             for key, entry in layout.items():
-                if tuple(state[key].shape) != entry.shape:
-                    raise ValueError(f"state_dict has {key} of shape {tuple(state[key].shape)} for a parameter that needs {entry.shape}: load one of the same model.")
+                shape = tuple(state[key].shape)
+                if shape != entry.shape:
+                    raise ValueError(f"state_dict has {key} {shape} for {entry.shape}: load one of the same model.")
 
     def _restore_tensors(self, state_dict: Mapping[str, Any]) -> None:
         """Undo the casts of `Optimizer.load_state_dict`, which gives all state the parameter's dtype."""
         for param, group, saved in self._saved_states(state_dict):
-            for key, value in saved.items():
-                on_host = key == "step" and not group["capturable"]
-                self.state[param][key] = value.detach().to("cpu" if on_host else param.device, copy=True)
+            state, layout = self.state[param], self._layout(param, group)
+            for name, entry in layout.items():
+                state[name] = saved[name].detach().to(param.device, entry.dtype, copy=True)
+            device = param.device if group["capturable"] else "cpu"
+            state["step"] = torch.as_tensor(saved["step"]).detach().to(device, torch.float32, copy=True)

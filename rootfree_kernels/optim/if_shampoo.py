@@ -24,7 +24,6 @@ from rootfree_kernels.optim.base import (
 )
 from rootfree_kernels.optim.factor_batch import FactorBatch, Member, blocks_of
 
-
 MAX_BATCH_NUMBERS = {"cpu": 1 << 18}
 """Numbers of G in a batch, by type of device: on a CPU what its second-level cache holds, elsewhere no limit."""
 
@@ -35,6 +34,19 @@ class Plan(NamedTuple):
     options: tuple[Any, ...]
     params: frozenset[Tensor]
     batches: list[FactorBatch]
+
+    def holds(self, states: Any) -> bool:
+        """Whether the parameters' states still share their tensors with the batches."""
+        return all(batch.holds(states) for batch in self.batches)
+
+
+class Shared(NamedTuple):
+    """What both operators of a step take."""
+
+    seeds: Tensor
+    steps: Tensor
+    found_inf: Tensor | None
+    backend: str
 
 
 class IFShampoo(RootFreeOptimizer):
@@ -70,15 +82,16 @@ class IFShampoo(RootFreeOptimizer):
         gamma: γ; 1 averages the curvature (as RMSProp), 0 sums it (as AdaGrad).
         precondition_frequency: T, or a callable from a parameter's step (0, 1, …) to whether its factors are updated,
             `GrowingInterval(10)` for one. Updating at every step trains best.
-        clip: the norm ‖m‖ in the update: "frobenius" (the paper's), "row_sum" (the largest absolute row sum, which grows
-            less with width, so that the factors of wide layers learn faster) or "none".
+        clip: the norm ‖m‖ in the update: "frobenius" (the paper's), "row_sum" (the largest absolute row sum, which
+            grows less with width, so that the factors of wide layers learn faster) or "none".
         structure: of the factors: "dense", or "elementwise" to give the whole group the diagonal step.
-        max_preconditioner_dim: longest side of a block; longer sides are cut into nearly equal blocks, each with factors of
-            its own. None leaves matrices whole. Smaller blocks cost less: an update is about 18n³ for n × n.
-        cache_products: keep CCᵀ and KKᵀ between updates. None: where T is not 1, where it halves the other steps' work;
-            False saves the memory.
+        max_preconditioner_dim: longest side of a block; longer sides are cut into nearly equal blocks, each with
+            factors of its own. None leaves matrices whole. Smaller blocks cost less: an update of n × n is 24n³.
+        cache_products: keep CCᵀ and KKᵀ between updates, which halves the work of the other steps. None: where T is
+            not 1; False saves the memory.
         factor_dtype: of C, K and m: torch.bfloat16, torch.float32 or torch.float64.
-        matmul_dtype: in which the factors are multiplied; None: `factor_dtype`, but FP32 where a CPU multiplies BF16 slowly.
+        matmul_dtype: in which the factors are multiplied; None: `factor_dtype`, but FP32 where a CPU multiplies BF16
+            slowly.
         state_dtype: of the momentum buffer and of the diagonal step's state; None is FP32 (FP64 for FP64 parameters).
         rounding: of BF16 factors: "stochastic", "compensated" (two bytes more, FP32 to the bit) or "nearest" (the
             paper's, which mostly stands still; see `rootfree_kernels.rounding`). m is rounded to nearest.
@@ -91,7 +104,8 @@ class IFShampoo(RootFreeOptimizer):
 
     State of a matrix: `step`, `momentum_buffer`, and for its n blocks of one shape `factor_c` [n, p, p], `factor_k`
     [n, d, d], `momentum_c`, `momentum_k`, `skipped` [n], and int16 `residual_c`, `residual_k` where rounding is
-    compensated (also `weight_residual`, for BF16 weights). Where blocks differ in shape, further names end in .1, .2, .3.
+    compensated (also `weight_residual`, for BF16 weights). Where blocks differ in shape, further names end in .1, .2
+    and .3.
 
     A block with a non-finite gradient is left out of the step, whole, and counted in `skipped`; the next goes on.
 
@@ -129,18 +143,11 @@ class IFShampoo(RootFreeOptimizer):
         capturable: bool = False,
     ) -> None:
         options = {k: v for k, v in locals().items() if k not in ("self", "params", "__class__")}
-        self._plans: dict[Tensor, Plan] = {}  # by the first parameter of the group
         super().__init__(params, options)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._plans = {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        self._plans = {}
-
-    load_state_dict.__doc__ = RootFreeOptimizer.load_state_dict.__doc__
+    def _forget(self) -> None:
+        super()._forget()
+        self._plans: dict[Tensor, Plan] = {}  # by the first parameter of a group
 
     # ---- state ----------------------------------------------------------------------------------------------------
 
@@ -172,15 +179,13 @@ class IFShampoo(RootFreeOptimizer):
     def _plan(self, group: Group, params: list[Tensor]) -> Plan:
         """The cached plan of the group, made anew when parameters joined, options or the states' tensors changed."""
         key = group["params"][0]
-        options = tuple(group[name] for name in _LAYOUT_OPTIONS)
-        plan = self._plans.get(key)
+        options = tuple(group[name] for name in _PLAN_OPTIONS)
         for param in params:
             if not self.state[param]:
                 self._init_state(param, group)
-                plan = None
-        if plan and plan.options == options and plan.params.issuperset(params):
-            if all(batch.holds(self.state) for batch in plan.batches):
-                return plan
+        plan = self._plans.get(key)
+        if plan and plan.options == options and plan.params.issuperset(params) and plan.holds(self.state):
+            return plan
         stepped = [param for param in group["params"] if self.state.get(param)]
         self._plans[key] = Plan(options, frozenset(stepped), self._make_batches(group, stepped))
         return self._plans[key]
@@ -236,69 +241,83 @@ class IFShampoo(RootFreeOptimizer):
     def _step_batch(self, group: Group, batch: FactorBatch, members: Sequence[Member], update: bool) -> None:
         """Step some members of a batch, all with or all without an update of their factors."""
         params = [member.param for member in members]
-        matrices = [p if p.dim() == 2 or p.is_contiguous() else p.contiguous() for p in params]
-        device, dtype = batch.device, params[0].dtype
-        backend = choose(device, dtype, group["fused"])
-        grad_scale, found_inf = self._amp(device)
+        backend = choose(batch.device, params[0].dtype, group["fused"])
+        grad_scale, found_inf = self._amp(batch.device)
         index = batch.index(members)
         part = batch.part(index)
-        steps = self._block_steps(group, members)
-        residuals = (
-            blocks_of(members, [self.state[p]["weight_residual"] for p in params])
-            if is_pair(dtype, group["weight_rounding"])
-            else []
-        )
-
-        grads = blocks_of(members, [p.grad for p in params])
+        shared = Shared(part["seeds"], self._block_steps(group, members), found_inf, backend)
         grad = ops.kron_gather(
-            grads, grad_scale, _matmul_dtype(group, device), group["maximize"], backend
+            blocks_of(members, [param.grad for param in params]),  # type: ignore[misc]
+            grad_scale,
+            _matmul_dtype(group, batch.device),
+            group["maximize"],
+            backend,
         )
-        ok = None
-        if update:
-            ok = ops.kron_factor(
-                part["factor_c"],
-                part["factor_k"],
-                part["momentum_c"],
-                part["momentum_k"],
-                part.get("residual_c"),
-                part.get("residual_k"),
-                part.get("product_c"),
-                part.get("product_k"),
-                grad,
-                part["seeds"],
-                steps,
-                found_inf,
-                group["batch_size"],
-                group["beta2"],
-                group["riemannian_momentum"],
-                group["damping"],
-                group["gamma"],
-                group["clip"],
-                group["rounding"],
-                backend,
-            )
-        cached = "product_c" in part
+        ok = self._update_factors(group, part, grad, shared) if update else None
+        self._step_weights(group, members, part, grad, ok, shared)
+        batch.put_back(index, part)
+
+    def _update_factors(self, group: Group, part: dict[str, Tensor], grad: Tensor, shared: Shared) -> Tensor:
+        ok: Tensor = ops.kron_factor(
+            part["factor_c"],
+            part["factor_k"],
+            part["momentum_c"],
+            part["momentum_k"],
+            part.get("residual_c"),
+            part.get("residual_k"),
+            part.get("product_c"),
+            part.get("product_k"),
+            grad,
+            shared.seeds,
+            shared.steps,
+            shared.found_inf,
+            group["batch_size"],
+            group["beta2"],
+            group["riemannian_momentum"],
+            group["damping"],
+            group["gamma"],
+            group["clip"],
+            group["rounding"],
+            shared.backend,
+        )
+        return ok
+
+    def _step_weights(
+        self,
+        group: Group,
+        members: Sequence[Member],
+        part: dict[str, Tensor],
+        grad: Tensor,
+        ok: Tensor | None,
+        shared: Shared,
+    ) -> None:
+        params = [member.param for member in members]
+        # Only a contiguous weight, or one of two axes, can be cut into blocks as it is; others are copied and back.
+        matrices = [p if p.dim() == 2 or p.is_contiguous() else p.contiguous() for p in params]
+        residuals = []
+        if is_pair(params[0].dtype, group["weight_rounding"]):
+            residuals = blocks_of(members, [self.state[p]["weight_residual"] for p in params])
+        source = "product" if "product_c" in part else "factor"
         ops.kron_step(
             blocks_of(members, matrices),
             blocks_of(members, [self.state[p]["momentum_buffer"] for p in params]),
             residuals,
             part["skipped"],
-            part["product_c" if cached else "factor_c"],
-            part["product_k" if cached else "factor_k"],
+            part[f"{source}_c"],
+            part[f"{source}_k"],
             grad,
             lr_scalar(group["lr"]),
             ok,
-            part["seeds"],
-            steps,
-            found_inf,
-            cached,
+            shared.seeds,
+            shared.steps,
+            shared.found_inf,
+            source == "product",
             group["momentum"],
             group["weight_decay"],
             group["decoupled_weight_decay"],
             group["weight_rounding"],
-            backend,
+            shared.backend,
         )
-        batch.put_back(index, part)
         for param, matrix in zip(params, matrices, strict=True):
             if matrix is not param:
                 param.copy_(matrix)
@@ -313,16 +332,9 @@ class IFShampoo(RootFreeOptimizer):
         return torch.stack([self.state[m.param]["step"] for m in members for _ in range(m.tile.num_blocks)])
 
 
-_LAYOUT_OPTIONS = (
-    "structure",
-    "max_preconditioner_dim",
-    "precondition_frequency",
-    "cache_products",
-    "factor_dtype",
-    "matmul_dtype",
-    "rounding",
-    "seed",
-    "foreach",
+_PLAN_OPTIONS = (
+    *("structure", "max_preconditioner_dim", "precondition_frequency", "cache_products"),
+    *("factor_dtype", "matmul_dtype", "rounding", "seed", "foreach"),
 )
 
 

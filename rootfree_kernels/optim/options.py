@@ -111,7 +111,9 @@ def check_param(name: str, param: Any) -> None:
     if not isinstance(param, Tensor):
         raise TypeError(f"{name} is a {type(param).__name__}: optimizers take Tensors.")
     if param.is_complex():
-        raise ValueError(f"{name} has dtype {param.dtype}: complex parameters are not served; pass torch.view_as_real of them.")
+        raise ValueError(
+            f"{name} has dtype {param.dtype}: complex parameters are not served; pass torch.view_as_real of them."
+        )
     if param.dtype not in DTYPES:
         raise ValueError(f"{name} has dtype {param.dtype}: pass parameters of {', '.join(map(str, DTYPES))}.")
     if param.layout != torch.strided:
@@ -123,10 +125,16 @@ def check_param(name: str, param: Any) -> None:
 def check_grad(name: str, param: Tensor, grad: Tensor) -> None:
     """Raise unless `grad` is dense and matches its parameter."""
     if grad.layout != torch.strided:
-        raise RuntimeError(f"{name} has a gradient of layout {grad.layout}: make it dense (nn.Embedding(sparse=False)).")
+        raise RuntimeError(
+            f"{name} has a gradient of layout {grad.layout}: make it dense (nn.Embedding(sparse=False))."
+        )
     if grad.shape != param.shape:
-        raise RuntimeError(f"{name} of shape {tuple(param.shape)} has a gradient of shape {tuple(grad.shape)}: they must agree.")
+        raise RuntimeError(
+            f"{name} of shape {tuple(param.shape)} has a gradient of shape {tuple(grad.shape)}: they must agree."
+        )
     if grad.device != param.device:
-        raise RuntimeError(f"{name} on {param.device} has a gradient on {grad.device}: move it with grad.to({str(param.device)!r}).")
+        raise RuntimeError(
+            f"{name} on {param.device} has a gradient on {grad.device}: move it with grad.to({str(param.device)!r})."
+        )
     if grad.is_complex() or grad.dtype not in DTYPES:
         raise RuntimeError(f"{name} has a gradient of dtype {grad.dtype}: pass one of {', '.join(map(str, DTYPES))}.")

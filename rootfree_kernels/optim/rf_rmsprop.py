@@ -21,8 +21,8 @@ class RFRMSProp(RootFreeOptimizer):
     Args:
         params: parameters, named parameters or groups; FP32, BF16, FP16 or FP64, of any shape and strides.
         lr: β₁, a number or a one-element Tensor (which is never read by the host).
-        batch_size: B, the number of terms that the loss averages over; 1 for a summed loss. Required: a wrong B silently
-            changes the method. It lives in the group, so that a training loop can set it at every step.
+        batch_size: B, the number of terms that the loss averages over; 1 for a summed loss. Required: a wrong B
+            silently changes the method. It lives in the group, so that a training loop can set it at every step.
         beta2: β₂, how fast s follows the curvature.
         momentum: α₁, heavy ball, without a factor 1 − α₁: the step grows by 1/(1 − α₁).
         damping: λ. Where gradients are small, lr/(λ(1−α₁)) is the step size of plain SGD.
