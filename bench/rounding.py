@@ -1,11 +1,11 @@
 """What storing IF-Shampoo's factors in BF16 costs, by rounding mode, on the demo's model.
 
-    python -m bench.rounding [--seeds 0 1] [--steps N] [--beta2 ...]
+    python -m bench.rounding [--set demo|slow] [--seeds 0 1] [--steps N]
 
 Trains the demo's task with fp32 factors and with BF16 factors in every rounding mode: same weights, same
-data order, same settings. The first set of rows has the demo's own settings; the second, a small ``beta2``,
-shows round-to-nearest stall, because a step no longer moves a factor's diagonal by half a BF16 unit. Writes
-bench/results/rounding-<date>.json and the same numbers as a Markdown table next to it.
+data order, same settings. The set "demo" has the demo's own settings; "slow" has a small ``beta2``, where
+round-to-nearest stalls, because a step no longer moves a factor's diagonal by half a BF16 unit. Adds its rows to
+bench/results/rounding-<date>.json and writes the same numbers as a Markdown table next to it.
 """
 
 import argparse
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from bench.demo import CHOSEN, Task, standard_library, train
 
@@ -30,61 +29,57 @@ MODES: dict[str, dict[str, Any]] = {
     "bf16, nearest": {"factor_dtype": torch.bfloat16, "rounding": "nearest"},
 }
 
-
-def measure(beta2: float, seeds: list[int], task: Task, data: tuple[Tensor, Tensor]) -> list[dict[str, Any]]:
-    """One row a mode: the losses of every seed, their means, and the means' ratios to those of fp32."""
-    rows: list[dict[str, Any]] = []
-    for mode, settings in MODES.items():
-        settings = CHOSEN["ifshampoo"] | {"beta2": beta2} | settings
-        runs = [
-            train("ifshampoo", settings, replace(task, seed=seed), data, evaluations=1)[0] for seed in seeds
-        ]
-        row: dict[str, Any] = {"factors": mode, "beta2": beta2, "state_bytes": runs[0].state_bytes}
-        for name in ("final_train_loss", "held_out_loss"):
-            losses = [getattr(run, name) for run in runs]
-            row[f"{name}_by_seed"], row[name] = losses, sum(losses) / len(losses)
-            row[f"{name}_to_fp32"] = row[name] / (rows[0] if rows else row)[name]
-        print(row, flush=True)
-        rows.append(row)
-    return rows
+# With factors that learn slowly the update stays small, hence the larger lr.
+SETS: dict[str, dict[str, Any]] = {"demo": {}, "slow": {"beta2": 0.02, "lr": 1e-3}}
 
 
-def markdown(rows: list[dict[str, Any]], seeds: list[int], task: Task) -> str:
-    """The rows as a table, losses averaged over the seeds."""
-    lines = [
-        f"The demo's model, {task.steps} steps of IFShampoo, mean of seeds {seeds}; losses in nats per byte,",
-        "in brackets their ratios to fp32 factors. Made by `python -m bench.rounding`.",
-        "",
-        "| β₂ | factors | final train loss | held-out loss | optimizer state |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for row in rows:
-        names = ("final_train_loss", "held_out_loss")
-        losses = " | ".join(f"{row[name]:.3f} ({row[f'{name}_to_fp32']:.3f})" for name in names)
-        lines.append(f"| {row['beta2']} | {row['factors']} | {losses} | {row['state_bytes'] / 1e6:.1f} MB |")
+def measure(mode: str, settings: dict[str, Any], task: Task, seeds: list[int]) -> dict[str, Any]:
+    """The losses of one mode, by seed and their means."""
+    data, row = standard_library(), {"factors": mode, "task": asdict(task), "seeds": seeds, "settings": settings}
+    settings = settings | MODES[mode]
+    runs = [train("ifshampoo", settings, replace(task, seed=seed), data, evaluations=1)[0] for seed in seeds]
+    for name in ("final_train_loss", "held_out_loss"):
+        losses = [getattr(run, name) for run in runs]
+        row[name], row[f"{name}_by_seed"] = sum(losses) / len(losses), losses
+    return row | {"state_bytes": runs[0].state_bytes}
+
+
+def markdown(sets: dict[str, list[dict[str, Any]]]) -> str:
+    """A table a set, the losses with their ratios to those of fp32 factors."""
+    lines = ["Losses in nats per byte, in brackets their ratios to fp32 factors."]
+    for name, rows in sets.items():
+        settings = ", ".join(f"{key} {value}" for key, value in rows[0]["settings"].items())
+        seeds, steps = rows[0]["seeds"], rows[0]["task"]["steps"]
+        lines += ["", f"`python -m bench.rounding --set {name}`: {steps} steps, mean of seeds {seeds}, {settings}", ""]
+        lines += ["| factors | final train loss | held-out loss | optimizer state |", "| --- | --- | --- | --- |"]
+        for row in rows:
+            names = ("final_train_loss", "held_out_loss")
+            losses = " | ".join(f"{row[key]:.3f} ({row[key] / rows[0][key]:.3f})" for key in names)
+            lines.append(f"| {row['factors']} | {losses} | {row['state_bytes'] / 1e6:.1f} MB |")
     return "\n".join(lines) + "\n"
 
 
+def write(name: str, rows: list[dict[str, Any]]) -> None:
+    """Put the rows of the set ``name`` into today's record and rewrite its table."""
+    path = RESULTS / f"rounding-{datetime.date.today()}.json"
+    record = json.loads(path.read_text()) if path.exists() else {"sets": {}}
+    record["sets"][name] = rows
+    record["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    path.with_suffix(".md").write_text(markdown(record["sets"]))
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--set", choices=SETS, default="demo")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--steps", type=int, default=Task().steps)
-    parser.add_argument("--beta2", type=float, nargs="+", default=[CHOSEN["ifshampoo"]["beta2"], 0.05])
     options = parser.parse_args()
-    task, data = Task(steps=options.steps), standard_library()
-    rows = [row for beta2 in options.beta2 for row in measure(beta2, options.seeds, task, data)]
-    record = {
-        "rows": rows,
-        "settings": CHOSEN["ifshampoo"],
-        "task": asdict(task),
-        "seeds": options.seeds,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-    }
-    path = RESULTS / f"rounding-{datetime.date.today()}"
-    path.with_suffix(".json").write_text(json.dumps(record, indent=1, default=str) + "\n")
-    path.with_suffix(".md").write_text(markdown(rows, options.seeds, task))
+    task, rows = Task(steps=options.steps), []
+    for mode in MODES:
+        rows.append(measure(mode, CHOSEN["ifshampoo"] | SETS[options.set], task, options.seeds))
+        print(rows[-1], flush=True)
+    write(options.set, rows)
 
 
 if __name__ == "__main__":

@@ -96,8 +96,8 @@ def matmul_dtype(factor_dtype: torch.dtype, device: torch.device) -> torch.dtype
     """The dtype in which factors of `factor_dtype` are multiplied on `device`.
 
     BF16 factors are multiplied in BF16 where the processor has instructions for it, and in FP32 elsewhere: on a CPU
-    with AVX512_BF16 a BF16 product took 0.23 of the time of an FP32 one, on one without it 1.3 (`python -m
-    bench.cpu_step` prints both for the machine it runs on).
+    with AVX512_BF16 a BF16 product took a quarter of the time of an FP32 one, and 1.3 times as long with these
+    instructions switched off (`python -m bench.cpu_step`, and again under ONEDNN_MAX_CPU_ISA=AVX512_CORE).
     """
     if factor_dtype == torch.bfloat16 and device.type == "cpu" and not _cpu_multiplies_bf16():
         return torch.float32

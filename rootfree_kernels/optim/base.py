@@ -182,7 +182,7 @@ class RootFreeOptimizer(Optimizer):
     def _count_step(self, params: list[Tensor]) -> None:
         torch._foreach_add_([self.state[param]["step"] for param in params], 1)
 
-    def _seed(self, param: Tensor, group: Group, block_index: int = 0) -> int:
+    def _seed(self, group: Group, param: Tensor, block_index: int = 0) -> int:
         """The seed of a block: a function of the group's seed and of the parameter's place among all parameters."""
         if param not in self._seeds:
             every = (p for g in self.param_groups for p in g["params"])
@@ -210,7 +210,7 @@ class RootFreeOptimizer(Optimizer):
         kept, modes = state_dtype(params[0], group), (group["rounding"], group["weight_rounding"])
         seeds = steps = torch.zeros(0, dtype=torch.int32, device=device)
         if needs_bits(kept, modes[0]) or needs_bits(dtype, modes[1]):
-            seeds = torch.tensor([self._seed(p, group) for p in params], dtype=torch.int32, device=device)
+            seeds = torch.tensor([self._seed(group, p) for p in params], dtype=torch.int32, device=device)
             steps = torch.stack([self.state[p]["step"] for p in params])
         grad_scale, found_inf = self._amp(device)
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from rootfree_kernels.backends import matmul_dtype
 from rootfree_kernels.blocks import Tile, block_views, matrix_view
+from rootfree_kernels.optim.base import Entry, Group, is_pair
+
+MAX_BATCH_NUMBERS = {"cpu": 1 << 18}
+"""Numbers of G in a batch, by type of device: on a CPU what its second-level cache holds, elsewhere no limit."""
 
 
 class Member(NamedTuple):
@@ -92,3 +98,70 @@ def blocks_of(members: Sequence[Member], tensors: Sequence[Tensor]) -> list[Tens
         for member, tensor in zip(members, tensors, strict=True)
         for block in block_views(matrix_view(tensor), member.tile)
     ]
+
+
+def make_batches(
+    tiles_of: Mapping[Tensor, Sequence[Tile]],
+    states: Any,
+    group: Group,
+    seed_of: Callable[[Tensor, int], int],
+) -> list[FactorBatch]:
+    """The batches of a group, over the tiles of every parameter that was stepped; `seed_of` a parameter's block."""
+    members: dict[Any, list[Member]] = defaultdict(list)
+    seeds: dict[Any, list[int]] = defaultdict(list)
+    parts: dict[Any, int] = defaultdict(int)
+    for param, tiles in tiles_of.items():
+        alone = id(param) if group["foreach"] is False else None
+        next_block = 0
+        for number, tile in enumerate(tiles):
+            kind = (tile.block_shape, param.dtype, param.device, alone)
+            if _is_full(len(seeds[kind, parts[kind]]), tile, param.device):
+                parts[kind] += 1
+            key = (kind, parts[kind])
+            members[key].append(Member(param, tile, suffix(number), len(seeds[key])))
+            blocks = range(next_block, next_block + tile.num_blocks)
+            seeds[key].extend(seed_of(param, block) for block in blocks)
+            next_block = blocks.stop
+    names = tile_layout(Tile.single(1, 1), group)
+    batches = [FactorBatch(members[key], states, names, seeds[key]) for key in members]
+    if caches_products(group):
+        for batch in batches:
+            batch.make_products(group_matmul_dtype(group, batch.device))
+    return batches
+
+
+def _is_full(num_blocks: int, tile: Tile, device: torch.device) -> bool:
+    """Whether a batch of `num_blocks` has no room for the blocks of one more tile."""
+    rows, cols = tile.block_shape
+    limit = MAX_BATCH_NUMBERS.get(device.type)
+    return limit is not None and num_blocks > 0 and (num_blocks + tile.num_blocks) * rows * cols > limit
+
+
+def caches_products(group: Group) -> bool:
+    """Whether CCᵀ and KKᵀ are kept: as the group says, or else where they serve more than one step."""
+    chosen: bool | None = group["cache_products"]
+    return group["precondition_frequency"] != 1 if chosen is None else chosen
+
+
+def group_matmul_dtype(group: Group, device: torch.device) -> torch.dtype:
+    """The dtype in which a group's factors are multiplied on `device`."""
+    chosen: torch.dtype | None = group["matmul_dtype"]
+    return chosen or matmul_dtype(group["factor_dtype"], device)
+
+
+def suffix(tile_number: int) -> str:
+    """Of the names of a tile's entries in its parameter's state."""
+    return f".{tile_number}" if tile_number else ""
+
+
+def tile_layout(tile: Tile, group: Group) -> dict[str, Entry]:
+    """The state of the blocks of one tile."""
+    dtype, count = group["factor_dtype"], tile.num_blocks
+    layout = {"skipped": Entry((count,), torch.int32)}
+    for side, size in zip("ck", tile.block_shape, strict=True):
+        shape = (count, size, size)
+        layout[f"factor_{side}"] = Entry(shape, dtype)
+        layout[f"momentum_{side}"] = Entry(shape, dtype)
+        if is_pair(dtype, group["rounding"]):
+            layout[f"residual_{side}"] = Entry(shape, torch.int16)
+    return layout

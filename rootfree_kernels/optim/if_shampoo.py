@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT, required
 
 from rootfree_kernels import ops
-from rootfree_kernels.backends import choose, matmul_dtype
+from rootfree_kernels.backends import choose
 from rootfree_kernels.blocks import Tile, tiles
 from rootfree_kernels.optim.base import (
     Entry,
@@ -22,10 +22,15 @@ from rootfree_kernels.optim.base import (
     needs_bits,
     state_dtype,
 )
-from rootfree_kernels.optim.factor_batch import FactorBatch, Member, blocks_of
-
-MAX_BATCH_NUMBERS = {"cpu": 1 << 18}
-"""Numbers of G in a batch, by type of device: on a CPU what its second-level cache holds, elsewhere no limit."""
+from rootfree_kernels.optim.factor_batch import (
+    FactorBatch,
+    Member,
+    blocks_of,
+    group_matmul_dtype,
+    make_batches,
+    suffix,
+    tile_layout,
+)
 
 
 class Plan(NamedTuple):
@@ -164,8 +169,8 @@ class IFShampoo(RootFreeOptimizer):
         if is_pair(param.dtype, group["weight_rounding"]):
             layout["weight_residual"] = Entry(tuple(param.shape), torch.int16)
         for number, tile in enumerate(parts):
-            for name, entry in _tile_layout(tile, group).items():
-                layout[name + _suffix(number)] = entry
+            for name, entry in tile_layout(tile, group).items():
+                layout[name + suffix(number)] = entry
         return layout
 
     def _init_state(self, param: Tensor, group: Group) -> None:
@@ -186,35 +191,10 @@ class IFShampoo(RootFreeOptimizer):
         plan = self._plans.get(key)
         if plan and plan.options == options and plan.params.issuperset(params) and plan.holds(self.state):
             return plan
-        stepped = [param for param in group["params"] if self.state.get(param)]
-        self._plans[key] = Plan(options, frozenset(stepped), self._make_batches(group, stepped))
+        stepped = {param: self._tiles(param, group) for param in group["params"] if self.state.get(param)}
+        batches = make_batches(stepped, self.state, group, partial(self._seed, group))
+        self._plans[key] = Plan(options, frozenset(stepped), batches)
         return self._plans[key]
-
-    def _make_batches(self, group: Group, params: list[Tensor]) -> list[FactorBatch]:
-        members: dict[Any, list[Member]] = defaultdict(list)
-        seeds: dict[Any, list[int]] = defaultdict(list)
-        parts: dict[Any, int] = defaultdict(int)
-        for param in params:
-            block_index = 0
-            for number, tile in enumerate(self._tiles(param, group)):
-                alone = id(param) if group["foreach"] is False else None
-                kind = (tile.block_shape, param.dtype, param.device, alone)
-                if _is_full(len(seeds[kind, parts[kind]]), tile, param.device):
-                    parts[kind] += 1
-                key = (kind, parts[kind])
-                members[key].append(Member(param, tile, _suffix(number), len(seeds[key])))
-                blocks = range(block_index, block_index + tile.num_blocks)
-                seeds[key].extend(self._seed(param, group, index) for index in blocks)
-                block_index = blocks.stop
-        names = _tile_layout(Tile.single(1, 1), group)
-        return [self._make_batch(group, members[key], names, seeds[key]) for key in members]
-
-    def _make_batch(self, group: Group, members: list[Member], names: Any, seeds: list[int]) -> FactorBatch:
-        batch = FactorBatch(members, self.state, names, seeds)
-        cache = group["cache_products"]
-        if cache or (cache is None and group["precondition_frequency"] != 1):
-            batch.make_products(_matmul_dtype(group, batch.device))
-        return batch
 
     # ---- the step -------------------------------------------------------------------------------------------------
 
@@ -249,7 +229,7 @@ class IFShampoo(RootFreeOptimizer):
         grad = ops.kron_gather(
             blocks_of(members, [param.grad for param in params]),  # type: ignore[misc]
             grad_scale,
-            _matmul_dtype(group, batch.device),
+            group_matmul_dtype(group, batch.device),
             group["maximize"],
             backend,
         )
@@ -336,32 +316,3 @@ _PLAN_OPTIONS = (
     *("structure", "max_preconditioner_dim", "precondition_frequency", "cache_products"),
     *("factor_dtype", "matmul_dtype", "rounding", "seed", "foreach"),
 )
-
-
-def _is_full(num_blocks: int, tile: Tile, device: torch.device) -> bool:
-    """Whether a batch of `num_blocks` has no room for the blocks of one more tile."""
-    rows, cols = tile.block_shape
-    limit = MAX_BATCH_NUMBERS.get(device.type)
-    return limit is not None and num_blocks > 0 and (num_blocks + tile.num_blocks) * rows * cols > limit
-
-
-def _suffix(tile_number: int) -> str:
-    return f".{tile_number}" if tile_number else ""
-
-
-def _tile_layout(tile: Tile, group: Group) -> dict[str, Entry]:
-    """The state of the blocks of one tile."""
-    dtype, count = group["factor_dtype"], tile.num_blocks
-    layout = {"skipped": Entry((count,), torch.int32)}
-    for side, size in zip("ck", tile.block_shape, strict=True):
-        shape = (count, size, size)
-        layout[f"factor_{side}"] = Entry(shape, dtype)
-        layout[f"momentum_{side}"] = Entry(shape, dtype)
-        if is_pair(dtype, group["rounding"]):
-            layout[f"residual_{side}"] = Entry(shape, torch.int16)
-    return layout
-
-
-def _matmul_dtype(group: Group, device: torch.device) -> torch.dtype:
-    chosen: torch.dtype | None = group["matmul_dtype"]
-    return chosen or matmul_dtype(group["factor_dtype"], device)
