@@ -28,7 +28,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
-from rootfree_kernels import IFShampoo, RFRMSProp
+from rootfree_kernels import IFShampoo, RFRMSProp, __version__
 
 METHODS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,
@@ -139,9 +139,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm1(x)
-        heads = (
-            f(y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.query, self.key, self.value)
-        )
+        heads = (f(y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.query, self.key, self.value))
         x = x + self.mix(F.scaled_dot_product_attention(*heads, is_causal=True).transpose(1, 2).flatten(2))
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
@@ -303,7 +301,11 @@ def write_summary(path: Path, runs: dict[str, Run], task: Task, data: tuple[Tens
         "settings": {method: CHOSEN[method] for method in runs},
         "task": asdict(task),
         "bytes": {"train": len(data[0]), "held_out": len(data[1])},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "rootfree_kernels": __version__,
+        },
         "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
     }
     path.write_text(json.dumps(summary, indent=2, default=str) + "\n")
@@ -311,9 +313,7 @@ def write_summary(path: Path, runs: dict[str, Run], task: Task, data: tuple[Tens
 
 def parse() -> tuple[argparse.Namespace, Task]:
     """The command line's options, and the task they describe."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--optimizers", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
     for name, default in asdict(Task()).items():

@@ -59,8 +59,8 @@ def _fake_ok(factor_c: Tensor, *args: Any) -> Tensor:
     return factor_c.new_empty(factor_c.shape[:1], dtype=torch.bool)
 
 
-def _fake_clips(momenta: list[Tensor], deltas: list[Tensor], *args: Any) -> list[Tensor]:
-    return [delta.new_empty(delta.shape[:1]) for delta in deltas]
+def _fake_clips(momenta: list[Tensor], deltas: list[Tensor], *args: Any) -> Tensor:
+    return deltas[0].new_empty((len(deltas), deltas[0].shape[0]))
 
 
 rf_rmsprop = _define(

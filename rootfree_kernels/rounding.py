@@ -70,7 +70,7 @@ def block_seed(seed: int, param_index: int, block_index: int) -> int:
 
 def keys(seeds: Tensor, steps: Tensor, slot: int) -> Tensor:
     """Keys [L], int32, of L blocks: `seeds` [L] int32, `steps` [L] or 0-d, any dtype, whole numbers."""
-    key = _mix(seeds ^ steps.to(device=seeds.device, dtype=torch.int32))
+    key = _mix(seeds ^ steps.to(device=seeds.device, dtype=torch.int32, non_blocking=True))
     key += _signed(slot * _GOLDEN)
     return _mix(key)
 

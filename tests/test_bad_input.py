@@ -205,6 +205,12 @@ def test_no_parameters_at_all_are_refused(optimizer: Any, params: Any) -> None:
         optimizer(params, **OPTIONS)
 
 
+def test_a_group_that_is_no_dict_is_refused(case: Case) -> None:
+    _, optimizer = case.start()
+    with pytest.raises(TypeError, match="dict"):
+        optimizer.add_param_group([nn.Parameter(torch.ones(3))])
+
+
 def test_a_set_of_parameters_is_refused(case: Case) -> None:
     """Its order, by which random bits and checkpoints go, changes from run to run."""
     with pytest.raises(TypeError, match="set"):

@@ -55,5 +55,5 @@ def test_a_block_that_is_not_finite_stays_on_every_side(bad):
 def test_found_inf_skips_every_block():
     m = symmetric(2, 3, 8)
     before = m.clone()
-    (factors,) = ops.clipped_momentum([m], [symmetric(2, 3, 9)], torch.tensor([1.0]), 0.5, "frobenius", "eager")
+    ((factors,)) = ops.clipped_momentum([m], [symmetric(2, 3, 9)], torch.tensor([1.0]), 0.5, "frobenius", "eager")
     assert torch.equal(m, before) and torch.equal(factors, torch.zeros(2, dtype=torch.float64))

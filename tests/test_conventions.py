@@ -251,6 +251,35 @@ def test_results_do_not_depend_on_the_global_generator(case: Case) -> None:
     assert_same_bits(results(case), first)
 
 
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+AMBIENT = {
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "inference-mode": torch.inference_mode,
+    "default-dtype": lambda: default_dtype(torch.float64),
+    "default-device": lambda: torch.device("meta"),  # stands in for any other device
+}
+
+
+@pytest.mark.parametrize("mode", AMBIENT)
+def test_modes_around_a_step_do_not_change_it(case: Case, mode: str) -> None:
+    model, optimizer = case.start()
+    for step in BEFORE:
+        optimizer.zero_grad()
+        model(step).backward()
+        with AMBIENT[mode]():
+            optimizer.step()
+    assert_same_bits(snapshot(optimizer), results(case))
+
+
 # ---- options of every optimizer ------------------------------------------------------------------------------------
 
 

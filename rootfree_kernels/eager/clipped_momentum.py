@@ -23,8 +23,8 @@ def clipped_momentum(
     found_inf: Tensor | None,
     riemannian_momentum: float,
     clip: str,
-) -> list[Tensor]:
-    """m ← α₂m + (1−α₂)Δ in place; gives 1/max(1, ‖m‖), wide [L], for each side (Lin et al., ICML 2024, Fig. 7).
+) -> Tensor:
+    """m ← α₂m + (1−α₂)Δ in place; gives 1/max(1, ‖m‖), wide [sides, L] (Lin et al., ICML 2024, Fig. 7).
 
     Args:
         momenta: the sides of a batch of L blocks, each [L, n, n] with an n of its own, FP64, FP32 or BF16 (rounded to
@@ -39,11 +39,11 @@ def clipped_momentum(
     """
     for m, delta in zip(momenta, deltas, strict=True):
         delta.lerp_(m.to(delta.dtype), riemannian_momentum)
-    norms = [block_norm(new, clip) for new in deltas]
-    ok = torch.stack(norms).isfinite().all(0)
+    norms = torch.stack([block_norm(new, clip) for new in deltas])
+    ok = norms.isfinite().all(0)
     if found_inf is not None:
         ok = ok & (as_scalar(found_inf) == 0)
     keep = ok.to(deltas[0].dtype)[:, None, None]
     for m, new in zip(momenta, deltas, strict=True):
         m.copy_(m.to(new.dtype).lerp_(new.nan_to_num_(0.0, 0.0, 0.0), keep))
-    return [torch.where(ok, 1.0 / norm.clamp(min=1.0), 0.0) for norm in norms]
+    return torch.where(ok, 1.0 / norms.clamp(min=1.0), 0.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from rootfree_kernels import ops
 from rootfree_kernels.backends import choose
-from rootfree_kernels.optim.options import check_grad, check_options, check_param
+from rootfree_kernels.optim.options import RULES, check_grad, check_options, check_param
 from rootfree_kernels.rounding import block_seed
 
 Group = dict[str, Any]
@@ -48,7 +49,7 @@ def is_pair(dtype: torch.dtype, rounding: str) -> bool:
 
 def lr_scalar(lr: float | Tensor) -> Tensor:
     """The learning rate as a 0-d tensor, never read: a Tensor stays on its device, a float becomes FP64."""
-    return lr.reshape(()) if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64)
+    return lr.reshape(()) if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64, device="cpu")
 
 
 def state_dtype(param: Tensor, group: Group) -> torch.dtype:
@@ -73,6 +74,7 @@ class RootFreeOptimizer(Optimizer):
     def _forget(self) -> None:
         """Drop what is derived from groups and state and kept between steps."""
         self._seeds: dict[Tensor, int] = {}
+        self._seed_tensors: dict[tuple[Tensor, ...], Tensor] = {}
         self._checked_options: dict[Tensor, tuple[Any, ...]] = {}  # by the first parameter of a group
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -84,6 +86,8 @@ class RootFreeOptimizer(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; options that it does not name take the constructor's values. Errors leave all as it was."""
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group is a {type(param_group).__name__}: pass a dict, {{'params': [...], ...}}.")
         group = dict(param_group)
         if isinstance(group["params"], Tensor):
             group["params"] = [group["params"]]
@@ -121,9 +125,14 @@ class RootFreeOptimizer(Optimizer):
     @torch.compiler.disable(reason="bookkeeping on the host around operators that are opaque to the compiler")
     def _step_all(self) -> None:
         active = [self._checked_params(group) for group in self.param_groups]
-        for group, params in zip(self.param_groups, active, strict=True):
-            if params:
-                self._step_group(group, params)
+        due = [self._due(group, params) for group, params in zip(self.param_groups, active, strict=True)]
+        with ExitStack() as stack:
+            for device_type in {param.device.type for params in active for param in params}:
+                if torch.amp.is_autocast_available(device_type):
+                    stack.enter_context(torch.autocast(device_type, enabled=False))
+            for group, params, now in zip(self.param_groups, active, due, strict=True):
+                if params:
+                    self._step_group(group, params, now)
 
     def _checked_params(self, group: Group) -> list[Tensor]:
         """The group's parameters that have a gradient, after every check of options, gradients and backend."""
@@ -148,7 +157,11 @@ class RootFreeOptimizer(Optimizer):
                 raise ValueError(f"{now}: the state was made with other options; set them before the first step.")
         self._checked_options[group["params"][0]] = options
 
-    def _step_group(self, group: Group, params: list[Tensor]) -> None:
+    def _due(self, group: Group, params: list[Tensor]) -> set[Tensor]:
+        """The parameters whose factors are updated in this step; asked of all groups before anything changes."""
+        return set()
+
+    def _step_group(self, group: Group, params: list[Tensor], due: set[Tensor]) -> None:
         raise NotImplementedError
 
     def _layout(self, param: Tensor, group: Group) -> dict[str, Entry]:
@@ -189,6 +202,14 @@ class RootFreeOptimizer(Optimizer):
             self._seeds = {p: index for index, p in enumerate(every)}
         return block_seed(group["seed"], self._seeds[param], block_index)
 
+    def _tensor_of_seeds(self, group: Group, params: list[Tensor]) -> Tensor:
+        """Seeds [n], int32, on the parameters' device, kept so that they are copied there but once."""
+        key = tuple(params)
+        if key not in self._seed_tensors:
+            seeds = [self._seed(group, param) for param in params]
+            self._seed_tensors[key] = torch.tensor(seeds, dtype=torch.int32, device=params[0].device)
+        return self._seed_tensors[key]
+
     def _amp(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
         """GradScaler's (grad_scale, found_inf) on `device`, None outside of it."""
         scaling = (getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
@@ -210,7 +231,7 @@ class RootFreeOptimizer(Optimizer):
         kept, modes = state_dtype(params[0], group), (group["rounding"], group["weight_rounding"])
         seeds = steps = torch.zeros(0, dtype=torch.int32, device=device)
         if needs_bits(kept, modes[0]) or needs_bits(dtype, modes[1]):
-            seeds = torch.tensor([self._seed(group, p) for p in params], dtype=torch.int32, device=device)
+            seeds = self._tensor_of_seeds(group, params)
             steps = torch.stack([self.state[p]["step"] for p in params])
         grad_scale, found_inf = self._amp(device)
 
@@ -261,23 +282,28 @@ class RootFreeOptimizer(Optimizer):
             ValueError: it belongs to another optimizer or to other shapes; nothing was changed.
         """
         final: dict[str, Any] = {}
+        own_groups = [dict(group) for group in self.param_groups]
 
-        def capture(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-            """Runs last of the hooks, and so sees what will be loaded."""
+        def check(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+            """Runs last of the hooks before the load, and so sees what will be loaded."""
             self._check_state_dict(state_dict)
             final.update(state_dict)
 
-        callables = [{k: v for k, v in group.items() if callable(v)} for group in self.param_groups]
-        handle = self.register_load_state_dict_pre_hook(capture)
+        def restore(optimizer: Optimizer) -> None:
+            """Runs first of the hooks after the load."""
+            self._restore_tensors(final)
+            self._restore_callables(own_groups)
+
+        handles = [
+            self.register_load_state_dict_pre_hook(check),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
+        ]
         try:
             super().load_state_dict(state_dict)
         finally:
-            handle.remove()
-        self._restore_tensors(final)
-        for group, own in zip(self.param_groups, callables, strict=True):
-            for name, value in group.items():
-                if isinstance(value, str) and value.startswith("callable: "):
-                    group[name] = own.get(name, self.defaults[name])
+            for handle in handles:
+                handle.remove()
+            self._forget()
 
     def _saved_states(self, state_dict: Mapping[str, Any]) -> Iterable[tuple[Tensor, Group, dict[str, Any]]]:
         """(parameter, its saved group, its saved state) for every parameter with a saved state."""
@@ -292,8 +318,8 @@ class RootFreeOptimizer(Optimizer):
         if sizes != [len(group["params"]) for group in state_dict["param_groups"]]:
             raise ValueError(f"state_dict has other groups than this {name}: build the groups in the same way.")
         for group in state_dict["param_groups"]:
-            if missing := sorted(set(self.defaults) - set(group)):
-                raise ValueError(f"state_dict lacks the options {missing}: load one of a {name}.")
+            if foreign := sorted(RULES.keys() & (group.keys() ^ self.defaults.keys())):
+                raise ValueError(f"state_dict lacks or adds the options {foreign}: load one of a {name}.")
         for param, group, state in self._saved_states(state_dict):
             layout = self._layout(param, group)
             if set(state) != {"step", *layout}:
@@ -312,3 +338,10 @@ class RootFreeOptimizer(Optimizer):
                 state[name] = saved[name].detach().to(param.device, entry.dtype, copy=True)
             device = param.device if group["capturable"] else "cpu"
             state["step"] = torch.as_tensor(saved["step"]).detach().to(device, torch.float32, copy=True)
+
+    def _restore_callables(self, own_groups: list[Group]) -> None:
+        """Give the groups back the callables that a state dict has only the names of."""
+        for group, own in zip(self.param_groups, own_groups, strict=True):
+            for name, value in group.items():
+                if isinstance(value, str) and value.startswith("callable: "):
+                    group[name] = own[name]

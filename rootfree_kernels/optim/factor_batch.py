@@ -45,6 +45,7 @@ class FactorBatch:
         self.seeds = torch.tensor(seeds, dtype=torch.int32, device=self.device)
         for name in names:
             self._adopt(states, name)
+        self.note_versions()
 
     @property
     def device(self) -> torch.device:
@@ -59,8 +60,19 @@ class FactorBatch:
             states[member.param][name + member.suffix] = view
             self._views.setdefault(member.param, []).append((name + member.suffix, view))
 
+    def note_versions(self) -> None:
+        """Remember the factors as they are, so that a change from outside shows."""
+        self._versions = self._factor_versions()
+
+    def _factor_versions(self) -> list[int]:
+        factors = (self.storage["factor_c"], self.storage["factor_k"])
+        return [0 if factor.is_inference() else factor._version for factor in factors]
+
     def holds(self, states: Any) -> bool:
-        """Whether the states still hold the views: a user may have put other tensors in their place."""
+        """Whether the states still hold the views, and the products still belong to the factors: a user may have put
+        other tensors in their place, or written into a factor."""
+        if self.products and self._versions != self._factor_versions():
+            return False
         for param, views in self._views.items():
             state = states[param]
             if not all(state.get(name) is view for name, view in views):

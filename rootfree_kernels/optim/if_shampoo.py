@@ -198,25 +198,28 @@ class IFShampoo(RootFreeOptimizer):
 
     # ---- the step -------------------------------------------------------------------------------------------------
 
-    def _step_group(self, group: Group, params: list[Tensor]) -> None:
+    def _due(self, group: Group, params: list[Tensor]) -> set[Tensor]:
+        frequency = group["precondition_frequency"]
+        if frequency == 1:
+            return set(params)
+        steps = {param: int(self.state[param]["step"].item()) if self.state.get(param) else 0 for param in params}
+        if callable(frequency):
+            return {param for param, step in steps.items() if frequency(step)}
+        return {param for param, step in steps.items() if step % frequency == 0}
+
+    def _step_group(self, group: Group, params: list[Tensor], due: set[Tensor]) -> None:
         plan = self._plan(group, params)
         matrices = {member.param for batch in plan.batches for member in batch.members}
         self._diagonal_step(group, [param for param in params if param not in matrices])
-        due = {param: self._is_due(group, param) for param in params if param in matrices}
+        active = set(params)
         for batch in plan.batches:
+            members = [member for member in batch.members if member.param in active]
             for update in (True, False):
-                members = [member for member in batch.members if due.get(member.param) is update]
-                if members:
-                    self._step_batch(group, batch, members, update)
+                some = [member for member in members if (member.param in due) is update]
+                if some:
+                    self._step_batch(group, batch, some, update)
+            batch.note_versions()
         self._count_step(params)
-
-    def _is_due(self, group: Group, param: Tensor) -> bool:
-        """Whether the parameter's factors are updated in this step."""
-        frequency = group["precondition_frequency"]
-        if frequency == 1:
-            return True
-        step = int(self.state[param]["step"].item())
-        return bool(frequency(step)) if callable(frequency) else step % frequency == 0
 
     def _step_batch(self, group: Group, batch: FactorBatch, members: Sequence[Member], update: bool) -> None:
         """Step some members of a batch, all with or all without an update of their factors."""
@@ -308,7 +311,7 @@ class IFShampoo(RootFreeOptimizer):
         if not needs_bits(group["factor_dtype"], group["rounding"]) and not needs_bits(
             param.dtype, group["weight_rounding"]
         ):
-            return torch.zeros(0, dtype=torch.int32)
+            return torch.zeros(0, dtype=torch.int32, device="cpu")
         return torch.stack([self.state[m.param]["step"] for m in members for _ in range(m.tile.num_blocks)])
 
 

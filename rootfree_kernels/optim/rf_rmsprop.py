@@ -74,7 +74,7 @@ class RFRMSProp(RootFreeOptimizer):
     def _layout(self, param: Tensor, group: Group) -> dict[str, Entry]:
         return self._diagonal_layout(param, group)
 
-    def _step_group(self, group: Group, params: list[Tensor]) -> None:
+    def _step_group(self, group: Group, params: list[Tensor], due: set[Tensor]) -> None:
         for param in params:
             if not self.state[param]:
                 self._init_state(param, group)

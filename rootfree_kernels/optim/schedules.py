@@ -13,11 +13,11 @@ class GrowingInterval:
         max_interval: T, a whole number, 1 or more.
 
     Raises:
-        ValueError: `max_interval` is less than 1.
+        ValueError: `max_interval` is no whole number, or less than 1.
     """
 
     def __init__(self, max_interval: int) -> None:
-        if max_interval < 1:
+        if not isinstance(max_interval, int) or max_interval < 1:
             raise ValueError(f"max_interval={max_interval!r}: pass a whole number of steps, 1 or more.")
         self.max_interval = max_interval
 
