@@ -39,7 +39,7 @@ METHODS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 # Found with the same budget for each: `python -m bench.tune_demo --method NAME` (bench/results/demo-tuning.json).
 CHOSEN: dict[str, dict[str, Any]] = {
     "adamw": {"lr": 2.48e-3, "betas": (0.9, 0.9797), "weight_decay": 0.0168},
-    "rfrmsprop": {"lr": 1e-4, "beta2": 0.05, "damping": 1e-4},
+    "rfrmsprop": {"lr": 1.79e-4, "beta2": 0.0829, "damping": 3.35e-5},
     "ifshampoo": {"lr": 7.21e-5, "beta2": 0.753, "riemannian_momentum": 0.203, "damping": 2.23e-5},
 }
 
@@ -139,8 +139,10 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm1(x)
-        heads = (f(y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.query, self.key, self.value))
-        x = x + self.mix(F.scaled_dot_product_attention(*heads, is_causal=True).transpose(1, 2).flatten(2))
+        maps = (self.query, self.key, self.value)
+        query, key, value = (f(y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in maps)
+        y = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        x = x + self.mix(y.transpose(1, 2).flatten(2))
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
 

@@ -28,7 +28,7 @@ def curvature_step(a: Tensor, factor: Tensor, other: Tensor, batch_size: float, 
     Δ_K is the same of Aᵀ, K and C. The trace in the damping is a squared norm of K: it needs no product.
     """
     cols = a.shape[-1]
-    delta = wide(torch.bmm(a, a.mT)).mul_(batch_size / (2 * cols))
+    delta = wide(torch.baddbmm(a.new_empty(()), a, a.mT, beta=0, alpha=batch_size / (2 * cols)))
     if damping:
         trace = torch.linalg.vector_norm(wide(other), dim=(-2, -1), keepdim=True).square_()
         delta.addcmul_(wide(torch.bmm(factor.mT, factor)), trace, value=damping / (2 * cols))
