@@ -82,9 +82,7 @@ def loss_of(result: dict[str, Any]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", required=True, choices=SPACES)
     parser.add_argument("--trials", type=int, default=12)
     parser.add_argument("--finalists", type=int, default=3)

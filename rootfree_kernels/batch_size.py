@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
@@ -29,9 +31,9 @@ def leading_dim(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
 class BatchSizeCounter:
     """Sets `batch_size` of all groups, before every step, to the terms that the model saw since the last one.
 
-    Forward calls in training mode are counted and added up, so that gradient accumulation over N micro-batches, each
-    loss divided by N, gives the B of the whole; calls in `eval()` mode are not. A step without a counted call keeps
-    the groups' values.
+    Forward calls in training mode and with gradients enabled are counted and added up, those of a closure included.
+    With gradient accumulation over N micro-batches, each loss divided by N, that is the B of the whole. A step without
+    a counted call keeps the groups' values.
 
     Args:
         model: the module whose forward calls are counted. Wrap the outermost one that the loop calls.
@@ -69,10 +71,25 @@ class BatchSizeCounter:
         ]
 
     def _before_forward(self, model: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if model.training:
+        if model.training and torch.is_grad_enabled():
             self.count += self._count_terms(args, kwargs)
 
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Set the batch size; a closure, whose forward calls are still to come, is made to set it after them."""
+        self._set_batch_size(optimizer)
+
+        def counted(argument: Any) -> Any:
+            return partial(self._run_closure, optimizer, argument) if callable(argument) else argument
+
+        optimizer_itself, *rest = args
+        return (optimizer_itself, *map(counted, rest)), {name: counted(value) for name, value in kwargs.items()}
+
+    def _run_closure(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Any:
+        loss = closure()
+        self._set_batch_size(optimizer)
+        return loss
+
+    def _set_batch_size(self, optimizer: Optimizer) -> None:
         if self.count:
             for group in optimizer.param_groups:
                 group["batch_size"] = self.count * self._world_size

@@ -52,7 +52,8 @@ def split_params(model: Module, heads: Collection[str] = ()) -> ParamSplit:
     Args:
         model: any module.
         heads: names of modules to count as heads besides those recognised: modules named like a head (`lm_head`,
-            `classifier`, …) and linear layers that share an embedding's weight or its number of rows.
+            `classifier`, …) and the last linear layer of the model, where it has as many outputs as an embedding
+            of its inputs has rows. A weight that a head shares with an embedding stands under the embedding's name.
 
     Raises:
         ValueError: `heads` names a module that the model does not have.
@@ -60,7 +61,7 @@ def split_params(model: Module, heads: Collection[str] = ()) -> ParamSplit:
     modules = dict(model.named_modules())
     if unknown := sorted(set(heads) - set(modules)):
         raise ValueError(f"heads={unknown[0]!r}: no such module; choose from model.named_modules().")
-    vocabularies = {m.num_embeddings for m in modules.values() if isinstance(m, nn.Embedding)}
+    heads = {*heads, *_recognised_heads(modules)}
     split = ParamSplit()
     for name, param, owner_name in _owned_params(model):
         owner = modules[owner_name]
@@ -71,7 +72,7 @@ def split_params(model: Module, heads: Collection[str] = ()) -> ParamSplit:
             )
         elif isinstance(owner, nn.Embedding | nn.EmbeddingBag):
             part, why = split.embeddings_and_heads, "the weight of an embedding: one row a token"
-        elif _is_head(owner, owner_name, heads, vocabularies):
+        elif owner_name in heads:
             part, why = split.embeddings_and_heads, "the weight of an output head: one row a class"
         else:
             part, why = split.matrices, f"a hidden weight of shape {tuple(param.shape)}: Kronecker factors"
@@ -87,7 +88,10 @@ def _owned_params(model: Module) -> Iterator[tuple[str, Parameter, str]]:
             yield name, param, name.rpartition(".")[0]
 
 
-def _is_head(owner: Module, owner_name: str, heads: Collection[str], vocabularies: set[int]) -> bool:
-    if owner_name in heads or owner_name.rpartition(".")[2] in HEAD_NAMES:
-        return True
-    return isinstance(owner, nn.Linear) and owner.out_features in vocabularies
+def _recognised_heads(modules: dict[str, Module]) -> set[str]:
+    """Modules named like a head, and the last linear layer if it maps an embedding's columns to its rows."""
+    named = {name for name in modules if name.rpartition(".")[2] in HEAD_NAMES}
+    tables = {(m.embedding_dim, m.num_embeddings) for m in modules.values() if isinstance(m, nn.Embedding)}
+    linears = [(name, m) for name, m in modules.items() if isinstance(m, nn.Linear)]
+    last = {name for name, m in linears[-1:] if (m.in_features, m.out_features) in tables}
+    return named | last

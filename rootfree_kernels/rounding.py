@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -49,18 +50,24 @@ def _mix_int(value: int) -> int:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """`mix` of an int32 tensor, in place. Shifts of int32 are arithmetic: the mask makes them logical."""
-    x ^= (x >> 16) & 0xFFFF
-    x *= _signed(0x7FEB352D)
-    x ^= (x >> 15) & 0x1FFFF
-    x *= _signed(0x846CA68B)
+    """`mix` of an int32 tensor, in place."""
+    x = _mix_but_last_shift(x)
     x ^= (x >> 16) & 0xFFFF
     return x
 
 
-def _upper_half(x: Tensor) -> Tensor:
-    """The upper 16 bits of an int32 tensor, in place, as 0 … 65535."""
-    return x.bitwise_right_shift_(16).bitwise_and_(0xFFFF)
+def _mix_but_last_shift(x: Tensor) -> Tensor:
+    """`mix` without its last step, in place. Shifts of int32 are arithmetic: the mask makes them logical."""
+    x ^= (x >> 16) & 0xFFFF
+    x *= _signed(0x7FEB352D)
+    x ^= (x >> 15) & 0x1FFFF
+    x *= _signed(0x846CA68B)
+    return x
+
+
+def _upper_half_of_mix(x: Tensor) -> Tensor:
+    """mix(x) >> 16 of an int32 tensor, in place, as 0 … 65535; the last step of `mix` leaves these bits alone."""
+    return _mix_but_last_shift(x).bitwise_right_shift_(16).bitwise_and_(0xFFFF)
 
 
 def block_seed(seed: int, param_index: int, block_index: int) -> int:
@@ -86,8 +93,14 @@ class BlockBits:
 
     def __call__(self) -> Tensor:
         key = keys(self.seeds, self.steps, self.slot)
-        index = torch.arange(self.numel, device=key.device).to(torch.int32)
-        return _upper_half(_mix(key.unsqueeze(1) ^ index))
+        index = torch.arange(self.numel, dtype=torch.int32, device=key.device)
+        return _upper_half_of_mix(key.unsqueeze(1) ^ index)
+
+
+@lru_cache(maxsize=256)
+def _lengths(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    """`sizes` as a tensor, kept, so that it is copied to the device but once."""
+    return torch.tensor(sizes, device=device)
 
 
 @dataclass(frozen=True)
@@ -102,11 +115,11 @@ class RaggedBits:
     def __call__(self) -> Tensor:
         key = keys(self.seeds, self.steps, self.slot)
         total = sum(self.sizes)
-        lengths = torch.tensor(self.sizes, device=key.device)
+        lengths = _lengths(tuple(self.sizes), key.device)
         owner = torch.repeat_interleave(lengths, output_size=total)
         starts = lengths.cumsum(0) - lengths
         index = (torch.arange(total, device=key.device) - starts[owner]).to(torch.int32)
-        return _upper_half(_mix(key[owner] ^ index))
+        return _upper_half_of_mix(key[owner] ^ index)
 
 
 def round_stochastic(x: Tensor, bits: Tensor) -> Tensor:
@@ -116,14 +129,23 @@ def round_stochastic(x: Tensor, bits: Tensor) -> Tensor:
 
 
 def split_compensated(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(hi BF16, lo int16) of finite FP32 `x`, so that `join_compensated(hi, lo)` is `x` bit for bit."""
+    """(hi BF16, lo int16) of FP32 `x`, so that `join_compensated(hi, lo)` is `x` bit for bit where `x` is finite.
+
+    `hi` rounds ties away from zero, so that `lo` fits; it is NaN where `x` is.
+    """
     pattern = x.contiguous().view(torch.int32)
     hi = (pattern + 0x8000) >> 16
     lo = pattern - (hi << 16)
-    return hi.to(torch.int16).view(torch.bfloat16), lo.to(torch.int16)
+    value = torch.where(x.isnan(), torch.nan, hi.to(torch.int16).view(torch.bfloat16))
+    return value, lo.to(torch.int16)
 
 
 def join_compensated(hi: Tensor, lo: Tensor) -> Tensor:
-    """The FP32 value of a compensated pair (hi BF16, lo int16)."""
+    """The FP32 value of a compensated pair (hi BF16, lo int16).
+
+    `hi` may have been changed since, a weight masked or set, say: the value is then `hi` to within a rounding. Of
+    ±0 only a `lo` of 0 or more is possible; what is left of another weight there is dropped, since it would give NaN.
+    """
+    lo = torch.where(hi == 0, lo.clamp(min=0), lo)
     pattern = (hi.contiguous().view(torch.int16).to(torch.int32) << 16) + lo
     return pattern.view(torch.float32)

@@ -118,9 +118,7 @@ def kron_precondition(state, grad):
     return state.C @ state.C.T @ grad @ state.K @ state.K.T
 
 
-def kron_step(
-    weight, grad, state, *, update, maximize=False, lr, momentum, weight_decay, decoupled=False, **factor
-):
+def kron_step(weight, grad, state, *, update, maximize=False, lr, momentum, weight_decay, decoupled=False, **factor):
     """One IF-Shampoo step of one p x d block: the factors first where ``update`` is true, then U, buf and W.
     ``factor`` holds the keywords of ``kron_update``. Returns (new weight, new KronState).
     """
@@ -162,17 +160,13 @@ def blocked_kron_step(weight, grad, states, *, max_dim, **step_arguments):
     weight, grad = np.array(weight, dtype=np.float64).reshape(shape[0], -1), np.reshape(grad, (shape[0], -1))
     new_states = {}
     for index, block in _matrix_blocks(shape, max_dim).items():
-        weight[block], new_states[index] = kron_step(
-            weight[block], grad[block], states[index], **step_arguments
-        )
+        weight[block], new_states[index] = kron_step(weight[block], grad[block], states[index], **step_arguments)
     return weight.reshape(shape), new_states
 
 
 def growing_interval_updates(step, max_interval):
     """Whether min(max(floor(log_4(step + 1)), 1), max_interval) divides ``step``, counted from 0."""
-    floor_log4 = (
-        (step + 1).bit_length() - 1
-    ) // 2  # in integers: a rounded logarithm may miss a power of four
+    floor_log4 = ((step + 1).bit_length() - 1) // 2  # in integers: a rounded logarithm may miss a power of four
     return step % min(max(floor_log4, 1), max_interval) == 0
 
 

@@ -345,6 +345,55 @@ def test_a_state_dict_that_lacks_an_entry_or_has_one_too_many_is_refused(case: C
         assert_refused(optimizer, saved, match=r"state_dict has .* load one")
 
 
+@pytest.mark.parametrize("optimizer", [RFRMSProp, IFShampoo])
+@pytest.mark.parametrize("beta2", [0.999999, 1, 1.5])
+def test_beta2_of_1_or_more_is_refused_where_the_average_would_turn_negative(optimizer: Any, beta2: float) -> None:
+    params = list(Model().parameters())
+    if beta2 < 1:
+        optimizer(params, **OPTIONS, beta2=beta2)
+    else:
+        with pytest.raises(ValueError, match=rf"beta2={beta2}: pass a number below 1"):
+            optimizer(params, **OPTIONS, beta2=beta2)
+
+
+def test_a_sum_may_take_the_curvature_whole() -> None:
+    optimizer = RFAdaGrad(Model().parameters(), **OPTIONS, beta2=1.5)
+    assert optimizer.param_groups[0]["gamma"] == 0.0
+
+
+def test_a_state_dict_of_a_model_is_refused(case: Case) -> None:
+    model, optimizer = case.start()
+    train(model, optimizer, range(1))
+    assert_refused(optimizer, model.state_dict(), match="not of a model")
+
+
+def test_fused_is_refused_when_the_optimizer_is_made(case: Case) -> None:
+    with pytest.raises(RuntimeError, match=r"fused=True .* no kernels"):
+        case.start(fused=True)
+
+
+def test_a_bad_gradient_names_its_parameter(case: Case) -> None:
+    model = Model(case.dtype)
+    optimizer = case.make(model.named_parameters())
+    model.weight.grad = torch.ones_like(model.weight).to_sparse()
+    with pytest.raises(RuntimeError, match="parameter 'weight'"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("optimizer", [RFRMSProp, IFShampoo])
+def test_a_dtype_for_which_the_state_was_not_made_is_refused_before_anything_changes(optimizer: Any) -> None:
+    model = Model()
+    opt = optimizer(model.parameters(), **OPTIONS, weight_rounding="compensated")
+    train(model, opt, range(2))
+    model.to(torch.bfloat16)
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    before = snapshot(opt)
+    with pytest.raises(ValueError, match=r"torch.bfloat16 on cpu .* before the first step"):
+        opt.step()
+    assert_same_bits(snapshot(opt), before)
+
+
 # ---- backends ------------------------------------------------------------------------------------------------------
 
 

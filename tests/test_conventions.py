@@ -67,7 +67,7 @@ def test_named_parameters_step_as_unnamed_ones_and_keep_their_names(case: Case) 
 GROUP_OPTIONS = {
     "lr": 0.02,
     "batch_size": 8,
-    "beta2": 0.1,
+    "beta2": 0.3,
     "momentum": 0.5,
     "damping": 0.5,
     "weight_decay": 0.0,
@@ -805,3 +805,12 @@ def test_a_step_with_t_1_never_waits_for_the_gpu(case: Case, capturable: bool) -
         optimizer.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_group_without_parameters_is_served(case: Case) -> None:
+    model, expected = case.start()
+    train(model, expected, [0, 1])
+    model = Model(case.dtype)
+    optimizer = case.make([{"params": []}, {"params": list(model.parameters())}])
+    train(model, optimizer, [0, 1])
+    assert_same_bits(snapshot(optimizer), snapshot(expected))

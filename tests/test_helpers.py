@@ -11,6 +11,7 @@ import reference as ref
 import torch
 from torch import nn
 
+from bench.demo import GPT, Task
 from rootfree_kernels import BatchSizeCounter, GrowingInterval, RFRMSProp, split_params
 
 
@@ -54,6 +55,23 @@ def test_the_world_size_multiplies_and_terms_may_be_counted_otherwise():
     assert counted([(7, True)], count_terms=lambda args, kwargs: kwargs["inputs"].numel()) == 28
 
 
+def test_forward_calls_inside_a_closure_are_counted_and_those_without_gradients_are_not():
+    model = nn.Linear(3, 2)
+    optimizer = RFRMSProp(model.parameters(), batch_size=1)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(torch.randn(16, 3)).square().mean()
+        loss.backward()
+        return loss
+
+    with BatchSizeCounter(model, optimizer):
+        with torch.no_grad():
+            model(torch.randn(100, 3))
+        assert optimizer.step(closure) > 0
+    assert optimizer.param_groups[0]["batch_size"] == 16
+
+
 def test_the_count_starts_anew_after_every_step_and_ends_with_remove():
     model = nn.Linear(3, 2)
     optimizer = RFRMSProp(model.parameters(), batch_size=1)
@@ -90,8 +108,9 @@ class Tied(nn.Module):
         self.conv = nn.Conv1d(6, 6, 3)
         self.tied = nn.Linear(6, 11, bias=False)
         self.tied.weight = self.embed.weight
-        self.logits = nn.Linear(6, 11)
         self.value = nn.Linear(6, 3)
+        self.square = nn.Linear(6, 11)  # as many outputs as the embedding has rows, but a hidden layer
+        self.logits = nn.Linear(6, 11)
 
 
 def names(part):
@@ -101,19 +120,26 @@ def names(part):
 def test_parameters_fall_into_matrices_embeddings_with_heads_and_vectors_each_with_a_reason():
     model = Tied()
     split = split_params(model)
-    assert names(split.matrices) == ["hidden.weight", "conv.weight", "value.weight"]
+    assert names(split.matrices) == ["hidden.weight", "conv.weight", "value.weight", "square.weight"]
     assert names(split.embeddings_and_heads) == ["embed.weight", "logits.weight"]
     assert names(split.vectors) == [
         "norm.weight",
         "norm.bias",
         "hidden.bias",
         "conv.bias",
-        "logits.bias",
         "value.bias",
+        "square.bias",
+        "logits.bias",
     ]
     every = {name for name, param in model.named_parameters() if param.requires_grad}
     assert set(split.reasons) == every
     assert str(split).count("\n") == len(every) - 1
+
+
+def test_only_the_tables_and_the_head_of_the_demo_s_model_are_set_apart():
+    split = split_params(GPT(Task()))
+    assert names(split.embeddings_and_heads) == ["bytes.weight", "places.weight", "head.weight"]
+    assert len(split.matrices) == 6 * Task().layers
 
 
 def test_a_named_module_counts_as_a_head_and_an_unknown_one_is_refused():

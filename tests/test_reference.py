@@ -108,9 +108,7 @@ def scaled_loss_trajectories(shape, C, K, C_mean, K_mean, **changes):
     rng = np.random.default_rng(1)
     B, weight, gradient = 16, rng.standard_normal(shape), smooth_loss_gradient(rng, *shape)
     zeros = {"m_C": 0 * C, "m_K": 0 * K, "buffer": np.zeros(shape)}
-    summed, _ = trajectory(
-        weight, gradient, ref.KronState(C, K, **zeros), batch_size=1, damping=0.08, **changes
-    )
+    summed, _ = trajectory(weight, gradient, ref.KronState(C, K, **zeros), batch_size=1, damping=0.08, **changes)
     mean, _ = trajectory(
         weight,
         lambda w: gradient(w) / B,
@@ -124,9 +122,7 @@ def scaled_loss_trajectories(shape, C, K, C_mean, K_mean, **changes):
 
 @by_shape
 @by_clip
-def test_weights_do_not_depend_on_averaging_the_loss_when_each_factor_starts_B_to_the_quarter_larger(
-    shape, clip
-):
+def test_weights_do_not_depend_on_averaging_the_loss_when_each_factor_starts_B_to_the_quarter_larger(shape, clip):
     rng = np.random.default_rng(0)
     C, K = well_conditioned(rng, shape[0]), well_conditioned(rng, shape[1])
     summed, mean = scaled_loss_trajectories(shape, C, K, 16**0.25 * C, 16**0.25 * K, clip=clip)
@@ -147,9 +143,7 @@ def test_diagonal_weights_do_not_depend_on_averaging_the_loss_when_s_starts_B_ti
     mean_state = ref.DiagonalState(state.square / B, state.buffer)
     shared = {"lr": 0.05, "beta2": 0.3, "gamma": gamma, "momentum": 0.8, "weight_decay": 0.02}
     for _ in range(NUM_STEPS):
-        summed, state = ref.diagonal_step(
-            summed, gradient(summed), state, batch_size=1, damping=0.08, **shared
-        )
+        summed, state = ref.diagonal_step(summed, gradient(summed), state, batch_size=1, damping=0.08, **shared)
         mean, mean_state = ref.diagonal_step(
             mean, gradient(mean) / B, mean_state, batch_size=B, damping=0.08 / B, **shared
         )
@@ -187,9 +181,7 @@ def test_affine_reparametrisation_gives_the_same_weights_from_corresponding_fact
     E, F = well_conditioned(rng, shape[0]), well_conditioned(rng, shape[1])
     offset = rng.standard_normal(shape)
     states = corresponding_states(rng, E, F, well_conditioned)
-    actual, expected, *_ = reparametrised_trajectories(
-        rng, E, F, offset, *states, damping=0, weight_decay=0, clip=clip
-    )
+    actual, expected, *_ = reparametrised_trajectories(rng, E, F, offset, *states, damping=0, weight_decay=0, clip=clip)
     assert_same(actual, expected)
 
 
@@ -265,9 +257,7 @@ def test_rotating_the_columns_of_a_factor_rotates_its_momentum_and_keeps_the_pre
     Q, R = orthogonal(rng, shape[0]), orthogonal(rng, shape[1])
     rotated = ref.KronState(state.C @ Q, state.K @ R, Q.T @ state.m_C @ Q, R.T @ state.m_K @ R, state.buffer)
     for _ in range(NUM_STEPS):
-        state, rotated = (
-            ref.kron_update(one, grad, **update_arguments(clip=clip)) for one in (state, rotated)
-        )
+        state, rotated = (ref.kron_update(one, grad, **update_arguments(clip=clip)) for one in (state, rotated))
         assert_same(rotated.m_C, Q.T @ state.m_C @ Q)
         assert_same(rotated.m_K, R.T @ state.m_K @ R)
         assert_same(rotated.C @ rotated.C.T, state.C @ state.C.T)
@@ -383,18 +373,14 @@ def distance_from_inverses(gradient, beta2, num_steps, project=None, random_matr
     S_C, S_K = np.linalg.inv(state.C @ state.C.T), np.linalg.inv(state.K @ state.K.T)
     for k in range(num_steps):
         grad = gradient(k * beta2)
-        state = ref.kron_update(
-            state, grad, beta2=beta2, riemannian_momentum=0, clip=None, project=project, **hyper
-        )
+        state = ref.kron_update(state, grad, beta2=beta2, riemannian_momentum=0, clip=None, project=project, **hyper)
         S_C, S_K = ref.root_free_shampoo_update(S_C, S_K, grad, beta2=beta2, **hyper)
     return sum(np.linalg.norm(F @ F.T - np.linalg.inv(S)) for F, S in ((state.C, S_C), (state.K, S_K)))
 
 
 @by_shape
 @by_gamma
-def test_inverse_free_factors_follow_root_free_shampoo_to_second_order_over_a_fixed_number_of_steps(
-    shape, gamma
-):
+def test_inverse_free_factors_follow_root_free_shampoo_to_second_order_over_a_fixed_number_of_steps(shape, gamma):
     gradient = gradient_path(np.random.default_rng(12), *shape)
     hyper = {"batch_size": 3, "damping": 0.4, "gamma": gamma}
     order = observed_order(lambda beta2: distance_from_inverses(gradient, beta2, NUM_STEPS, **hyper), 1e-5)
@@ -405,9 +391,7 @@ def test_inverse_free_factors_follow_root_free_shampoo_to_second_order_over_a_fi
 def test_inverse_free_factors_follow_root_free_shampoo_to_first_order_over_a_fixed_horizon(gamma):
     gradient = gradient_path(np.random.default_rng(12), 3, 5)
     hyper = {"batch_size": 1, "damping": 0.4, "gamma": gamma}
-    order = observed_order(
-        lambda beta2: distance_from_inverses(gradient, beta2, round(0.5 / beta2), **hyper), 0.01
-    )
+    order = observed_order(lambda beta2: distance_from_inverses(gradient, beta2, round(0.5 / beta2), **hyper), 0.01)
     assert order == pytest.approx(1, abs=0.1)
 
 
@@ -415,9 +399,7 @@ def test_triangular_factors_with_a_doubled_triangle_follow_root_free_shampoo_to_
     gradient = gradient_path(np.random.default_rng(13), 3, 5)
     hyper = {"batch_size": 3, "damping": 0.4, "gamma": 1.0}
     structure = {"project": ref.project_lower_triangular, "random_matrix": lower_triangular}
-    order = observed_order(
-        lambda beta2: distance_from_inverses(gradient, beta2, NUM_STEPS, **structure, **hyper), 1e-5
-    )
+    order = observed_order(lambda beta2: distance_from_inverses(gradient, beta2, NUM_STEPS, **structure, **hyper), 1e-5)
     assert order == pytest.approx(2, abs=0.1)
 
 
@@ -519,12 +501,8 @@ def test_the_plain_factor_update_is_the_formula_of_the_paper(shape):
     new = ref.kron_update(
         state, grad, batch_size=1, beta2=beta2, riemannian_momentum=0, damping=0, gamma=1.0, clip=None
     )
-    assert_same(
-        new.C, C @ (np.eye(p) - beta2 / (2 * d) * (C.T @ grad @ K @ K.T @ grad.T @ C - d * np.eye(p)))
-    )
-    assert_same(
-        new.K, K @ (np.eye(d) - beta2 / (2 * p) * (K.T @ grad.T @ C @ C.T @ grad @ K - p * np.eye(d)))
-    )
+    assert_same(new.C, C @ (np.eye(p) - beta2 / (2 * d) * (C.T @ grad @ K @ K.T @ grad.T @ C - d * np.eye(p))))
+    assert_same(new.K, K @ (np.eye(d) - beta2 / (2 * p) * (K.T @ grad.T @ C @ C.T @ grad @ K - p * np.eye(d))))
 
 
 @pytest.mark.parametrize("maximize", [False, True], ids=["minimize", "maximize"])
@@ -611,9 +589,7 @@ def test_new_factors_precondition_the_gradient_they_were_made_from():
 def test_a_step_without_an_update_leaves_the_factors_and_their_momentum():
     rng = np.random.default_rng(18)
     state, weight, grad = random_state(rng, 3, 5), rng.standard_normal((3, 5)), rng.standard_normal((3, 5))
-    actual, new = ref.kron_step(
-        weight, grad, state, **step_arguments(update=False, momentum=0, weight_decay=0)
-    )
+    actual, new = ref.kron_step(weight, grad, state, **step_arguments(update=False, momentum=0, weight_decay=0))
     for name in ("C", "K", "m_C", "m_K"):
         assert (getattr(new, name) == getattr(state, name)).all()
     assert_same(weight - actual, 0.05 * state.C @ state.C.T @ grad @ state.K @ state.K.T)
@@ -712,9 +688,7 @@ def all_patterns_near_ties():
 
 def test_round_nearest_is_torchs_conversion_on_every_tie_infinity_and_nan():
     x = all_patterns_near_ties()
-    expected = (
-        torch.from_numpy(x.view(np.float32)).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
-    )
+    expected = torch.from_numpy(x.view(np.float32)).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
     is_nan = np.isnan(x.view(np.float32))
     np.testing.assert_array_equal(ref.round_nearest(x)[~is_nan], expected[~is_nan])
     assert np.isnan(ref.bfloat16_value(ref.round_nearest(x)[is_nan])).all()

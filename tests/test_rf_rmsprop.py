@@ -88,6 +88,19 @@ def test_compensated_bf16_weights_are_fp32_weights_bit_for_bit():
     assert torch.equal(joined.view(torch.float32), wide.detach())
 
 
+@pytest.mark.parametrize("optimizer_class", [RFRMSProp, IFShampoo])
+def test_weights_that_a_user_sets_to_zero_go_on_learning(optimizer_class):
+    """A remainder left over from another weight would make ±0 a NaN, which would stay."""
+    param = torch.nn.Parameter(torch.randn(16, 16, generator=torch.Generator().manual_seed(0)).bfloat16())
+    optimizer = optimizer_class([param], **OPTIONS, weight_rounding="compensated")
+    for step in range(8):
+        param.grad = torch.randn(16, 16, generator=torch.Generator().manual_seed(step)).bfloat16()
+        optimizer.step()
+        if step == 3:
+            param.data.zero_()
+    assert param.isfinite().all() and (param != 0).all()
+
+
 @pytest.mark.parametrize("rounding", ["stochastic", "compensated", "nearest"])
 def test_only_nearest_stops_a_bf16_average_from_decaying(rounding):
     """β₂ = 0.001 changes s by a thousandth, less than half a BF16 unit: nearest leaves s = 1 for ever."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
@@ -30,13 +31,24 @@ class Entry(NamedTuple):
 
 _LAYOUT_OPTIONS = (
     *("structure", "max_preconditioner_dim", "factor_dtype", "state_dtype", "rounding", "weight_rounding"),
+    *("seed", "foreach"),
 )
 
 
-def _differs(state: Mapping[str, Tensor], layout: Mapping[str, Entry]) -> bool:
-    """Whether a parameter's state has other names, shapes or dtypes than `layout`."""
-    kept = {name: (tuple(x.shape), x.dtype) for name, x in state.items() if name != "step"}
-    return kept != {name: (entry.shape, entry.dtype) for name, entry in layout.items()}
+def _difference(state: Mapping[str, Tensor], layout: Mapping[str, Entry], device: torch.device) -> str:
+    """How a parameter's state differs from `layout` in names, shapes, dtypes or device; empty where it does not."""
+    kept = {name: (tuple(x.shape), x.dtype, x.device) for name, x in state.items() if name != "step"}
+    wanted = {name: (entry.shape, entry.dtype, device) for name, entry in layout.items()}
+    for name in sorted(kept.keys() | wanted.keys()):
+        if kept.get(name) != wanted.get(name):
+            return f"{name} is {kept.get(name)} and should be {wanted.get(name)}"
+    return ""
+
+
+def _label(group: Group, index: int) -> str:
+    """The name of a group's parameter in messages."""
+    name = group["param_names"][index] if "param_names" in group else f"params[{index}]"
+    return f"parameter {name!r}"
 
 
 def needs_bits(dtype: torch.dtype, rounding: str) -> bool:
@@ -75,7 +87,7 @@ class RootFreeOptimizer(Optimizer):
         """Drop what is derived from groups and state and kept between steps."""
         self._seeds: dict[Tensor, int] = {}
         self._seed_tensors: dict[tuple[Tensor, ...], Tensor] = {}
-        self._checked_options: dict[Tensor, tuple[Any, ...]] = {}  # by the first parameter of a group
+        self._layout_keys: dict[Tensor, tuple[Any, ...]] = {}  # by the first parameter of a group
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -100,7 +112,11 @@ class RootFreeOptimizer(Optimizer):
             if param in seen:
                 raise ValueError(f"parameter {label!r} stands twice in the group: pass each parameter once.")
             seen.add(param)
-        check_options({**self.defaults, **group})
+        options = {**self.defaults, **group}
+        check_options(options)
+        if options["fused"]:
+            for param in seen:
+                choose(param.device, param.dtype, fused=True)
         super().add_param_group(group)
 
     # ---- the step -------------------------------------------------------------------------------------------------
@@ -137,25 +153,40 @@ class RootFreeOptimizer(Optimizer):
     def _checked_params(self, group: Group) -> list[Tensor]:
         """The group's parameters that have a gradient, after every check of options, gradients and backend."""
         check_options(group)
-        params = [param for param in group["params"] if param.grad is not None]
-        for param in params:
-            check_grad("a parameter", param, param.grad)
+        params = []
+        for index, param in enumerate(group["params"]):
+            if param.grad is not None:
+                check_grad(_label(group, index), param, param.grad)
+                params.append(param)
         for device, dtype in {(param.device, param.dtype) for param in params}:
             choose(device, dtype, group["fused"])
         self._check_layout(group)
         return params
 
     def _check_layout(self, group: Group) -> None:
-        """Raise if an option that decides what the state looks like was changed after the state was made."""
-        options = tuple(group.get(name) for name in _LAYOUT_OPTIONS)
-        if self._checked_options.get(group["params"][0]) == options:
+        """Raise if the state was made for other options, dtypes or devices; looks only where one of them changed."""
+        key = self._layout_key(group)
+        if not group["params"] or self._layout_keys.get(group["params"][0]) == key:
             return
-        for param in group["params"]:
+        for index, param in enumerate(group["params"]):
             state = self.state.get(param)
-            if state and _differs(state, self._layout(param, group)):
-                now = ", ".join(f"{n}={v}" for n, v in zip(_LAYOUT_OPTIONS, options, strict=True) if n in group)
-                raise ValueError(f"{now}: the state was made with other options; set them before the first step.")
-        self._checked_options[group["params"][0]] = options
+            if state and (difference := _difference(state, self._layout(param, group), param.device)):
+                options = ", ".join(f"{name}={group[name]}" for name in _LAYOUT_OPTIONS if name in group)
+                raise ValueError(
+                    f"{_label(group, index)} of {param.dtype} on {param.device} with {options}: its state was made for "
+                    f"others ({difference}). Set them before the first step, or make a new optimizer."
+                )
+        self._layout_keys[group["params"][0]] = key
+        self._replan(group)
+
+    def _layout_key(self, group: Group) -> tuple[Any, ...]:
+        """All that decides what the state looks like and how it is batched."""
+        placement = [(param.dtype, param.device) for param in group["params"]]
+        return (*(group.get(name) for name in _LAYOUT_OPTIONS), *placement)
+
+    def _replan(self, group: Group) -> None:
+        """Forget what was derived from the group's options, dtypes and devices."""
+        self._seed_tensors.clear()
 
     def _due(self, group: Group, params: list[Tensor]) -> set[Tensor]:
         """The parameters whose factors are updated in this step; asked of all groups before anything changes."""
@@ -206,6 +237,8 @@ class RootFreeOptimizer(Optimizer):
         """Seeds [n], int32, on the parameters' device, kept so that they are copied there but once."""
         key = tuple(params)
         if key not in self._seed_tensors:
+            if len(self._seed_tensors) > 64:  # gradients come and go in ever new constellations
+                self._seed_tensors.clear()
             seeds = [self._seed(group, param) for param in params]
             self._seed_tensors[key] = torch.tensor(seeds, dtype=torch.int32, device=params[0].device)
         return self._seed_tensors[key]
@@ -271,8 +304,8 @@ class RootFreeOptimizer(Optimizer):
         saved = super().state_dict()
         for group in saved["param_groups"]:
             for name, value in group.items():
-                if callable(value) and not isinstance(value, torch.dtype):
-                    group[name] = f"callable: {value!r}"
+                if callable(value):
+                    group[name] = f"callable: {getattr(value, '__qualname__', type(value).__qualname__)}"
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -314,6 +347,8 @@ class RootFreeOptimizer(Optimizer):
 
     def _check_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         name = type(self).__name__
+        if not {"state", "param_groups"} <= state_dict.keys():
+            raise ValueError(f"state_dict has no 'state' and 'param_groups': load one of a {name}, not of a model.")
         sizes = [len(group["params"]) for group in self.param_groups]
         if sizes != [len(group["params"]) for group in state_dict["param_groups"]]:
             raise ValueError(f"state_dict has other groups than this {name}: build the groups in the same way.")
@@ -345,3 +380,5 @@ class RootFreeOptimizer(Optimizer):
             for name, value in group.items():
                 if isinstance(value, str) and value.startswith("callable: "):
                     group[name] = own[name]
+                    if not callable(own[name]):
+                        warnings.warn(f"{name} was saved as a {value}; {own[name]!r} is kept.", stacklevel=4)

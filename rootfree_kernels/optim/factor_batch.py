@@ -13,8 +13,9 @@ from rootfree_kernels.backends import matmul_dtype
 from rootfree_kernels.blocks import Tile, block_views, matrix_view
 from rootfree_kernels.optim.base import Entry, Group, is_pair
 
-MAX_BATCH_NUMBERS = {"cpu": 1 << 18}
-"""Numbers of G in a batch, by type of device: on a CPU what its second-level cache holds, elsewhere no limit."""
+MAX_BATCH_NUMBERS = {"cpu": 1 << 18, "cuda": 1 << 26}
+"""Numbers of G in a batch, by type of device (others as a GPU): on a CPU what its second-level cache holds, on a GPU
+what keeps it busy; a step's temporary memory is a few times as large."""
 
 
 class Member(NamedTuple):
@@ -96,10 +97,11 @@ class FactorBatch:
         every = {**self.storage, **self.products, "seeds": self.seeds}
         return every if index is None else {name: tensor[index] for name, tensor in every.items()}
 
-    def put_back(self, index: Tensor | None, part: dict[str, Tensor]) -> None:
-        """Write the copies of `part` back."""
+    def put_back(self, index: Tensor | None, part: dict[str, Tensor], update: bool) -> None:
+        """Write the copies of `part` back; without an update only `skipped` has changed."""
         if index is not None:
-            for name, tensor in {**self.storage, **self.products}.items():
+            changed = {**self.storage, **self.products} if update else {"skipped": self.storage["skipped"]}
+            for name, tensor in changed.items():
                 tensor[index] = part[name]
 
 
@@ -145,8 +147,8 @@ def make_batches(
 def _is_full(num_blocks: int, tile: Tile, device: torch.device) -> bool:
     """Whether a batch of `num_blocks` has no room for the blocks of one more tile."""
     rows, cols = tile.block_shape
-    limit = MAX_BATCH_NUMBERS.get(device.type)
-    return limit is not None and num_blocks > 0 and (num_blocks + tile.num_blocks) * rows * cols > limit
+    limit = MAX_BATCH_NUMBERS.get(device.type, MAX_BATCH_NUMBERS["cuda"])
+    return num_blocks > 0 and (num_blocks + tile.num_blocks) * rows * cols > limit
 
 
 def caches_products(group: Group) -> bool:

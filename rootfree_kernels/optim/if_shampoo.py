@@ -26,6 +26,7 @@ from rootfree_kernels.optim.factor_batch import (
     FactorBatch,
     Member,
     blocks_of,
+    caches_products,
     group_matmul_dtype,
     make_batches,
     suffix,
@@ -34,9 +35,8 @@ from rootfree_kernels.optim.factor_batch import (
 
 
 class Plan(NamedTuple):
-    """How a group's parameters are stepped, and the options that it was made for."""
+    """How a group's parameters are stepped."""
 
-    options: tuple[Any, ...]
     params: frozenset[Tensor]
     batches: list[FactorBatch]
 
@@ -78,7 +78,7 @@ class IFShampoo(RootFreeOptimizer):
         batch_size: B, the number of terms that the loss averages over (sequences worked well for language models);
             1 for a summed loss. Required: a wrong B silently changes the method. It lives in the group, so that a
             training loop can set it at every step.
-        beta2: β₂, the step size of the factors. Below 1, with a clip, CCᵀ and KKᵀ stay positive definite.
+        beta2: β₂, the step size of the factors; below 1, so that with a clip CCᵀ and KKᵀ stay positive definite.
         momentum: α₁, heavy ball, without a factor 1 − α₁: the step grows by 1/(1 − α₁).
         riemannian_momentum: α₂, of the factors.
         damping: λ. Where gradients are small, lr/(λ(1−α₁)) is the step size of plain SGD.
@@ -112,7 +112,8 @@ class IFShampoo(RootFreeOptimizer):
     compensated (also `weight_residual`, for BF16 weights). Where blocks differ in shape, further names end in .1, .2
     and .3.
 
-    A block with a non-finite gradient is left out of the step, whole, and counted in `skipped`; the next goes on.
+    A block with a non-finite gradient, or one so large that its square overflows, is left out of the step, whole, and
+    counted in `skipped`; the next step goes on.
 
     Raises:
         ValueError: an option or a parameter cannot be served; the message names it, its value and the remedy.
@@ -181,19 +182,25 @@ class IFShampoo(RootFreeOptimizer):
 
     # ---- the plan -------------------------------------------------------------------------------------------------
 
+    def _layout_key(self, group: Group) -> tuple[Any, ...]:
+        return (*super()._layout_key(group), group["matmul_dtype"], caches_products(group))
+
+    def _replan(self, group: Group) -> None:
+        super()._replan(group)
+        self._plans.pop(group["params"][0], None)
+
     def _plan(self, group: Group, params: list[Tensor]) -> Plan:
-        """The cached plan of the group, made anew when parameters joined, options or the states' tensors changed."""
+        """The cached plan of the group, made anew when parameters joined or the tensors of the states changed."""
         key = group["params"][0]
-        options = tuple(group[name] for name in _PLAN_OPTIONS)
         for param in params:
             if not self.state[param]:
                 self._init_state(param, group)
         plan = self._plans.get(key)
-        if plan and plan.options == options and plan.params.issuperset(params) and plan.holds(self.state):
+        if plan and plan.params.issuperset(params) and plan.holds(self.state):
             return plan
         stepped = {param: self._tiles(param, group) for param in group["params"] if self.state.get(param)}
         batches = make_batches(stepped, self.state, group, partial(self._seed, group))
-        self._plans[key] = Plan(options, frozenset(stepped), batches)
+        self._plans[key] = Plan(frozenset(stepped), batches)
         return self._plans[key]
 
     # ---- the step -------------------------------------------------------------------------------------------------
@@ -238,7 +245,7 @@ class IFShampoo(RootFreeOptimizer):
         )
         ok = self._update_factors(group, part, grad, shared) if update else None
         self._step_weights(group, members, part, grad, ok, shared)
-        batch.put_back(index, part)
+        batch.put_back(index, part, update)
 
     def _update_factors(self, group: Group, part: dict[str, Tensor], grad: Tensor, shared: Shared) -> Tensor:
         ok: Tensor = ops.kron_factor(
@@ -313,9 +320,3 @@ class IFShampoo(RootFreeOptimizer):
         ):
             return torch.zeros(0, dtype=torch.int32, device="cpu")
         return torch.stack([self.state[m.param]["step"] for m in members for _ in range(m.tile.num_blocks)])
-
-
-_PLAN_OPTIONS = (
-    *("structure", "max_preconditioner_dim", "precondition_frequency", "cache_products"),
-    *("factor_dtype", "matmul_dtype", "rounding", "seed", "foreach"),
-)

@@ -57,8 +57,8 @@ RULES: dict[str, Rule] = {
     "lr": Rule(_is_lr, "pass a finite number, 0 or more, or a floating-point Tensor with one element"),
     "batch_size": Rule(
         lambda value: _is_number(value) and value > 0,
-        "pass the number of terms that the loss averages over (1 for a summed loss; times the world size where "
-        "gradients are averaged over ranks)",
+        "pass the number of terms that the loss averages over, a Python number (1 for a summed loss; times the world "
+        "size where gradients are averaged over ranks)",
     ),
     "beta2": _NON_NEGATIVE,
     "momentum": _FRACTION,
@@ -97,6 +97,8 @@ def check_options(options: Mapping[str, Any]) -> None:
             value = options[name]
             if value is required or not rule.allows(value):
                 raise ValueError(f"{name}={value!r}: {rule.remedy}.")
+    if options.get("beta2", 0) >= 1 and (options.get("gamma") or "clip" in options):
+        raise ValueError(f"beta2={options['beta2']!r}: pass a number below 1 (1 minus what Adam calls beta2).")
     if options.get("foreach") and options.get("fused"):
         raise ValueError("foreach=True and fused=True: choose one of them.")
     if options.get("capturable") and options.get("precondition_frequency", 1) != 1:

@@ -23,7 +23,7 @@ class RFRMSProp(RootFreeOptimizer):
         lr: β₁, a number or a one-element Tensor (which is never read by the host).
         batch_size: B, the number of terms that the loss averages over; 1 for a summed loss. Required: a wrong B
             silently changes the method. It lives in the group, so that a training loop can set it at every step.
-        beta2: β₂, how fast s follows the curvature.
+        beta2: β₂, how fast s follows the curvature; below 1, and 1 minus what Adam calls beta2.
         momentum: α₁, heavy ball, without a factor 1 − α₁: the step grows by 1/(1 − α₁).
         damping: λ. Where gradients are small, lr/(λ(1−α₁)) is the step size of plain SGD.
         weight_decay: κ, added to the preconditioned gradient before the momentum.
@@ -50,10 +50,10 @@ class RFRMSProp(RootFreeOptimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float | Tensor = 1e-3,
+        lr: float | Tensor = 3e-4,
         *,
         batch_size: float = required,  # type: ignore[assignment]
-        beta2: float = 0.02,
+        beta2: float = 0.1,
         momentum: float = 0.9,
         damping: float = 1e-4,
         weight_decay: float = 0.0,
@@ -83,7 +83,16 @@ class RFRMSProp(RootFreeOptimizer):
 
 
 class RFAdaGrad(RFRMSProp):
-    """AdaGrad without the square root: `RFRMSProp` with γ = 0, so that s sums the curvature instead of averaging it."""
+    """AdaGrad without the square root: `RFRMSProp` with γ = 0, so that s sums the curvature, s ← s + β₂·B·g².
 
-    def __init__(self, params: ParamsT, lr: float | Tensor = 1e-3, **options: Any) -> None:
-        super().__init__(params, lr, **{"gamma": 0.0, **options})
+    As s starts at 1 and only grows, lr starts out as the step size of plain SGD. Other options are those of
+    `RFRMSProp`, without gamma; beta2 may be 1 or more.
+
+    Raises:
+        ValueError: gamma is given, or as `RFRMSProp`.
+    """
+
+    def __init__(self, params: ParamsT, lr: float | Tensor = 1e-2, *, beta2: float = 1.0, **options: Any) -> None:
+        if "gamma" in options:
+            raise ValueError(f"gamma={options['gamma']!r}: RFAdaGrad has gamma=0; choose RFRMSProp for another.")
+        super().__init__(params, lr, beta2=beta2, gamma=0.0, **options)
