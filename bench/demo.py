@@ -10,7 +10,6 @@ import argparse
 import hashlib
 import json
 import math
-import platform
 import sysconfig
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -28,7 +27,8 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
-from rootfree_kernels import IFShampoo, RFRMSProp, __version__
+from bench.record import provenance
+from rootfree_kernels import IFShampoo, RFRMSProp
 
 METHODS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,
@@ -232,7 +232,7 @@ def train(
             raise FloatingPointError(f"{method} with {settings}: the loss is {loss} at step {step}")
         schedule.step()
         report(step, loss)
-        if step == task.steps or step % max(1, task.steps // evaluations) == 0:
+        if step == task.steps or step % math.ceil(task.steps / evaluations) == 0:
             run.held_out[step] = evaluate(model, held_out)
     run.state_bytes = tensor_bytes(dict(optimizer.state))
     return run, model
@@ -299,16 +299,11 @@ def plot(runs: dict[str, Run], path: Path) -> None:
 def write_summary(path: Path, runs: dict[str, Run], task: Task, data: tuple[Tensor, Tensor]) -> None:
     """The table's numbers with all that is needed to repeat them."""
     summary = {
+        **provenance("python -m bench.demo"),
         "results": {method: run.summary() for method, run in runs.items()},
         "settings": {method: CHOSEN[method] for method in runs},
         "task": asdict(task),
         "bytes": {"train": len(data[0]), "held_out": len(data[1])},
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "rootfree_kernels": __version__,
-        },
-        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
     }
     path.write_text(json.dumps(summary, indent=2, default=str) + "\n")
 

@@ -11,7 +11,6 @@ bench/results/rounding-<date>.json and writes the same numbers as a Markdown tab
 import argparse
 import datetime
 import json
-import platform
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 
 from bench.demo import CHOSEN, Task, standard_library, train
+from bench.record import provenance
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -63,8 +63,7 @@ def write(name: str, rows: list[dict[str, Any]]) -> None:
     """Put the rows of the set ``name`` into today's record and rewrite its table."""
     path = RESULTS / f"rounding-{datetime.date.today()}.json"
     record = json.loads(path.read_text()) if path.exists() else {"sets": {}}
-    record["sets"][name] = rows
-    record["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
+    record["sets"][name] = [{**row, **provenance(f"python -m bench.rounding --set {name}")} for row in rows]
     path.write_text(json.dumps(record, indent=1) + "\n")
     path.with_suffix(".md").write_text(markdown(record["sets"]))
 

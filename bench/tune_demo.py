@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from bench.demo import Task, standard_library, train
+from bench.record import provenance
 
 RECORD = Path(__file__).parent / "results" / "demo-tuning.json"
 
@@ -65,10 +66,7 @@ def trial(method: str, settings: dict[str, Any], task: Task, data: tuple[Tensor,
         result |= {name: round(value, 4) for name, value in run.summary().items()}
     except FloatingPointError as error:
         result |= {"held_out_loss": None, "diverged": str(error)}
-    result |= {
-        "torch": torch.__version__,
-        "command": shlex.join(["python", "-m", "bench.tune_demo", *sys.argv[1:]]),
-    }
+    result |= provenance(shlex.join(["python", "-m", "bench.tune_demo", *sys.argv[1:]]))
     rows = json.loads(RECORD.read_text()) if RECORD.exists() else []
     RECORD.parent.mkdir(exist_ok=True)
     RECORD.write_text("[\n" + ",\n".join(json.dumps(row) for row in [*rows, result]) + "\n]\n")

@@ -15,8 +15,11 @@ from rootfree_kernels.eager.common import WIDE, Stored, as_scalar, heavy_ball_, 
 
 def kron_gather(grads: list[Tensor], grad_scale: Tensor | None, dtype: torch.dtype, maximize: bool) -> Tensor:
     """G [L, p, d] in `dtype` from L blocks [p, d] of any dtype and strides, divided by the scalar `grad_scale`."""
-    batch = grads[0].new_empty((len(grads), *grads[0].shape), dtype=dtype)
-    torch._foreach_copy_(list(batch.unbind()), grads)
+    if all(grad.dtype == dtype for grad in grads):
+        batch = torch.stack(grads)
+    else:  # cast on the way, without a second copy
+        batch = grads[0].new_empty((len(grads), *grads[0].shape), dtype=dtype)
+        torch._foreach_copy_(list(batch.unbind()), grads)
     if grad_scale is not None:
         batch.div_(as_scalar(grad_scale))
     return batch.neg_() if maximize else batch

@@ -13,9 +13,9 @@ from rootfree_kernels.backends import matmul_dtype
 from rootfree_kernels.blocks import Tile, block_views, matrix_view
 from rootfree_kernels.optim.base import Entry, Group, is_pair
 
-MAX_BATCH_NUMBERS = {"cpu": 1 << 18, "cuda": 1 << 26}
-"""Numbers of G in a batch, by type of device (others as a GPU): on a CPU what its second-level cache holds, on a GPU
-what keeps it busy; a step's temporary memory is a few times as large."""
+MAX_BATCH_NUMBERS = {"cpu": 1 << 20, "cuda": 1 << 26}
+"""Numbers of G in a batch, by type of device (others as a GPU): on a CPU a few of these fit its last-level cache, on a
+GPU they keep it busy. A step's temporary memory is a few times as large."""
 
 
 class Member(NamedTuple):
