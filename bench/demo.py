@@ -218,8 +218,8 @@ def train(
 ) -> tuple[Run, GPT]:
     """Train a fresh model; ``report(step, loss)`` hears of every step.
 
-    Weights and data order follow from ``task.seed``. Held-out loss is taken ``evaluations`` times, always on
-    the same 16 batches, and at the end. Raises FloatingPointError on divergence.
+    Weights and data order follow from ``task.seed``. Held-out loss is taken ``evaluations`` times, the last
+    at the end, always on the same 16 batches. Raises FloatingPointError on divergence.
     """
     torch.manual_seed(task.seed)
     model, run = GPT(task), Run()
