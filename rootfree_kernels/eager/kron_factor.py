@@ -13,6 +13,10 @@ from rootfree_kernels.eager.clipped_momentum import clipped_momentum
 from rootfree_kernels.eager.common import WIDE, Stored, as_scalar, heavy_ball_, wide
 
 
+CACHE_NUMBERS = 1 << 18
+"""Numbers of G that a CPU works on at a time: half a dozen FP32 tensors of this size (6 MiB) stay near a core."""
+
+
 def kron_gather(grads: list[Tensor], grad_scale: Tensor | None, dtype: torch.dtype, maximize: bool) -> Tensor:
     """G [L, p, d] in `dtype` from L blocks [p, d] of any dtype and strides, divided by the scalar `grad_scale`."""
     if all(grad.dtype == dtype for grad in grads):
@@ -25,16 +29,36 @@ def kron_gather(grads: list[Tensor], grad_scale: Tensor | None, dtype: torch.dty
     return batch.neg_() if maximize else batch
 
 
+def gram(x: Tensor, out: Tensor | None = None) -> Tensor:
+    """XXᵀ [L, n, n] of X [L, n, k].
+
+    It is symmetric, so that a CPU takes one of the four quarters of the result from its mirror image. Not so in BF16, or
+    for small n, where three smaller products take longer than the whole one.
+    """
+    size = x.shape[-2]
+    if out is None:
+        out = x.new_empty((x.shape[0], size, size))
+    if x.device.type != "cpu" or x.dtype not in WIDE or size < 128:
+        return torch.bmm(x, x.mT, out=out)
+    half = size // 2
+    upper, lower = x[:, :half], x[:, half:]
+    torch.bmm(upper, upper.mT, out=out[:, :half, :half])
+    torch.bmm(lower, lower.mT, out=out[:, half:, half:])
+    torch.bmm(lower, upper.mT, out=out[:, half:, :half])
+    out[:, :half, half:] = out[:, half:, :half].mT
+    return out
+
+
 def curvature_step(a: Tensor, factor: Tensor, other: Tensor, batch_size: float, damping: float, gamma: float) -> Tensor:
     """Δ_C = ½[(B/d)·AAᵀ + (λ/d)·‖K‖²_F·CᵀC − γI], wide [L, p, p], from A [L, p, d], C and the other factor K [L, d, d].
 
     Δ_K is the same of Aᵀ, K and C. The trace in the damping is a squared norm of K: it needs no product.
     """
     cols = a.shape[-1]
-    delta = wide(torch.baddbmm(a.new_empty(()), a, a.mT, beta=0, alpha=batch_size / (2 * cols)))
+    delta = wide(gram(a)).mul_(batch_size / (2 * cols))
     if damping:
         trace = torch.linalg.vector_norm(wide(other), dim=(-2, -1), keepdim=True).square_()
-        delta.addcmul_(wide(torch.bmm(factor.mT, factor)), trace, value=damping / (2 * cols))
+        delta.addcmul_(wide(gram(factor.mT)), trace, value=damping / (2 * cols))
     delta.diagonal(dim1=-2, dim2=-1).sub_(gamma / 2)
     return delta
 
@@ -47,6 +71,14 @@ def move_factor(factor: Stored, momentum: Tensor, scale: Tensor, matmul_dtype: t
     factor.value.copy_(value)
     if factor.residual is not None and residual is not None:
         factor.residual.copy_(residual)
+
+
+def cache_slices(batch: Tensor) -> list[slice]:
+    """Slices of a batch [L, …] that are worked through one after the other: on a CPU, as many blocks as its cache holds
+    together with what is made of them; elsewhere the whole batch."""
+    num_blocks = len(batch)
+    step = max(1, CACHE_NUMBERS // batch[0].numel()) if batch.device.type == "cpu" else num_blocks
+    return [slice(start, start + step) for start in range(0, num_blocks, step)]
 
 
 def kron_factor(
@@ -80,6 +112,41 @@ def kron_factor(
     Products are taken in the dtype of `grad`. Where P_C = CCᵀ and P_K = KKᵀ are given, they are made anew. A block
     with a non-finite norm stays as it was, and its `ok` is False.
     """
+    hyperparameters = (batch_size, beta2, riemannian_momentum, damping, gamma, clip, rounding)
+    optional = (residual_c, residual_k, product_c, product_k)
+    oks = [
+        _update_blocks(
+            *(factor_c[part], factor_k[part], momentum_c[part], momentum_k[part]),
+            *(x if x is None else x[part] for x in optional),
+            *(grad[part], seeds[part], steps[part], found_inf),
+            *hyperparameters,
+        )
+        for part in cache_slices(grad)
+    ]
+    return torch.cat(oks)
+
+
+def _update_blocks(
+    factor_c: Tensor,
+    factor_k: Tensor,
+    momentum_c: Tensor,
+    momentum_k: Tensor,
+    residual_c: Tensor | None,
+    residual_k: Tensor | None,
+    product_c: Tensor | None,
+    product_k: Tensor | None,
+    grad: Tensor,
+    seeds: Tensor,
+    steps: Tensor,
+    found_inf: Tensor | None,
+    batch_size: float,
+    beta2: float,
+    riemannian_momentum: float,
+    damping: float,
+    gamma: float,
+    clip: str,
+    rounding: str,
+) -> Tensor:
     c, k = factor_c.to(grad.dtype), factor_k.to(grad.dtype)
     a = torch.bmm(torch.bmm(c.mT, grad), k)
     deltas = [
@@ -96,7 +163,7 @@ def kron_factor(
         move_factor(Stored(factor, residual, rounding, draw), momentum, beta2 * clip_factor, grad.dtype)
         if product is not None:
             new = factor.to(product.dtype)
-            torch.bmm(new, new.mT, out=product)
+            gram(new, out=product)
     return clips[0] > 0
 
 
@@ -140,8 +207,36 @@ def kron_step(
     none) are strided block views. A block with a non-finite U, or one whose `ok` [L] says that its factors were
     skipped, keeps weights and buffer, and its `skipped` [L] grows by one.
     """
+    for part in cache_slices(grad):
+        _step_blocks(
+            *(params[part], buffers[part], residuals[part], skipped[part]),
+            *(factor_c[part], factor_k[part], grad[part], lr, ok if ok is None else ok[part]),
+            *(seeds[part], steps[part], found_inf),
+            *(cached, momentum, weight_decay, decoupled, rounding),
+        )
+
+
+def _step_blocks(
+    params: list[Tensor],
+    buffers: list[Tensor],
+    residuals: list[Tensor],
+    skipped: Tensor,
+    factor_c: Tensor,
+    factor_k: Tensor,
+    grad: Tensor,
+    lr: Tensor,
+    ok: Tensor | None,
+    seeds: Tensor,
+    steps: Tensor,
+    found_inf: Tensor | None,
+    cached: bool,
+    momentum: float,
+    weight_decay: float,
+    decoupled: bool,
+    rounding: str,
+) -> None:
     direction = wide(precondition_(factor_c, factor_k, cached, grad))
-    finite = torch.linalg.vector_norm(direction, dim=(-2, -1)).isfinite()
+    finite = torch.linalg.vector_norm(direction, dim=(-2, -1)) < torch.inf
     if ok is not None:
         finite = finite & ok
     if found_inf is not None:

@@ -13,9 +13,8 @@ from rootfree_kernels.backends import matmul_dtype
 from rootfree_kernels.blocks import Tile, block_views, matrix_view
 from rootfree_kernels.optim.base import Entry, Group, is_pair
 
-MAX_BATCH_NUMBERS = {"cpu": 1 << 20, "cuda": 1 << 26}
-"""Numbers of G in a batch, by type of device (others as a GPU): on a CPU a few of these fit its last-level cache, on a
-GPU they keep it busy. A step's temporary memory is a few times as large."""
+MAX_BATCH_NUMBERS = 1 << 26
+"""Numbers of G in a batch: enough to keep any device busy. A step's temporary memory is a few times as large."""
 
 
 class Member(NamedTuple):
@@ -129,7 +128,7 @@ def make_batches(
         next_block = 0
         for number, tile in enumerate(tiles):
             kind = (tile.block_shape, param.dtype, param.device, alone)
-            if _is_full(len(seeds[kind, parts[kind]]), tile, param.device):
+            if _is_full(len(seeds[kind, parts[kind]]), tile):
                 parts[kind] += 1
             key = (kind, parts[kind])
             members[key].append(Member(param, tile, suffix(number), len(seeds[key])))
@@ -144,11 +143,10 @@ def make_batches(
     return batches
 
 
-def _is_full(num_blocks: int, tile: Tile, device: torch.device) -> bool:
+def _is_full(num_blocks: int, tile: Tile) -> bool:
     """Whether a batch of `num_blocks` has no room for the blocks of one more tile."""
     rows, cols = tile.block_shape
-    limit = MAX_BATCH_NUMBERS.get(device.type, MAX_BATCH_NUMBERS["cuda"])
-    return num_blocks > 0 and (num_blocks + tile.num_blocks) * rows * cols > limit
+    return num_blocks > 0 and (num_blocks + tile.num_blocks) * rows * cols > MAX_BATCH_NUMBERS
 
 
 def caches_products(group: Group) -> bool:
