@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 import reference as ref
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from tolerances import assert_close, relative_error
 
 from rootfree_kernels import IFShampoo, ops
+from rootfree_kernels.eager.kron_factor import cache_slices, gram
 
 FACTOR = {"batch_size": 3.0, "beta2": 0.3, "riemannian_momentum": 0.4, "damping": 0.1, "gamma": 1.0}
 WEIGHT = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.02}
@@ -115,6 +118,39 @@ def test_blocks_of_a_batch_are_independent():
     for name in ("c", "k", "m_c", "m_k", "weight", "buffer"):
         same = [torch.equal(x, y) for x, y in zip(getattr(batch, name), getattr(changed, name), strict=True)]
         assert same == [True, False, True], name
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [1, 127, 128, 131])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_gram_matrix_is_the_whole_product(dtype, size, transposed):
+    x = torch.randn(2, 50, size, generator=torch.Generator().manual_seed(0)).to(dtype).mT
+    x = x if transposed else x.contiguous()
+    out = torch.full((2, size, size), torch.nan, dtype=dtype)
+    assert gram(x, out=out) is out
+    expected = x.double() @ x.double().mT
+    for actual in (out, gram(x)):
+        assert_close(actual, expected.numpy(), dtype)
+        if size >= 128 and dtype != torch.bfloat16:
+            assert torch.equal(actual, actual.mT)
+
+
+def test_a_batch_that_is_worked_through_in_slices_gives_the_same_numbers(monkeypatch):
+    whole, sliced = (Batch(5, 9, 7, torch.float64) for _ in range(2))
+    oks = [whole.update()]
+    whole.step(ok=oks[0])
+    monkeypatch.setattr(sys.modules["rootfree_kernels.eager.kron_factor"], "CACHE_NUMBERS", 2 * 9 * 7)
+    assert [len(range(5)[part]) for part in cache_slices(sliced.grad)] == [2, 2, 1]
+    oks.append(sliced.update())
+    sliced.step(ok=oks[1])
+    assert torch.equal(*oks)
+    for name in ("c", "k", "m_c", "m_k", "weight", "buffer"):
+        assert_close(getattr(sliced, name), getattr(whole, name).numpy(), torch.float64)
+
+
+def test_wide_matrices_follow_the_reference_too():
+    param, expected = train((130, 150), torch.float64, 4)
+    assert_close(param, expected, torch.float64)
 
 
 def train(shape, factor_dtype, steps, frequency=1, **options):

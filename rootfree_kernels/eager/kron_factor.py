@@ -12,7 +12,6 @@ from rootfree_kernels import rounding as rnd
 from rootfree_kernels.eager.clipped_momentum import clipped_momentum
 from rootfree_kernels.eager.common import WIDE, Stored, as_scalar, heavy_ball_, wide
 
-
 CACHE_NUMBERS = 1 << 18
 """Numbers of G that a CPU works on at a time: half a dozen FP32 tensors of this size (6 MiB) stay near a core."""
 
@@ -32,8 +31,8 @@ def kron_gather(grads: list[Tensor], grad_scale: Tensor | None, dtype: torch.dty
 def gram(x: Tensor, out: Tensor | None = None) -> Tensor:
     """XXᵀ [L, n, n] of X [L, n, k].
 
-    It is symmetric, so that a CPU takes one of the four quarters of the result from its mirror image. Not so in BF16, or
-    for small n, where three smaller products take longer than the whole one.
+    It is symmetric, so that a CPU takes one of the four quarters of the result from its mirror image. Not so in BF16,
+    or for small n, where three smaller products take longer than the whole one.
     """
     size = x.shape[-2]
     if out is None:
@@ -76,8 +75,8 @@ def move_factor(factor: Stored, momentum: Tensor, scale: Tensor, matmul_dtype: t
 def cache_slices(batch: Tensor) -> list[slice]:
     """Slices of a batch [L, …] that are worked through one after the other: on a CPU, as many blocks as its cache holds
     together with what is made of them; elsewhere the whole batch."""
-    num_blocks = len(batch)
-    step = max(1, CACHE_NUMBERS // batch[0].numel()) if batch.device.type == "cpu" else num_blocks
+    num_blocks, rows, cols = batch.shape
+    step = max(1, CACHE_NUMBERS // (rows * cols)) if batch.device.type == "cpu" else num_blocks
     return [slice(start, start + step) for start in range(0, num_blocks, step)]
 
 
@@ -112,41 +111,34 @@ def kron_factor(
     Products are taken in the dtype of `grad`. Where P_C = CCᵀ and P_K = KKᵀ are given, they are made anew. A block
     with a non-finite norm stays as it was, and its `ok` is False.
     """
-    hyperparameters = (batch_size, beta2, riemannian_momentum, damping, gamma, clip, rounding)
-    optional = (residual_c, residual_k, product_c, product_k)
-    oks = [
-        _update_blocks(
-            *(factor_c[part], factor_k[part], momentum_c[part], momentum_k[part]),
-            *(x if x is None else x[part] for x in optional),
-            *(grad[part], seeds[part], steps[part], found_inf),
-            *hyperparameters,
-        )
-        for part in cache_slices(grad)
-    ]
-    return torch.cat(oks)
+    parts = cache_slices(grad)
+    if len(parts) > 1:
+        oks = [
+            kron_factor(
+                factor_c[part],
+                factor_k[part],
+                momentum_c[part],
+                momentum_k[part],
+                None if residual_c is None else residual_c[part],
+                None if residual_k is None else residual_k[part],
+                None if product_c is None else product_c[part],
+                None if product_k is None else product_k[part],
+                grad[part],
+                seeds[part],
+                steps[part],
+                found_inf,
+                batch_size,
+                beta2,
+                riemannian_momentum,
+                damping,
+                gamma,
+                clip,
+                rounding,
+            )
+            for part in parts
+        ]
+        return torch.cat(oks)
 
-
-def _update_blocks(
-    factor_c: Tensor,
-    factor_k: Tensor,
-    momentum_c: Tensor,
-    momentum_k: Tensor,
-    residual_c: Tensor | None,
-    residual_k: Tensor | None,
-    product_c: Tensor | None,
-    product_k: Tensor | None,
-    grad: Tensor,
-    seeds: Tensor,
-    steps: Tensor,
-    found_inf: Tensor | None,
-    batch_size: float,
-    beta2: float,
-    riemannian_momentum: float,
-    damping: float,
-    gamma: float,
-    clip: str,
-    rounding: str,
-) -> Tensor:
     c, k = factor_c.to(grad.dtype), factor_k.to(grad.dtype)
     a = torch.bmm(torch.bmm(c.mT, grad), k)
     deltas = [
@@ -207,34 +199,30 @@ def kron_step(
     none) are strided block views. A block with a non-finite U, or one whose `ok` [L] says that its factors were
     skipped, keeps weights and buffer, and its `skipped` [L] grows by one.
     """
-    for part in cache_slices(grad):
-        _step_blocks(
-            *(params[part], buffers[part], residuals[part], skipped[part]),
-            *(factor_c[part], factor_k[part], grad[part], lr, ok if ok is None else ok[part]),
-            *(seeds[part], steps[part], found_inf),
-            *(cached, momentum, weight_decay, decoupled, rounding),
-        )
+    parts = cache_slices(grad)
+    if len(parts) > 1:
+        for part in parts:
+            kron_step(
+                params[part],
+                buffers[part],
+                residuals[part],
+                skipped[part],
+                factor_c[part],
+                factor_k[part],
+                grad[part],
+                lr,
+                None if ok is None else ok[part],
+                seeds[part],
+                steps[part],
+                found_inf,
+                cached,
+                momentum,
+                weight_decay,
+                decoupled,
+                rounding,
+            )
+        return
 
-
-def _step_blocks(
-    params: list[Tensor],
-    buffers: list[Tensor],
-    residuals: list[Tensor],
-    skipped: Tensor,
-    factor_c: Tensor,
-    factor_k: Tensor,
-    grad: Tensor,
-    lr: Tensor,
-    ok: Tensor | None,
-    seeds: Tensor,
-    steps: Tensor,
-    found_inf: Tensor | None,
-    cached: bool,
-    momentum: float,
-    weight_decay: float,
-    decoupled: bool,
-    rounding: str,
-) -> None:
     direction = wide(precondition_(factor_c, factor_k, cached, grad))
     finite = torch.linalg.vector_norm(direction, dim=(-2, -1)) < torch.inf
     if ok is not None:
