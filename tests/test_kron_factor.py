@@ -132,7 +132,7 @@ def test_a_gram_matrix_is_the_whole_product(dtype, size, transposed):
     for actual in (out, gram(x)):
         assert_close(actual, expected.numpy(), dtype)
         if size >= 128 and dtype != torch.bfloat16:
-            assert torch.equal(actual, actual.mT)
+            assert torch.equal(actual[:, : size // 2, size // 2 :], actual[:, size // 2 :, : size // 2].mT)
 
 
 def test_a_batch_that_is_worked_through_in_slices_gives_the_same_numbers(monkeypatch):
