@@ -1,7 +1,7 @@
 """Rounding of FP32 values to BF16: stochastic, compensated, nearest.
 
-A factor step moves an entry by about β₂/√n, which is less than half a BF16 unit for any n of interest, so that
-round-to-nearest leaves the factors where they are. How a value is rounded is therefore part of the method.
+A step moves a diagonal entry of an n × n factor by about β₂/√n. Where that is less than half a BF16 unit, 2e-3 below 1,
+round-to-nearest leaves the entry where it is. How a value is rounded is therefore part of the method.
 
 =============  ==============  ======================================================================================
 mode           bytes a number  what is stored
