@@ -223,14 +223,15 @@ def test_the_callable_of_the_loading_optimizer_counts() -> None:
     assert loaded.param_groups[0]["precondition_frequency"] is own
 
 
-def test_a_group_without_a_callable_keeps_its_own_number_where_a_callable_was_saved() -> None:
+def test_a_group_without_a_callable_keeps_its_own_number_and_warns_where_one_was_saved() -> None:
     def make(frequency: Any) -> IFShampoo:
         params = list(Model().parameters())
         group = {"params": params[:2], "precondition_frequency": frequency}
         return IFShampoo([group, {"params": params[2:]}], **OPTIONS)
 
     loaded = make(5)
-    loaded.load_state_dict(make(every_fourth).state_dict())
+    with pytest.warns(UserWarning, match=r"saved as a callable: every_fourth; 5 is kept"):
+        loaded.load_state_dict(make(every_fourth).state_dict())
     assert [group["precondition_frequency"] for group in loaded.param_groups] == [5, 1]
 
 

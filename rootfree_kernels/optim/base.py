@@ -2,61 +2,30 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 
 from rootfree_kernels import ops
 from rootfree_kernels.backends import choose
-from rootfree_kernels.optim.options import RULES, check_grad, check_options, check_param
-from rootfree_kernels.rounding import block_seed
-
-Group = dict[str, Any]
-
-
-class Entry(NamedTuple):
-    """One tensor of a parameter's state, as it is before the first step."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    fill: float = 0.0
-    like_param: bool = False  # take over the parameter's memory format
-
-
-_LAYOUT_OPTIONS = (
-    *("structure", "max_preconditioner_dim", "factor_dtype", "state_dtype", "rounding", "weight_rounding"),
-    *("seed", "foreach"),
+from rootfree_kernels.optim.checkpoint import CheckpointedOptimizer
+from rootfree_kernels.optim.layout import (
+    LAYOUT_OPTIONS,
+    Entry,
+    Group,
+    difference_of,
+    is_pair,
+    label_of,
+    needs_bits,
+    state_dtype,
 )
-
-
-def _difference(state: Mapping[str, Tensor], layout: Mapping[str, Entry], device: torch.device) -> str:
-    """How a parameter's state differs from `layout` in names, shapes, dtypes or device; empty where it does not."""
-    kept = {name: (tuple(x.shape), x.dtype, x.device) for name, x in state.items() if name != "step"}
-    wanted = {name: (entry.shape, entry.dtype, device) for name, entry in layout.items()}
-    for name in sorted(kept.keys() | wanted.keys()):
-        if kept.get(name) != wanted.get(name):
-            return f"{name} is {kept.get(name)} and should be {wanted.get(name)}"
-    return ""
-
-
-def _label(group: Group, index: int) -> str:
-    """The name of a group's parameter in messages."""
-    name = group["param_names"][index] if "param_names" in group else f"params[{index}]"
-    return f"parameter {name!r}"
-
-
-def needs_bits(dtype: torch.dtype, rounding: str) -> bool:
-    return dtype == torch.bfloat16 and rounding == "stochastic"
-
-
-def is_pair(dtype: torch.dtype, rounding: str) -> bool:
-    return dtype == torch.bfloat16 and rounding == "compensated"
+from rootfree_kernels.optim.options import check_options, check_param, grad_problem
+from rootfree_kernels.rounding import block_seed
 
 
 def lr_scalar(lr: float | Tensor) -> Tensor:
@@ -64,12 +33,7 @@ def lr_scalar(lr: float | Tensor) -> Tensor:
     return lr.reshape(()) if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64, device="cpu")
 
 
-def state_dtype(param: Tensor, group: Group) -> torch.dtype:
-    chosen: torch.dtype | None = group["state_dtype"]
-    return chosen or torch.promote_types(param.dtype, torch.float32)
-
-
-class RootFreeOptimizer(Optimizer):
+class RootFreeOptimizer(CheckpointedOptimizer):
     """Base of the optimizers; see `RFRMSProp` and `IFShampoo`.
 
     State of every parameter: `step`, the number of calls with a gradient (FP32, 0-d; on the CPU, or with `capturable`
@@ -84,7 +48,6 @@ class RootFreeOptimizer(Optimizer):
         super().__init__(params, defaults)
 
     def _forget(self) -> None:
-        """Drop what is derived from groups and state and kept between steps."""
         self._seeds: dict[Tensor, int] = {}
         self._seed_tensors: dict[tuple[Tensor, ...], Tensor] = {}
         self._layout_keys: dict[Tensor, tuple[Any, ...]] = {}  # by the first parameter of a group
@@ -156,7 +119,8 @@ class RootFreeOptimizer(Optimizer):
         params = []
         for index, param in enumerate(group["params"]):
             if param.grad is not None:
-                check_grad(_label(group, index), param, param.grad)
+                if problem := grad_problem(param, param.grad):
+                    raise RuntimeError(f"{label_of(group, index)} {problem}")
                 params.append(param)
         for device, dtype in {(param.device, param.dtype) for param in params}:
             choose(device, dtype, group["fused"])
@@ -170,11 +134,11 @@ class RootFreeOptimizer(Optimizer):
             return
         for index, param in enumerate(group["params"]):
             state = self.state.get(param)
-            if state and (difference := _difference(state, self._layout(param, group), param.device)):
-                options = ", ".join(f"{name}={group[name]}" for name in _LAYOUT_OPTIONS if name in group)
+            if state and (difference := difference_of(state, self._layout(param, group), param.device)):
+                options = ", ".join(f"{name}={group[name]}" for name in LAYOUT_OPTIONS if name in group)
                 raise ValueError(
-                    f"{_label(group, index)} of {param.dtype} on {param.device} with {options}: its state was made for "
-                    f"others ({difference}). Set them before the first step, or make a new optimizer."
+                    f"{label_of(group, index)} of {param.dtype} on {param.device} with {options}: its state was made "
+                    f"for others ({difference}). Set them before the first step, or make a new optimizer."
                 )
         self._layout_keys[group["params"][0]] = key
         self._replan(group)
@@ -182,7 +146,7 @@ class RootFreeOptimizer(Optimizer):
     def _layout_key(self, group: Group) -> tuple[Any, ...]:
         """All that decides what the state looks like and how it is batched."""
         placement = [(param.dtype, param.device) for param in group["params"]]
-        return (*(group.get(name) for name in _LAYOUT_OPTIONS), *placement)
+        return (*(group.get(name) for name in LAYOUT_OPTIONS), *placement)
 
     def _replan(self, group: Group) -> None:
         """Forget what was derived from the group's options, dtypes and devices."""
@@ -193,10 +157,6 @@ class RootFreeOptimizer(Optimizer):
         return set()
 
     def _step_group(self, group: Group, params: list[Tensor], due: set[Tensor]) -> None:
-        raise NotImplementedError
-
-    def _layout(self, param: Tensor, group: Group) -> dict[str, Entry]:
-        """The state of a parameter under the options of `group`."""
         raise NotImplementedError
 
     def _diagonal_layout(self, param: Tensor, group: Group) -> dict[str, Entry]:
@@ -295,90 +255,3 @@ class RootFreeOptimizer(Optimizer):
             *modes,
             choose(device, dtype, group["fused"]),
         )
-
-    # ---- checkpoints ----------------------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """As `torch.optim.Optimizer.state_dict`; callables among the options are saved as their names only, so that
-        `torch.load(weights_only=True)` reads it. On loading, the optimizer keeps its own callables."""
-        saved = super().state_dict()
-        for group in saved["param_groups"]:
-            for name, value in group.items():
-                if callable(value):
-                    group[name] = f"callable: {getattr(value, '__qualname__', type(value).__qualname__)}"
-        return saved
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of the same class and of parameters of the same shapes; dtypes stay as they were saved.
-
-        Raises:
-            ValueError: it belongs to another optimizer or to other shapes; nothing was changed.
-        """
-        final: dict[str, Any] = {}
-        own_groups = [dict(group) for group in self.param_groups]
-
-        def check(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-            """Runs last of the hooks before the load, and so sees what will be loaded."""
-            self._check_state_dict(state_dict)
-            final.update(state_dict)
-
-        def restore(optimizer: Optimizer) -> None:
-            """Runs first of the hooks after the load."""
-            self._restore_tensors(final)
-            self._restore_callables(own_groups)
-
-        handles = [
-            self.register_load_state_dict_pre_hook(check),
-            self.register_load_state_dict_post_hook(restore, prepend=True),
-        ]
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            for handle in handles:
-                handle.remove()
-            self._forget()
-
-    def _saved_states(self, state_dict: Mapping[str, Any]) -> Iterable[tuple[Tensor, Group, dict[str, Any]]]:
-        """(parameter, its saved group, its saved state) for every parameter with a saved state."""
-        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            for param, index in zip(group["params"], saved["params"], strict=True):
-                if state_dict["state"].get(index):
-                    yield param, saved, state_dict["state"][index]
-
-    def _check_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        name = type(self).__name__
-        if not {"state", "param_groups"} <= state_dict.keys():
-            raise ValueError(f"state_dict has no 'state' and 'param_groups': load one of a {name}, not of a model.")
-        sizes = [len(group["params"]) for group in self.param_groups]
-        if sizes != [len(group["params"]) for group in state_dict["param_groups"]]:
-            raise ValueError(f"state_dict has other groups than this {name}: build the groups in the same way.")
-        for group in state_dict["param_groups"]:
-            if foreign := sorted(RULES.keys() & (group.keys() ^ self.defaults.keys())):
-                raise ValueError(f"state_dict lacks or adds the options {foreign}: load one of a {name}.")
-        for param, group, state in self._saved_states(state_dict):
-            layout = self._layout(param, group)
-            if set(state) != {"step", *layout}:
-                kept = sorted({"step", *layout})
-                raise ValueError(f"state_dict has {sorted(state)} for {kept}: load one of a {name} with these options.")
-            for key, entry in layout.items():
-                shape = tuple(state[key].shape)
-                if shape != entry.shape:
-                    raise ValueError(f"state_dict has {key} {shape} for {entry.shape}: load one of the same model.")
-
-    def _restore_tensors(self, state_dict: Mapping[str, Any]) -> None:
-        """Undo the casts of `Optimizer.load_state_dict`, which gives all state the parameter's dtype."""
-        for param, group, saved in self._saved_states(state_dict):
-            state, layout = self.state[param], self._layout(param, group)
-            for name, entry in layout.items():
-                state[name] = saved[name].detach().to(param.device, entry.dtype, copy=True)
-            device = param.device if group["capturable"] else "cpu"
-            state["step"] = torch.as_tensor(saved["step"]).detach().to(device, torch.float32, copy=True)
-
-    def _restore_callables(self, own_groups: list[Group]) -> None:
-        """Give the groups back the callables that a state dict has only the names of."""
-        for group, own in zip(self.param_groups, own_groups, strict=True):
-            for name, value in group.items():
-                if isinstance(value, str) and value.startswith("callable: "):
-                    group[name] = own[name]
-                    if not callable(own[name]):
-                        warnings.warn(f"{name} was saved as a {value}; {own[name]!r} is kept.", stacklevel=4)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rootfree_kernels.backends import matmul_dtype
 from rootfree_kernels.blocks import Tile, block_views, matrix_view
-from rootfree_kernels.optim.base import Entry, Group, is_pair
+from rootfree_kernels.optim.layout import Entry, Group, is_pair
 
 MAX_BATCH_NUMBERS = 1 << 26
 """Numbers of G in a batch: enough to keep any device busy. A step's temporary memory is a few times as large."""

@@ -13,15 +13,7 @@ from torch.optim.optimizer import ParamsT, required
 from rootfree_kernels import ops
 from rootfree_kernels.backends import choose
 from rootfree_kernels.blocks import Tile, tiles
-from rootfree_kernels.optim.base import (
-    Entry,
-    Group,
-    RootFreeOptimizer,
-    is_pair,
-    lr_scalar,
-    needs_bits,
-    state_dtype,
-)
+from rootfree_kernels.optim.base import RootFreeOptimizer, lr_scalar
 from rootfree_kernels.optim.factor_batch import (
     FactorBatch,
     Member,
@@ -32,6 +24,7 @@ from rootfree_kernels.optim.factor_batch import (
     suffix,
     tile_layout,
 )
+from rootfree_kernels.optim.layout import Entry, Group, is_pair, needs_bits, state_dtype
 
 
 class Plan(NamedTuple):

@@ -124,19 +124,14 @@ def check_param(name: str, param: Any) -> None:
         raise ValueError(f"{name} is a DTensor: sharded parameters are not served yet; pass local tensors.")
 
 
-def check_grad(name: str, param: Tensor, grad: Tensor) -> None:
-    """Raise unless `grad` is dense and matches its parameter."""
+def grad_problem(param: Tensor, grad: Tensor) -> str | None:
+    """What is wrong with a gradient, and the remedy; None where it is dense and matches its parameter."""
     if grad.layout != torch.strided:
-        raise RuntimeError(
-            f"{name} has a gradient of layout {grad.layout}: make it dense (nn.Embedding(sparse=False))."
-        )
+        return f"has a gradient of layout {grad.layout}: make it dense (nn.Embedding(sparse=False))."
     if grad.shape != param.shape:
-        raise RuntimeError(
-            f"{name} of shape {tuple(param.shape)} has a gradient of shape {tuple(grad.shape)}: they must agree."
-        )
+        return f"of shape {tuple(param.shape)} has a gradient of shape {tuple(grad.shape)}: they must agree."
     if grad.device != param.device:
-        raise RuntimeError(
-            f"{name} on {param.device} has a gradient on {grad.device}: move it with grad.to({str(param.device)!r})."
-        )
-    if grad.is_complex() or grad.dtype not in DTYPES:
-        raise RuntimeError(f"{name} has a gradient of dtype {grad.dtype}: pass one of {', '.join(map(str, DTYPES))}.")
+        return f"on {param.device} has a gradient on {grad.device}: move it with grad.to({str(param.device)!r})."
+    if grad.dtype not in DTYPES:
+        return f"has a gradient of dtype {grad.dtype}: pass one of {', '.join(map(str, DTYPES))}."
+    return None

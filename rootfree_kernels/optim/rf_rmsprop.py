@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT, required
 
-from rootfree_kernels.optim.base import Entry, Group, RootFreeOptimizer
+from rootfree_kernels.optim.base import RootFreeOptimizer
+from rootfree_kernels.optim.layout import Entry, Group
 
 
 class RFRMSProp(RootFreeOptimizer):
