@@ -10,6 +10,8 @@ import argparse
 import hashlib
 import json
 import math
+import shlex
+import sys
 import sysconfig
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -299,7 +301,7 @@ def plot(runs: dict[str, Run], path: Path) -> None:
 def write_summary(path: Path, runs: dict[str, Run], task: Task, data: tuple[Tensor, Tensor]) -> None:
     """The table's numbers with all that is needed to repeat them."""
     summary = {
-        **provenance("python -m bench.demo"),
+        **provenance(shlex.join(["python", "-m", "bench.demo", *sys.argv[1:]])),
         "results": {method: run.summary() for method, run in runs.items()},
         "settings": {method: CHOSEN[method] for method in runs},
         "task": asdict(task),
