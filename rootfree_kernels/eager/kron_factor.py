@@ -5,6 +5,8 @@ Shapes, for L blocks of p × d: G [L, p, d]; C, m_C [L, p, p]; K, m_K [L, d, d].
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -80,6 +82,11 @@ def cache_slices(batch: Tensor) -> list[slice]:
     return [slice(start, start + step) for start in range(0, num_blocks, step)]
 
 
+def part_of(blocks: tuple[Any, ...], part: slice) -> list[Any]:
+    """A slice of everything that has an entry for each block, tensors and lists; None stays None."""
+    return [x if x is None else x[part] for x in blocks]
+
+
 def kron_factor(
     factor_c: Tensor,
     factor_k: Tensor,
@@ -113,31 +120,11 @@ def kron_factor(
     """
     parts = cache_slices(grad)
     if len(parts) > 1:
-        oks = [
-            kron_factor(
-                factor_c[part],
-                factor_k[part],
-                momentum_c[part],
-                momentum_k[part],
-                None if residual_c is None else residual_c[part],
-                None if residual_k is None else residual_k[part],
-                None if product_c is None else product_c[part],
-                None if product_k is None else product_k[part],
-                grad[part],
-                seeds[part],
-                steps[part],
-                found_inf,
-                batch_size,
-                beta2,
-                riemannian_momentum,
-                damping,
-                gamma,
-                clip,
-                rounding,
-            )
-            for part in parts
-        ]
-        return torch.cat(oks)
+        factors: tuple[Any, ...] = (factor_c, factor_k, momentum_c, momentum_k)
+        optional: tuple[Any, ...] = (residual_c, residual_k, product_c, product_k)
+        blocks = (*factors, *optional, grad, seeds, steps)
+        rest: tuple[Any, ...] = (found_inf, batch_size, beta2, riemannian_momentum, damping, gamma, clip, rounding)
+        return torch.cat([kron_factor(*part_of(blocks, part), *rest) for part in parts])
 
     c, k = factor_c.to(grad.dtype), factor_k.to(grad.dtype)
     a = torch.bmm(torch.bmm(c.mT, grad), k)
@@ -201,26 +188,12 @@ def kron_step(
     """
     parts = cache_slices(grad)
     if len(parts) > 1:
+        weights: tuple[Any, ...] = (params, buffers, residuals, skipped)
+        rest: tuple[Any, ...] = (found_inf, cached, momentum, weight_decay, decoupled, rounding)
         for part in parts:
-            kron_step(
-                params[part],
-                buffers[part],
-                residuals[part],
-                skipped[part],
-                factor_c[part],
-                factor_k[part],
-                grad[part],
-                lr,
-                None if ok is None else ok[part],
-                seeds[part],
-                steps[part],
-                found_inf,
-                cached,
-                momentum,
-                weight_decay,
-                decoupled,
-                rounding,
-            )
+            state = part_of((*weights, factor_c, factor_k, grad), part)
+            arguments = [*state, lr, *part_of((ok, seeds, steps), part), *rest]
+            kron_step(*arguments)
         return
 
     direction = wide(precondition_(factor_c, factor_k, cached, grad))
