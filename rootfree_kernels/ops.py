@@ -29,8 +29,8 @@ _LIBRARY = Library("rootfree", "FRAGMENT")
 def _define(function: Callable[..., Any], mutates_args: Sequence[str], fake: Callable[..., Any]) -> Callable[..., Any]:
     """The operator with the signature of an eager function, a backend's name behind it, that calls the backend.
 
-    `Library` and not `custom_op`, whose wrapper takes 0.2 ms a call at twenty arguments to bump version counters: the
-    in-place operations of eager PyTorch bump them anyway. A backend that writes through raw pointers has to call
+    `Library` and not `custom_op`, whose wrapper walks the schema at every call to bump version counters: the in-place
+    operations of eager PyTorch bump them anyway. A backend that writes through raw pointers has to call
     `torch.autograd.graph.increment_version` on what it changed.
     """
     stem = function.__name__

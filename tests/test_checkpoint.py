@@ -349,3 +349,29 @@ def test_a_distributed_checkpoint_resumes(case: Case, tmp_path: Path) -> None:
     set_optimizer_state_dict(model, optimizer, loaded["optimizer"])
     train(model, optimizer, SECOND)
     assert_same_bits(snapshot(optimizer), uninterrupted(case))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_products_kept_between_updates_are_made_anew_bit_for_bit(dtype: torch.dtype) -> None:
+    """They are no part of a checkpoint; sizes and number of the blocks are such that a CPU slices the batch."""
+
+    def start() -> tuple[list[torch.nn.Parameter], IFShampoo]:
+        params = [torch.nn.Parameter(torch.zeros(300, 262)) for _ in range(5)]
+        return params, IFShampoo(params, **{**OPTIONS, "factor_dtype": dtype, "precondition_frequency": 4})
+
+    def run(params: list[torch.nn.Parameter], optimizer: IFShampoo, steps: range) -> None:
+        for step in steps:
+            for index, param in enumerate(params):
+                generator = torch.Generator().manual_seed(100 * step + index)
+                param.grad = torch.randn(param.shape, generator=generator)
+            optimizer.step()
+
+    params, optimizer = start()
+    run(params, optimizer, range(2))
+    resumed, loaded = start()
+    for param, source in zip(resumed, params, strict=True):
+        param.data.copy_(source.data)
+    loaded.load_state_dict(optimizer.state_dict())
+    run(params, optimizer, range(2, 4))
+    run(resumed, loaded, range(2, 4))
+    assert all(torch.equal(x, y) for x, y in zip(params, resumed, strict=True))

@@ -62,8 +62,8 @@ def heavy_ball_(
         m ← α₁m + u,         μ ← (1 − β₁κ)μ − β₁m             (decoupled, as in AdamW)
 
     `keep` [number of tensors, …] is 1 where a step is taken and 0 where it is not, and is broadcast over a tensor. It
-    multiplies, which is as exact as `torch.where` and costs a CPU a fifteenth of it where it is broadcast. The
-    directions are overwritten.
+    multiplies, which is as exact as `torch.where`, whose broadcast condition is slow on a CPU. The directions are
+    overwritten.
     """
     keeps, rates = list(keep.unbind()), list((keep * lr).unbind())
     torch._foreach_add_(directions, buffers, alpha=momentum)

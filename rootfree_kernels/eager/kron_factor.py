@@ -74,12 +74,20 @@ def move_factor(factor: Stored, momentum: Tensor, scale: Tensor, matmul_dtype: t
         factor.residual.copy_(residual)
 
 
-def cache_slices(batch: Tensor) -> list[slice]:
-    """Slices of a batch [L, …] that are worked through one after the other: on a CPU, as many blocks as its cache holds
-    together with what is made of them; elsewhere the whole batch."""
-    num_blocks, rows, cols = batch.shape
-    step = max(1, CACHE_NUMBERS // (rows * cols)) if batch.device.type == "cpu" else num_blocks
+def cache_slices(num_blocks: int, rows: int, cols: int, device: torch.device) -> list[slice]:
+    """Slices of L blocks of p × d that are worked through one after the other: on a CPU, as many blocks as its cache
+    holds together with what is made of them; elsewhere all."""
+    step = max(1, CACHE_NUMBERS // (rows * cols)) if device.type == "cpu" else num_blocks
     return [slice(start, start + step) for start in range(0, num_blocks, step)]
+
+
+def kron_products(factor_c: Tensor, factor_k: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """P_C = CCᵀ and P_K = KKᵀ in `dtype`, as `kron_factor` makes them: a resumed run has the same ones to the bit."""
+    products = factor_c.new_empty(factor_c.shape, dtype=dtype), factor_k.new_empty(factor_k.shape, dtype=dtype)
+    for part in cache_slices(len(factor_c), factor_c.shape[-1], factor_k.shape[-1], factor_c.device):
+        for factor, product in zip((factor_c, factor_k), products, strict=True):
+            gram(factor[part].to(dtype), out=product[part])
+    return products
 
 
 def part_of(blocks: tuple[Any, ...], part: slice) -> list[Any]:
@@ -118,7 +126,7 @@ def kron_factor(
     Products are taken in the dtype of `grad`. Where P_C = CCᵀ and P_K = KKᵀ are given, they are made anew. A block
     with a non-finite norm stays as it was, and its `ok` is False.
     """
-    parts = cache_slices(grad)
+    parts = cache_slices(*grad.shape, grad.device)
     if len(parts) > 1:
         factors: tuple[Any, ...] = (factor_c, factor_k, momentum_c, momentum_k)
         optional: tuple[Any, ...] = (residual_c, residual_k, product_c, product_k)
@@ -141,8 +149,7 @@ def kron_factor(
         draw = rnd.BlockBits(seeds, steps, slot, factor[0].numel())
         move_factor(Stored(factor, residual, rounding, draw), momentum, beta2 * clip_factor, grad.dtype)
         if product is not None:
-            new = factor.to(product.dtype)
-            gram(new, out=product)
+            gram(factor.to(product.dtype), out=product)
     return clips[0] > 0
 
 
@@ -186,7 +193,7 @@ def kron_step(
     none) are strided block views. A block with a non-finite U, or one whose `ok` [L] says that its factors were
     skipped, keeps weights and buffer, and its `skipped` [L] grows by one.
     """
-    parts = cache_slices(grad)
+    parts = cache_slices(*grad.shape, grad.device)
     if len(parts) > 1:
         weights: tuple[Any, ...] = (params, buffers, residuals, skipped)
         rest: tuple[Any, ...] = (found_inf, cached, momentum, weight_decay, decoupled, rounding)

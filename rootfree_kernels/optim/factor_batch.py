@@ -11,10 +11,11 @@ from torch import Tensor
 
 from rootfree_kernels.backends import matmul_dtype
 from rootfree_kernels.blocks import Tile, block_views, matrix_view
+from rootfree_kernels.eager.kron_factor import kron_products
 from rootfree_kernels.optim.layout import Entry, Group, is_pair
 
 MAX_BATCH_NUMBERS = 1 << 26
-"""Numbers of G in a batch: enough to keep any device busy. A step's temporary memory is a few times as large."""
+"""Numbers of G in a batch. It bounds a step's temporary memory, which is a few times as large."""
 
 
 class Member(NamedTuple):
@@ -81,9 +82,8 @@ class FactorBatch:
 
     def make_products(self, dtype: torch.dtype) -> None:
         """Derive P_C and P_K from the factors, in `dtype`."""
-        for side in ("c", "k"):
-            factor = self.storage[f"factor_{side}"].to(dtype)
-            self.products[f"product_{side}"] = torch.bmm(factor, factor.mT)
+        products = kron_products(self.storage["factor_c"], self.storage["factor_k"], dtype)
+        self.products = dict(zip(("product_c", "product_k"), products, strict=True))
 
     def index(self, members: Sequence[Member]) -> Tensor | None:
         """The numbers of these members' blocks, None where they are all the blocks of the batch."""
