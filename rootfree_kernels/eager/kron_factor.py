@@ -126,7 +126,7 @@ def kron_factor(
     Products are taken in the dtype of `grad`. Where P_C = CCᵀ and P_K = KKᵀ are given, they are made anew. A block
     with a non-finite norm stays as it was, and its `ok` is False.
     """
-    parts = cache_slices(*grad.shape, grad.device)
+    parts = cache_slices(len(grad), grad.shape[1], grad.shape[2], grad.device)
     if len(parts) > 1:
         factors: tuple[Any, ...] = (factor_c, factor_k, momentum_c, momentum_k)
         optional: tuple[Any, ...] = (residual_c, residual_k, product_c, product_k)
@@ -193,7 +193,7 @@ def kron_step(
     none) are strided block views. A block with a non-finite U, or one whose `ok` [L] says that its factors were
     skipped, keeps weights and buffer, and its `skipped` [L] grows by one.
     """
-    parts = cache_slices(*grad.shape, grad.device)
+    parts = cache_slices(len(grad), grad.shape[1], grad.shape[2], grad.device)
     if len(parts) > 1:
         weights: tuple[Any, ...] = (params, buffers, residuals, skipped)
         rest: tuple[Any, ...] = (found_inf, cached, momentum, weight_decay, decoupled, rounding)
