@@ -92,6 +92,17 @@ def implementation(backend: str, operator: str) -> Callable[..., Any]:
     return function
 
 
+def num_partial_sums(backend: str) -> int:
+    """Partial sums a block that `kron_gather` of `backend` hands on."""
+    return getattr(BACKENDS[backend], "NUM_PARTIAL_SUMS", 0)
+
+
+def makes_products(backend: str) -> bool:
+    """Whether an update takes P_C = CCᵀ and P_K = KKᵀ on the way, kept or not: kernels save half their multiplications
+    by symmetry, so that P_C·G·P_K takes three quarters of the work of CCᵀ·G·KKᵀ."""
+    return backend in ("cuda", "triton")
+
+
 def matmul_dtype(factor_dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype in which factors of `factor_dtype` are multiplied on `device`.
 

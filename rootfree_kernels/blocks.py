@@ -1,8 +1,8 @@
 """From a parameter to blocks: matrix view → runs of equal blocks along each side → tiles.
 
-A weight with two or more axes is seen as a matrix [shape[0], rest]; a side longer than `max_dim` is cut into nearly
-equal blocks (sizes differ by at most one, larger ones first). Blocks of one size lie side by side, so that a matrix
-falls into at most four *tiles*, rectangles of equal blocks, and a tile is one strided view of the weight.
+A weight with two or more axes is seen as a matrix [shape[0], rest]; a side longer than `max_dim` is cut into blocks of
+at most two sizes. Blocks of one size lie side by side, so that a matrix falls into at most four *tiles*, rectangles of
+equal blocks, and a tile is one strided view of the weight.
 """
 
 from __future__ import annotations
@@ -45,12 +45,36 @@ class Tile(NamedTuple):
     def block_shape(self) -> tuple[int, int]:
         return self.rows.size, self.cols.size
 
+    @property
+    def numbers(self) -> tuple[int, int, int, int]:
+        """What operators are told of a tile beside its block shape: first row, blocks down, first column, across."""
+        return self.rows.start, self.rows.num_blocks, self.cols.start, self.cols.num_blocks
+
+
+ALIGNED = 16
+"""Long sides are cut into blocks of a multiple of this, 32 bytes of BF16: memory is read 16 bytes at a time."""
+
+LONG = 128
+"""From this `max_dim` on sides are cut at multiples of ALIGNED."""
+
 
 def split_side(size: int, max_dim: int | None) -> list[Run]:
-    """The runs of a side of `size` cut into ceil(size / max_dim) nearly equal blocks; `None` leaves it whole."""
+    """The runs of a side of `size` cut into blocks of at most `max_dim`; `None` leaves it whole.
+
+    Where `max_dim` is 128 or more, into equal blocks of a multiple of 16, as few as possible; or else into the longest
+    such blocks that leave a last one of at least half their size. Otherwise, and where there are no such, into
+    ceil(size / max_dim) blocks whose sizes differ by at most one, the larger ones first.
+    """
     if max_dim is None or size <= max_dim:
         return [Run(0, 1, size)]
     num_blocks = -(-size // max_dim)
+    if max_dim >= LONG and size % (num_blocks * ALIGNED):
+        for block in range(max_dim - max_dim % ALIGNED, max_dim // 2, -ALIGNED):
+            count, last = divmod(size, block)
+            if last == 0:
+                return [Run(0, count, block)]
+            if 2 * last >= block:
+                return [Run(0, count, block), Run(count * block, 1, last)]
     small, num_large = divmod(size, num_blocks)
     large = Run(0, num_large, small + 1)
     rest = Run(large.stop, num_blocks - num_large, small)
@@ -87,3 +111,18 @@ def block_views(matrix: Tensor, tile: Tile) -> list[Tensor]:
     part = matrix[row_start : tile.rows.stop, col_start : tile.cols.stop]
     grid = part.unflatten(0, (num_rows, rows)).unflatten(2, (num_cols, cols)).transpose(1, 2)
     return [block for row in grid.unbind(0) for block in row.unbind(0)]
+
+
+def tiles_of_numbers(numbers: Sequence[int], rows: int, cols: int) -> list[Tile]:
+    """Tiles of blocks of rows × cols from their `Tile.numbers`, laid end to end."""
+    quadruples = zip(*(iter(numbers),) * 4, strict=True)
+    return [Tile(Run(row, down, rows), Run(col, across, cols)) for row, down, col, across in quadruples]
+
+
+def blocks_of(tensors: Sequence[Tensor], tiles: Sequence[Tile]) -> list[Tensor]:
+    """The block views [p, d] of one tile of each tensor, tile by tile and each row by row."""
+    return [
+        block
+        for tensor, tile in zip(tensors, tiles, strict=True)
+        for block in block_views(matrix_view(tensor), tile)
+    ]

@@ -2,7 +2,7 @@
 
     rf_rmsprop         the whole diagonal step of a list of tensors
     clipped_momentum   m ← α₂m + (1−α₂)Δ of a batch, and the clip of its step
-    kron_gather        gradient blocks → G [L, p, d]
+    kron_gather        tiles of gradients → G [L, p, d]
     kron_factor        C, K, m_C, m_K of a batch ← one update
     kron_step          weights and momentum of a batch ← one preconditioned step
 
@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.library import Library, infer_schema, register_fake
 
 from rootfree_kernels import eager
-from rootfree_kernels.backends import implementation
+from rootfree_kernels.backends import implementation, num_partial_sums
+from rootfree_kernels.blocks import tiles_of_numbers
 
 _LIBRARY = Library("rootfree", "FRAGMENT")
 
@@ -51,8 +52,20 @@ def _returns_nothing(*args: Any) -> None:
     return None
 
 
-def _fake_gather(grads: list[Tensor], grad_scale: Tensor | None, dtype: torch.dtype, *args: Any) -> Tensor:
-    return grads[0].new_empty((len(grads), *grads[0].shape), dtype=dtype)
+def _fake_gather(
+    grads: list[Tensor],
+    tiles: list[int],
+    rows: int,
+    cols: int,
+    factors: list[Tensor],
+    grad_scale: Tensor | None,
+    dtype: torch.dtype,
+    maximize: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    num_blocks = sum(tile.num_blocks for tile in tiles_of_numbers(tiles, rows, cols))
+    squares = grads[0].new_empty((1 + len(factors), num_blocks, num_partial_sums(backend)), dtype=torch.float32)
+    return grads[0].new_empty((num_blocks, rows, cols), dtype=dtype), squares
 
 
 def _fake_ok(factor_c: Tensor, *args: Any) -> Tensor:

@@ -131,10 +131,19 @@ def kron_step(weight, grad, state, *, update, maximize=False, lr, momentum, weig
 
 
 def block_slices(size, max_dim):
-    """range(size) in ceil(size / max_dim) slices whose lengths differ by at most one, the longer first."""
+    """range(size) in slices of at most ``max_dim``. From max_dim 128 on, and where size > max_dim: equal slices of a
+    multiple of 16, as few as possible if that comes out even; else the longest multiple of 16 above max_dim / 2 that
+    leaves no rest or one of at least half its length. Else lengths that differ by at most one, the longer first.
+    """
     count = -(-size // max_dim)
-    short, num_longer = divmod(size, count)
-    stops = np.cumsum([short + (i < num_longer) for i in range(count)]).tolist()
+    lengths = [size // count + (i < size % count) for i in range(count)]
+    if max_dim >= 128 and count > 1 and size % (16 * count) != 0:
+        for length in (n for n in range(max_dim, 0, -1) if n % 16 == 0 and n > max_dim // 2):
+            rest = size % length
+            if rest == 0 or rest >= length / 2:
+                lengths = [length] * (size // length) + [rest] * (rest > 0)
+                break
+    stops = np.cumsum(lengths).tolist()
     return [slice(start, stop) for start, stop in zip([0, *stops[:-1]], stops, strict=True)]
 
 

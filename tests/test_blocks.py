@@ -12,12 +12,37 @@ from rootfree_kernels.blocks import block_views, matrix_shape, matrix_view, spli
 
 
 @given(st.integers(1, 5000), st.integers(1, 1500))
-def test_a_side_is_cut_into_as_few_nearly_equal_blocks_as_the_longest_side_allows(size, max_dim):
+def test_a_side_is_cut_as_the_reference_cuts_it(size, max_dim):
     runs = split_side(size, max_dim)
     starts = [(run.start + i * run.size, run.size) for run in runs for i in range(run.num_blocks)]
     blocks = [slice(start, start + length) for start, length in starts]
     assert blocks == ref.block_slices(size, max_dim)
     assert len(runs) <= 2
+
+
+@given(st.integers(1, 200_000), st.integers(1, 2048))
+def test_blocks_cover_a_side_within_the_longest_side_and_none_is_below_half_of_another(size, max_dim):
+    runs = split_side(size, max_dim)
+    assert [run.start for run in runs] == [0, *(run.stop for run in runs[:-1])] and runs[-1].stop == size
+    sizes = [run.size for run in runs]
+    assert max(sizes) <= max_dim
+    assert 2 * min(sizes) >= max(sizes) - 1  # 3 in blocks of at most 2: 2 and 1
+
+
+@pytest.mark.parametrize(
+    ("size", "sizes"),
+    [
+        (2304, [(3, 768)]),
+        (3072, [(3, 1024)]),
+        (4096, [(4, 1024)]),
+        (50257, [(49, 1008), (1, 865)]),
+        (30522, [(29, 1024), (1, 826)]),
+        (151936, [(150, 1008), (1, 736)]),
+    ],
+    ids=str,
+)
+def test_sides_of_real_models_are_cut_at_multiples_of_16(size, sizes):
+    assert [(run.num_blocks, run.size) for run in split_side(size, 1024)] == sizes
 
 
 def test_none_leaves_a_side_whole():

@@ -96,11 +96,6 @@ def seeds_and_steps(count: int) -> tuple[Tensor, Tensor]:
     return torch.arange(count, dtype=torch.int32), torch.full((count,), 3.0)
 
 
-def blocks(dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
-    """Views of one weight, as blocks are: [p, d] with gaps between rows."""
-    return list(numbers(ROWS, BLOCKS * COLS, dtype=dtype, seed=seed).split(COLS, dim=1))
-
-
 def scaler(used: bool) -> tuple[Tensor | None, Tensor | None]:
     """grad_scale, found_inf."""
     return (torch.tensor(8.0), torch.tensor(0.0)) if used else (None, None)
@@ -165,7 +160,10 @@ def test_clipped_momentum_operator(dtype: torch.dtype, clip: str, amp: bool) -> 
 @pytest.mark.parametrize(("from_dtype", "to_dtype"), [(f32, bf16), (bf16, f32), (f64, f64)], ids=str)
 @with_and_without_amp
 def test_kron_gather_operator(from_dtype: torch.dtype, to_dtype: torch.dtype, amp: bool) -> None:
-    opcheck(ops.kron_gather, (blocks(from_dtype), scaler(amp)[0], to_dtype, amp, "eager"))
+    weights = [numbers(ROWS, BLOCKS * COLS, dtype=from_dtype), numbers(ROWS, COLS, dtype=from_dtype).mT.contiguous().mT]
+    tiles = [0, 1, 0, BLOCKS, 0, 1, 0, 1]
+    factors = [numbers(BLOCKS + 1, n, n, dtype=to_dtype) for n in (ROWS, COLS)] if amp else []
+    opcheck(ops.kron_gather, (weights, tiles, ROWS, COLS, factors, scaler(amp)[0], to_dtype, amp, "eager"))
 
 
 @by_storage
@@ -182,6 +180,7 @@ def test_kron_factor_operator(dtype: torch.dtype, rounding: str, cached: bool, a
         *([residual(BLOCKS, n, n) for n in (ROWS, COLS)] if paired else (None, None)),
         *(square_matrices(2) if cached else (None, None)),
         numbers(BLOCKS, ROWS, COLS, dtype=dtype, seed=3),
+        torch.zeros(3, BLOCKS, 0),
         *seeds_and_steps(BLOCKS),
         scaler(amp)[1],
         *(4.0, 0.2, 0.5, 0.01, 1.0, "frobenius", rounding, "eager"),
@@ -196,12 +195,14 @@ def test_kron_step_operator(dtype: torch.dtype, rounding: str, updated: bool, am
     factors = [numbers(BLOCKS, n, n, dtype=bf16) for n in (ROWS, COLS)]
     paired = rounding == "compensated"
     arguments = (
-        blocks(dtype),
-        blocks(f64 if dtype == f64 else f32, seed=1),
-        list(residual(ROWS, BLOCKS * COLS).split(COLS, dim=1)) if paired else [],
+        [numbers(ROWS, BLOCKS * COLS, dtype=dtype)],
+        [numbers(ROWS, BLOCKS * COLS, dtype=f64 if dtype == f64 else f32, seed=1)],
+        [residual(ROWS, BLOCKS * COLS)] if paired else [],
+        [0, 1, 0, BLOCKS],
         torch.zeros(BLOCKS, dtype=torch.int32),
         *factors,
         numbers(BLOCKS, ROWS, COLS, seed=2),
+        torch.zeros(1, BLOCKS, 0),
         torch.tensor(0.01),
         torch.tensor([True, False, True]) if updated else None,
         *seeds_and_steps(BLOCKS),

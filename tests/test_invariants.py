@@ -229,7 +229,7 @@ def distance_to_root_free_shampoo(beta2, steps):
         grad = random(1, P, D, seed=100 + step * 64 // steps)  # a function of the time step·β₂
         ops.kron_factor(
             *(c, k, m_c, m_k, None, None, None, None, grad),
-            *(torch.zeros(1, dtype=torch.int32), torch.zeros(1), None),
+            *(torch.zeros(3, 1, 0), torch.zeros(1, dtype=torch.int32), torch.zeros(1), None),
             *(1.0, beta2, 0.0, 0.1, 1.0, "none", "nearest", "eager"),
         )
         s_c, s_k = ref.root_free_shampoo_update(

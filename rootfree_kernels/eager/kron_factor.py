@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rootfree_kernels import rounding as rnd
+from rootfree_kernels.blocks import blocks_of, tiles_of_numbers
 from rootfree_kernels.eager.clipped_momentum import clipped_momentum
 from rootfree_kernels.eager.common import WIDE, Stored, as_scalar, heavy_ball_, wide
 
@@ -18,16 +19,31 @@ CACHE_NUMBERS = 1 << 18
 """Numbers of G that a CPU works on at a time: half a dozen FP32 tensors of this size (6 MiB) stay near a core."""
 
 
-def kron_gather(grads: list[Tensor], grad_scale: Tensor | None, dtype: torch.dtype, maximize: bool) -> Tensor:
-    """G [L, p, d] in `dtype` from L blocks [p, d] of any dtype and strides, divided by the scalar `grad_scale`."""
-    if all(grad.dtype == dtype for grad in grads):
-        batch = torch.stack(grads)
+def kron_gather(
+    grads: list[Tensor],
+    tiles: list[int],
+    rows: int,
+    cols: int,
+    factors: list[Tensor],
+    grad_scale: Tensor | None,
+    dtype: torch.dtype,
+    maximize: bool,
+) -> tuple[Tensor, Tensor]:
+    """G [L, p, d] in `dtype` from one tile of each gradient, of any dtype and strides, divided by the 0-d `grad_scale`.
+
+    `tiles` are the tiles' `Tile.numbers`, end to end; `rows` and `cols` are p and d. The second tensor belongs to the
+    backend, which hands it on to `kron_factor` and `kron_step`: kernels sum up squares of G, and of the `factors` C and
+    K that an update is going to damp by, on the way. Eager PyTorch leaves it empty and takes norms where it needs them.
+    """
+    blocks = blocks_of(grads, tiles_of_numbers(tiles, rows, cols))
+    if all(block.dtype == dtype for block in blocks):
+        batch = torch.stack(blocks)
     else:  # cast on the way, without a second copy
-        batch = grads[0].new_empty((len(grads), *grads[0].shape), dtype=dtype)
-        torch._foreach_copy_(list(batch.unbind()), grads)
+        batch = blocks[0].new_empty((len(blocks), rows, cols), dtype=dtype)
+        torch._foreach_copy_(list(batch.unbind()), blocks)
     if grad_scale is not None:
         batch.div_(as_scalar(grad_scale))
-    return batch.neg_() if maximize else batch
+    return batch.neg_() if maximize else batch, batch.new_empty((1 + len(factors), len(blocks), 0), dtype=torch.float32)
 
 
 def gram(x: Tensor, out: Tensor | None = None) -> Tensor:
@@ -105,6 +121,7 @@ def kron_factor(
     product_c: Tensor | None,
     product_k: Tensor | None,
     grad: Tensor,
+    squares: Tensor,
     seeds: Tensor,
     steps: Tensor,
     found_inf: Tensor | None,
@@ -124,15 +141,19 @@ def kron_factor(
 
     (Lin et al., ICML 2024, Fig. 5 right and Fig. 7, with the factor C in front of m_C that its caption lost.)
     Products are taken in the dtype of `grad`. Where P_C = CCᵀ and P_K = KKᵀ are given, they are made anew. A block
-    with a non-finite norm stays as it was, and its `ok` is False.
+    with a non-finite norm stays as it was, and its `ok` is False. `squares` is what `kron_gather` handed out.
     """
     parts = cache_slices(len(grad), grad.shape[1], grad.shape[2], grad.device)
     if len(parts) > 1:
         factors: tuple[Any, ...] = (factor_c, factor_k, momentum_c, momentum_k)
         optional: tuple[Any, ...] = (residual_c, residual_k, product_c, product_k)
-        blocks = (*factors, *optional, grad, seeds, steps)
+        draws: tuple[Any, ...] = (seeds, steps)
         rest: tuple[Any, ...] = (found_inf, batch_size, beta2, riemannian_momentum, damping, gamma, clip, rounding)
-        return torch.cat([kron_factor(*part_of(blocks, part), *rest) for part in parts])
+        oks = []
+        for part in parts:
+            state = part_of((*factors, *optional, grad), part)
+            oks.append(kron_factor(*state, squares, *part_of(draws, part), *rest))
+        return torch.cat(oks)
 
     c, k = factor_c.to(grad.dtype), factor_k.to(grad.dtype)
     a = torch.bmm(torch.bmm(c.mT, grad), k)
@@ -170,10 +191,12 @@ def kron_step(
     params: list[Tensor],
     buffers: list[Tensor],
     residuals: list[Tensor],
+    tiles: list[int],
     skipped: Tensor,
     factor_c: Tensor,
     factor_k: Tensor,
     grad: Tensor,
+    squares: Tensor,
     lr: Tensor,
     ok: Tensor | None,
     seeds: Tensor,
@@ -189,28 +212,46 @@ def kron_step(
 
         U = CCᵀ·G·KKᵀ,    buf ← α₁buf + U + κW,    W ← W − β₁buf
 
-    `grad` is G, and is overwritten. `params`, `buffers` (and `residuals`, int16, for compensated BF16 weights, else
-    none) are strided block views. A block with a non-finite U, or one whose `ok` [L] says that its factors were
-    skipped, keeps weights and buffer, and its `skipped` [L] grows by one.
+    `grad` is G, and is overwritten; `squares` and `tiles` are those of its `kron_gather`. With `cached` the factors are
+    P_C = CCᵀ and P_K = KKᵀ. `params`, `buffers` (and `residuals`, int16, for compensated BF16 weights, else none) are
+    contiguous, or have two axes. A block whose ‖G‖ is not finite, or whose `ok` [L] says that its factors were skipped,
+    keeps weights and buffer, and its `skipped` [L] grows by one. A number of U that is not finite counts as 0.
     """
-    parts = cache_slices(len(grad), grad.shape[1], grad.shape[2], grad.device)
-    if len(parts) > 1:
-        weights: tuple[Any, ...] = (params, buffers, residuals, skipped)
-        rest: tuple[Any, ...] = (found_inf, cached, momentum, weight_decay, decoupled, rounding)
-        for part in parts:
-            state = part_of((*weights, factor_c, factor_k, grad), part)
-            arguments = [*state, lr, *part_of((ok, seeds, steps), part), *rest]
-            kron_step(*arguments)
-        return
+    every_tile = tiles_of_numbers(tiles, *grad.shape[1:])
+    blocks: tuple[Any, ...] = tuple(blocks_of(x, every_tile) if x else x for x in (params, buffers, residuals))
+    for part in cache_slices(len(grad), grad.shape[1], grad.shape[2], grad.device):
+        some = part_of((*blocks, skipped, factor_c, factor_k, grad, ok, seeds, steps), part)
+        _step_blocks(*some, lr, found_inf, cached, momentum, weight_decay, decoupled, rounding)
 
-    direction = wide(precondition_(factor_c, factor_k, cached, grad))
-    finite = torch.linalg.vector_norm(direction, dim=(-2, -1)) < torch.inf
+
+def _step_blocks(
+    params: list[Tensor],
+    buffers: list[Tensor],
+    residuals: list[Tensor],
+    skipped: Tensor,
+    factor_c: Tensor,
+    factor_k: Tensor,
+    grad: Tensor,
+    ok: Tensor | None,
+    seeds: Tensor,
+    steps: Tensor,
+    lr: Tensor,
+    found_inf: Tensor | None,
+    cached: bool,
+    momentum: float,
+    weight_decay: float,
+    decoupled: bool,
+    rounding: str,
+) -> None:
+    """`kron_step` of as many blocks as are worked on at a time."""
+    finite = torch.linalg.vector_norm(wide(grad), dim=(-2, -1)) < torch.inf
     if ok is not None:
         finite = finite & ok
     if found_inf is not None:
         finite = finite & (as_scalar(found_inf) == 0)
     skipped.add_(~finite)
 
+    direction = wide(precondition_(factor_c, factor_k, cached, grad))
     draw = rnd.BlockBits(seeds, steps, rnd.SLOT_WEIGHT, grad[0].numel())
     weight = _as_batch(params, residuals, rounding, draw)
     buffer = _as_batch(buffers, [], "nearest", draw)

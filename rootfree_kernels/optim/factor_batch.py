@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rootfree_kernels.backends import matmul_dtype
-from rootfree_kernels.blocks import Tile, block_views, matrix_view
+from rootfree_kernels.blocks import Tile
 from rootfree_kernels.eager.kron_factor import kron_products
 from rootfree_kernels.optim.layout import Entry, Group, is_pair
 
@@ -52,6 +52,10 @@ class FactorBatch:
     def device(self) -> torch.device:
         return self.members[0].param.device
 
+    @property
+    def block_shape(self) -> tuple[int, int]:
+        return self.members[0].tile.block_shape
+
     def _adopt(self, states: Any, name: str) -> None:
         """Move an entry of all members into one storage and leave views of it in their states."""
         parts = [states[member.param][name + member.suffix] for member in self.members]
@@ -85,6 +89,11 @@ class FactorBatch:
         products = kron_products(self.storage["factor_c"], self.storage["factor_k"], dtype)
         self.products = dict(zip(("product_c", "product_k"), products, strict=True))
 
+    def empty_products(self, num_blocks: int, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Memory for the P_C and P_K of some blocks, for a step that does not keep them."""
+        shapes = {f"product_{side}": (num_blocks, size, size) for side, size in zip("ck", self.block_shape, strict=True)}
+        return {name: torch.empty(shape, dtype=dtype, device=self.device) for name, shape in shapes.items()}
+
     def index(self, members: Sequence[Member]) -> Tensor | None:
         """The numbers of these members' blocks, None where they are all the blocks of the batch."""
         if len(members) == len(self.members):
@@ -104,13 +113,9 @@ class FactorBatch:
                 tensor[index] = part[name]
 
 
-def blocks_of(members: Sequence[Member], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The block views [p, d] of all members, in the order of the batch, of one tensor for each member's parameter."""
-    return [
-        block
-        for member, tensor in zip(members, tensors, strict=True)
-        for block in block_views(matrix_view(tensor), member.tile)
-    ]
+def tile_numbers(members: Sequence[Member]) -> list[int]:
+    """The `Tile.numbers` of all members, end to end, as operators take them."""
+    return [number for member in members for number in member.tile.numbers]
 
 
 def make_batches(

@@ -11,18 +11,18 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT, required
 
 from rootfree_kernels import ops
-from rootfree_kernels.backends import choose
+from rootfree_kernels.backends import choose, makes_products
 from rootfree_kernels.blocks import Tile, tiles
 from rootfree_kernels.optim.base import RootFreeOptimizer, lr_scalar
 from rootfree_kernels.optim.factor_batch import (
     FactorBatch,
     Member,
-    blocks_of,
     caches_products,
     group_matmul_dtype,
     make_batches,
     suffix,
     tile_layout,
+    tile_numbers,
 )
 from rootfree_kernels.optim.layout import Entry, Group, is_pair, needs_bits, state_dtype
 
@@ -39,8 +39,9 @@ class Plan(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """What both operators of a step take."""
+    """What the operators of a step have in common."""
 
+    tiles: list[int]
     seeds: Tensor
     steps: Tensor
     found_inf: Tensor | None
@@ -228,19 +229,27 @@ class IFShampoo(RootFreeOptimizer):
         grad_scale, found_inf = self._amp(batch.device)
         index = batch.index(members)
         part = batch.part(index)
-        shared = Shared(part["seeds"], self._block_steps(group, members), found_inf, backend)
-        grad = ops.kron_gather(
-            blocks_of(members, [param.grad for param in params]),  # type: ignore[misc]
+        matmul_dtype = group_matmul_dtype(group, batch.device)
+        if update and makes_products(backend) and not batch.products:
+            part.update(batch.empty_products(len(part["skipped"]), matmul_dtype))
+        shared = Shared(tile_numbers(members), part["seeds"], self._block_steps(group, members), found_inf, backend)
+        grad, squares = ops.kron_gather(
+            [param.grad for param in params],
+            shared.tiles,
+            *batch.block_shape,
+            [part["factor_c"], part["factor_k"]] if update and group["damping"] else [],
             grad_scale,
-            group_matmul_dtype(group, batch.device),
+            matmul_dtype,
             group["maximize"],
             backend,
         )
-        ok = self._update_factors(group, part, grad, shared) if update else None
-        self._step_weights(group, members, part, grad, ok, shared)
+        ok = self._update_factors(group, part, grad, squares, shared) if update else None
+        self._step_weights(group, members, part, grad, squares, ok, shared)
         batch.put_back(index, part, update)
 
-    def _update_factors(self, group: Group, part: dict[str, Tensor], grad: Tensor, shared: Shared) -> Tensor:
+    def _update_factors(
+        self, group: Group, part: dict[str, Tensor], grad: Tensor, squares: Tensor, shared: Shared
+    ) -> Tensor:
         ok: Tensor = ops.kron_factor(
             part["factor_c"],
             part["factor_k"],
@@ -251,6 +260,7 @@ class IFShampoo(RootFreeOptimizer):
             part.get("product_c"),
             part.get("product_k"),
             grad,
+            squares,
             shared.seeds,
             shared.steps,
             shared.found_inf,
@@ -271,24 +281,25 @@ class IFShampoo(RootFreeOptimizer):
         members: Sequence[Member],
         part: dict[str, Tensor],
         grad: Tensor,
+        squares: Tensor,
         ok: Tensor | None,
         shared: Shared,
     ) -> None:
         params = [member.param for member in members]
         # Only a contiguous weight, or one of two axes, can be cut into blocks as it is; others are copied and back.
         matrices = [p if p.dim() == 2 or p.is_contiguous() else p.contiguous() for p in params]
-        residuals = []
-        if is_pair(params[0].dtype, group["weight_rounding"]):
-            residuals = blocks_of(members, [self.state[p]["weight_residual"] for p in params])
+        paired = is_pair(params[0].dtype, group["weight_rounding"])
         source = "product" if "product_c" in part else "factor"
         ops.kron_step(
-            blocks_of(members, matrices),
-            blocks_of(members, [self.state[p]["momentum_buffer"] for p in params]),
-            residuals,
+            matrices,
+            [self.state[p]["momentum_buffer"] for p in params],
+            [self.state[p]["weight_residual"] for p in params] if paired else [],
+            shared.tiles,
             part["skipped"],
             part[f"{source}_c"],
             part[f"{source}_k"],
             grad,
+            squares,
             lr_scalar(group["lr"]),
             ok,
             shared.seeds,
