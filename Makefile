@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+KERNEL_ARGS ?=
 
 VENV := .venv
 VPY := $(VENV)/bin/python
@@ -11,22 +12,27 @@ STAMP := $(VENV)/.installed
 BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 
 .DEFAULT_GOAL := help
-.PHONY: help install test demo lint clean
+.PHONY: help install test kernels demo lint clean
 
 help:
 	@echo "make install   set up $(VENV): pinned dependencies and this package, editable"
 	@echo "make test      all tests; PYTEST_ARGS='-k packaging' chooses some"
+	@echo "make kernels   compile every Triton kernel for sm_80, sm_90, sm_100 and gfx942 and check the machine code;"
+	@echo "               needs no GPU; KERNEL_ARGS='--only rf_rmsprop --all' chooses some"
 	@echo "make demo      train a small language model with AdamW, RFRMSProp and IFShampoo"
 	@echo "make lint      ruff and mypy"
 	@echo "make clean     remove $(VENV), builds and caches"
 	@echo
-	@echo "test, demo and lint run install first where it is due. PYTHON=python3.12 chooses the interpreter,"
+	@echo "test, kernels, demo and lint run install first where it is due. PYTHON=python3.12 chooses the interpreter,"
 	@echo "ROOTFREE_BUILD=none|cpu|cuda what is compiled (make clean before a change of either)."
 
 install: $(STAMP)
 
 test: $(STAMP)
 	@$(VPY) -m pytest $(PYTEST_ARGS)
+
+kernels: $(STAMP)
+	@$(VPY) -m bench.compile_kernels $(KERNEL_ARGS)
 
 demo: $(STAMP)
 	@$(VPY) -m bench.demo

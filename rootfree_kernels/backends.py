@@ -1,4 +1,4 @@
-"""Which room runs an operator: eager PyTorch today; Triton, CUDA and C++ as they come.
+"""Which room runs an operator: eager PyTorch or Triton today; CUDA and C++ as they come.
 
 A backend is a module with the operators' functions under their own names (see `rootfree_kernels.eager`). It is chosen
 once for a batch, best first: cuda, triton, eager on a GPU; cpp, eager on a CPU. `ROOTFREE_BACKEND` forces one, and one
@@ -12,7 +12,7 @@ import logging
 import os
 from collections.abc import Callable
 from functools import cache
-from importlib import resources
+from importlib import import_module, resources
 from types import ModuleType
 from typing import Any
 
@@ -26,12 +26,15 @@ PREFERENCE = {"cuda": ("cuda", "triton", "eager"), "cpu": ("cpp", "eager")}
 """Backends by type of device, best first; any other device is served by eager PyTorch."""
 
 BACKENDS: dict[str, ModuleType] = {"eager": eager}
-"""The backends of this version."""
+"""The backends that were imported; Triton is when it is first asked for."""
 
 NAMES = ("cuda", "triton", "cpp", "eager")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Dtypes of the parameters that the optimizers serve."""
+
+FactorDtypes = tuple[torch.dtype, "torch.dtype | None"]
+"""Dtypes in which the factors of a batch are stored and multiplied; None leaves the latter to the backend."""
 
 
 def build_record() -> dict[str, Any]:
@@ -43,12 +46,14 @@ def build_record() -> dict[str, Any]:
         return {"extension": False, "left_out": {"cpp": reason, "cuda": reason}}
 
 
-def why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why `backend` cannot serve parameters of `dtype` on `device`; None where it can."""
+def why_not(backend: str, device: torch.device, dtype: torch.dtype, factors: FactorDtypes | None = None) -> str | None:
+    """Why `backend` cannot serve parameters of `dtype` on `device` (with `factors` for matrices); None where it can."""
     if dtype not in DTYPES:
         return f"no backend serves {dtype}"
     if backend not in NAMES:
         return f"unknown backend: choose one of {', '.join(NAMES)}"
+    if backend == "triton":
+        return _why_not_triton(device, dtype, factors)
     if backend not in PREFERENCE.get(device.type, ("eager",)):
         return f"it does not run on {device.type} devices"
     if backend not in BACKENDS:
@@ -56,8 +61,40 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str | Non
     return None
 
 
-def choose(device: torch.device, dtype: torch.dtype, fused: bool | None = None) -> str:
-    """The name of the backend for parameters of `dtype` on `device`.
+def _why_not_triton(device: torch.device, dtype: torch.dtype, factors: FactorDtypes | None) -> str | None:
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type == "cpu" and not interpreted:
+        return "it does not run on cpu devices, other than under TRITON_INTERPRET=1 to test kernels"
+    if device.type not in ("cuda", "cpu"):
+        return f"it does not run on {device.type} devices"
+    if device.type == "cuda" and interpreted:
+        return "TRITON_INTERPRET=1 is set, and the interpreter runs kernels on the CPU"
+    if dtype == torch.float64:
+        return "its arithmetic is FP32"
+    if factors is not None and (factors[0] != torch.bfloat16 or factors[1] not in (None, torch.bfloat16)):
+        return f"its matrix products are of BF16, not of {factors[1] or factors[0]}"
+    if problem := _import_problem("triton"):
+        return problem
+    if device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
+        return "it needs a GPU of compute capability 8.0 (A100) or later"
+    return None
+
+
+@cache
+def _import_problem(backend: str) -> str | None:
+    """Import a backend; why that failed, or None."""
+    try:
+        BACKENDS.setdefault(backend, import_module(f"rootfree_kernels.{backend}_kernels"))
+    except Exception as error:  # a broken install raises anything, and eager PyTorch still serves
+        logger.warning("backend %s cannot be imported: %s: %s", backend, type(error).__name__, error)
+        return f"it cannot be imported: {type(error).__name__}: {error}"
+    return None
+
+
+def choose(
+    device: torch.device, dtype: torch.dtype, fused: bool | None = None, factors: FactorDtypes | None = None
+) -> str:
+    """The name of the backend for parameters of `dtype` on `device`, with `factors` where they are matrices.
 
     `fused=True` asks for a kernel backend, `fused=False` for eager PyTorch, None leaves the choice to
     `ROOTFREE_BACKEND`, or else to the order of preference.
@@ -69,7 +106,7 @@ def choose(device: torch.device, dtype: torch.dtype, fused: bool | None = None) 
     candidates = (forced,) if forced else PREFERENCE.get(device.type, ("eager",))
     reasons = {}
     for name in candidates:
-        reason = why_not(name, device, dtype)
+        reason = why_not(name, device, dtype, factors)
         if reason is None and fused and name == "eager":
             reason = "it has no fused kernels"
         if reason is None:
@@ -88,13 +125,10 @@ def _announced(name: str, device_type: str, dtype: torch.dtype) -> str:
 
 def implementation(backend: str, operator: str) -> Callable[..., Any]:
     """The function of `backend` that implements `operator`."""
+    if backend not in BACKENDS and (problem := _import_problem(backend)):
+        raise RuntimeError(f"backend {backend!r}: {problem}")
     function: Callable[..., Any] = getattr(BACKENDS[backend], operator)
     return function
-
-
-def num_partial_sums(backend: str) -> int:
-    """Partial sums a block that `kron_gather` of `backend` hands on."""
-    return getattr(BACKENDS[backend], "NUM_PARTIAL_SUMS", 0)
 
 
 def makes_products(backend: str) -> bool:
@@ -103,14 +137,14 @@ def makes_products(backend: str) -> bool:
     return backend in ("cuda", "triton")
 
 
-def matmul_dtype(factor_dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype in which factors of `factor_dtype` are multiplied on `device`.
+def matmul_dtype(factor_dtype: torch.dtype, device: torch.device, backend: str = "eager") -> torch.dtype:
+    """The dtype in which `backend` multiplies factors of `factor_dtype` on `device`, where nothing else is asked for.
 
     BF16 factors are multiplied in BF16 where the processor has instructions for it, and in FP32 elsewhere: on a CPU
     with AVX512_BF16 a BF16 product took a quarter of the time of an FP32 one, and 1.3 times as long with these
     instructions switched off (`python -m bench.cpu_step`, and again under ONEDNN_MAX_CPU_ISA=AVX512_CORE).
     """
-    if factor_dtype == torch.bfloat16 and device.type == "cpu" and not _cpu_multiplies_bf16():
+    if backend == "eager" and factor_dtype == torch.bfloat16 and device.type == "cpu" and not _cpu_multiplies_bf16():
         return torch.float32
     return factor_dtype
 

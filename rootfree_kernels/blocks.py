@@ -122,7 +122,5 @@ def tiles_of_numbers(numbers: Sequence[int], rows: int, cols: int) -> list[Tile]
 def blocks_of(tensors: Sequence[Tensor], tiles: Sequence[Tile]) -> list[Tensor]:
     """The block views [p, d] of one tile of each tensor, tile by tile and each row by row."""
     return [
-        block
-        for tensor, tile in zip(tensors, tiles, strict=True)
-        for block in block_views(matrix_view(tensor), tile)
+        block for tensor, tile in zip(tensors, tiles, strict=True) for block in block_views(matrix_view(tensor), tile)
     ]

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.library import Library, infer_schema, register_fake
 
 from rootfree_kernels import eager
-from rootfree_kernels.backends import implementation, num_partial_sums
+from rootfree_kernels.backends import implementation
 from rootfree_kernels.blocks import tiles_of_numbers
 
 _LIBRARY = Library("rootfree", "FRAGMENT")
@@ -64,8 +64,10 @@ def _fake_gather(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     num_blocks = sum(tile.num_blocks for tile in tiles_of_numbers(tiles, rows, cols))
-    squares = grads[0].new_empty((1 + len(factors), num_blocks, num_partial_sums(backend)), dtype=torch.float32)
-    return grads[0].new_empty((num_blocks, rows, cols), dtype=dtype), squares
+    sums = implementation(backend, "num_partial_sums")(rows, cols)
+    shape = (num_blocks, *(implementation(backend, "padded_side")(side) for side in (rows, cols)))
+    squares = grads[0].new_empty((1 + len(factors), num_blocks, sums), dtype=torch.float32)
+    return grads[0].new_empty(shape, dtype=dtype), squares
 
 
 def _fake_ok(factor_c: Tensor, *args: Any) -> Tensor:

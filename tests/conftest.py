@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before the kernels are imported: they run on the CPU, slowly
+
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor, nn
 
 from rootfree_kernels import IFShampoo, RFAdaGrad, RFRMSProp

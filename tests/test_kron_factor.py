@@ -52,8 +52,20 @@ class Batch:
     def step(self, cached: bool = False, decoupled: bool = False, ok: torch.Tensor | None = None) -> None:
         c, k = (torch.bmm(x, x.mT) if cached else x for x in (self.c, self.k))
         ops.kron_step(
-            *(list(self.weight.unbind()), list(self.buffer.unbind()), [], [0, 1, 0, 1] * len(self.weight), self.skipped),
-            *(c, k, self.grad.clone(), torch.zeros(1, len(self.grad), 0), torch.tensor(WEIGHT["lr"], dtype=torch.float64)),
+            *(
+                list(self.weight.unbind()),
+                list(self.buffer.unbind()),
+                [],
+                [0, 1, 0, 1] * len(self.weight),
+                self.skipped,
+            ),
+            *(
+                c,
+                k,
+                self.grad.clone(),
+                torch.zeros(1, len(self.grad), 0),
+                torch.tensor(WEIGHT["lr"], dtype=torch.float64),
+            ),
             *(ok, self.seeds, self.steps, None, cached),
             *(WEIGHT["momentum"], WEIGHT["weight_decay"], decoupled, "nearest", "eager"),
         )

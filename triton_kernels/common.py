@@ -60,7 +60,7 @@ def _upper_half(pattern):
 @triton.jit
 def round_nearest(x, DTYPE: tl.constexpr):
     """FP32 `x` in DTYPE, rounded half to even; NaN stays NaN."""
-    if DTYPE == tl.bfloat16:
+    if tl.bfloat16 == DTYPE:
         pattern = x.to(tl.uint32, bitcast=True)
         rounded = pattern + (0x7FFF + ((pattern >> 16) & 1))
         return _upper_half(tl.where(x == x, rounded, 0x7FC00000))
@@ -93,11 +93,20 @@ def join_compensated(hi, lo):
 
 
 @triton.jit
+def load_masked(ptr, mask):
+    """`tl.load`, 0 where `mask` is False. A mask of None reads all: no mask is in the way of 128-bit accesses then."""
+    if mask is None:
+        return tl.load(ptr)
+    else:
+        return tl.load(ptr, mask=mask, other=0)
+
+
+@triton.jit
 def load_stored(value_ptr, residual_ptr, offsets, mask, ROUNDING: tl.constexpr):
     """The FP32 value of a stored tensor; `residual_ptr` is read only where ROUNDING is "compensated"."""
-    value = tl.load(value_ptr + offsets, mask=mask, other=0.0)
+    value = load_masked(value_ptr + offsets, mask)
     if ROUNDING == "compensated":
-        return join_compensated(value, tl.load(residual_ptr + offsets, mask=mask, other=0))
+        return join_compensated(value, load_masked(residual_ptr + offsets, mask))
     return value.to(tl.float32)
 
 
@@ -126,6 +135,14 @@ def effective_rounding(dtype: torch.dtype, rounding: str) -> str:
 def is_finite(x):
     """Whether FP32 `x` is neither NaN nor infinite."""
     return tl.abs(x) < float("inf")
+
+
+@triton.jit
+def only_if(flag, mask):
+    """`mask` where the scalar `flag` holds, nowhere otherwise."""
+    if _INTERPRETED:  # which makes numbers of a comparison that it broadcasts
+        return tl.where(flag, mask, False)
+    return mask & flag
 
 
 # ---- products ----------------------------------------------------------------------------------------------------

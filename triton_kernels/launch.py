@@ -10,17 +10,24 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from inspect import Parameter, signature
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
+from rootfree_kernels.blocks import Tile
+
 MAX_TABLES = 512
 """Tables kept on the devices. Gradients whose addresses change from step to step use up a few of them."""
 
+MAX_STRIDE = 1 << 23
+"""Of rows that are called aligned: offsets within a tile of 128 rows then fit 32 bits."""
+
 _tables: OrderedDict[tuple[Any, ...], Tensor] = OrderedDict()
 _captured: list[Tensor] = []  # of tables that were copied within a CUDA graph: a replay copies them again
+_constants: dict[tuple[float, torch.device, torch.dtype], Tensor] = {}
 _compiled: dict[tuple[Any, ...], Any] = {}
 
 
@@ -42,19 +49,120 @@ def table(rows: Sequence[int], device: torch.device) -> Tensor:
     if kept is not None:
         _tables.move_to_end(key)
         return kept
-    host = torch.tensor(key[0], dtype=torch.int64)
-    if device.type != "cuda":
-        kept = host.to(device)
-    else:
-        host = host.pin_memory()
-        kept = host.to(device, non_blocking=True)
-        if torch.cuda.is_current_stream_capturing():  # not filled before a replay, which reads `host` every time
-            _captured.extend((host, kept))
-            return kept
-    _tables[key] = kept
-    if len(_tables) > MAX_TABLES:
-        _tables.popitem(last=False)
+    kept = _on_device(torch.tensor(key[0], dtype=torch.int64), device)
+    if not _is_capturing(device):
+        _tables[key] = kept
+        if len(_tables) > MAX_TABLES:
+            _tables.popitem(last=False)
     return kept
+
+
+def _on_device(host: Tensor, device: torch.device) -> Tensor:
+    """A copy of `host` on `device`, without waiting for it."""
+    if device.type != "cuda":
+        return host.to(device)
+    host = host.pin_memory()
+    copy = host.to(device, non_blocking=True)
+    if _is_capturing(device):  # not filled before a replay, which reads `host` every time
+        _captured.extend((host, copy))
+    return copy
+
+
+class TensorTable(NamedTuple):
+    """Where the tensors of a list lie, and which of them each program of a launch works on."""
+
+    rows: Tensor  # int64 [n, number of columns + 1]: the columns, and the number of the tensor's first program
+    owners: Tensor  # int32 [num_programs]: a tensor's index
+    counters: Tensor  # int64 [n]: for a kernel's use, who leaves them 0
+    zeros: Tensor  # FP32 [n]
+    num_programs: int
+
+
+_tensor_tables: OrderedDict[tuple[Any, ...], TensorTable] = OrderedDict()
+
+
+def tensor_table(
+    columns: tuple[tuple[int, ...], ...], programs_of: Callable[[tuple[int, ...]], int], device: torch.device
+) -> TensorTable:
+    """The table of a list of tensors, kept by content: `columns` have one number, an address, say, for each tensor.
+
+    `programs_of` is a function of a row of the columns and of nothing else: how many programs work on that tensor.
+    """
+    key = (columns, programs_of, device)
+    kept = _tensor_tables.get(key)
+    if kept is not None:
+        _tensor_tables.move_to_end(key)
+        return kept
+    tensors = [*zip(*columns, strict=True)]
+    counts = [programs_of(row) for row in tensors]
+    firsts = [0, *accumulate(counts)]
+    numbers = [x for row, first in zip(tensors, firsts, strict=False) for x in (*row, first)]
+    owners = torch.arange(len(tensors), dtype=torch.int32).repeat_interleave(torch.tensor(counts, dtype=torch.int64))
+    made = TensorTable(
+        _on_device(torch.tensor(numbers, dtype=torch.int64), device),
+        _on_device(owners, device),
+        torch.zeros(len(tensors), dtype=torch.int64, device=device),
+        torch.zeros(len(tensors), dtype=torch.float32, device=device),
+        firsts[-1],
+    )
+    if not _is_capturing(device):
+        _tensor_tables[key] = made
+        if len(_tensor_tables) > MAX_TABLES:
+            _tensor_tables.popitem(last=False)
+    return made
+
+
+class BlockTable(NamedTuple):
+    """Where the blocks of a batch lie: for each one (address, row stride, column stride) of every list of tensors."""
+
+    rows: Tensor
+    num_blocks: int
+    aligned: bool  # whether every row of every block begins on 16 bytes and lies in one piece
+
+
+_block_tables: OrderedDict[tuple[Any, ...], BlockTable] = OrderedDict()
+
+
+def block_table(lists: tuple[Sequence[Tensor], ...], tiles: Sequence[Tile], device: torch.device) -> BlockTable:
+    """The table of the blocks of `tiles`, one tile of each tensor of every list; the tensors have two axes."""
+    places = tuple([(x.data_ptr(), x.stride(), x.element_size()) for tensors in lists for x in tensors])
+    key = (places, tuple(tiles), device)
+    kept = _block_tables.get(key)
+    if kept is not None:
+        _block_tables.move_to_end(key)
+        return kept
+    blocks: list[int] = []
+    aligned = True
+    for index, tile in enumerate(tiles):
+        (row_start, down, height), (col_start, across, width) = tile
+        for i in range(down * across):
+            row, col = row_start + i // across * height, col_start + i % across * width
+            for start in range(index, len(places), len(tiles)):
+                address, (row_stride, col_stride), size = places[start]
+                address += (row * row_stride + col * col_stride) * size
+                blocks += (address, row_stride, col_stride)
+                aligned &= address % 16 == 0 and row_stride % 8 == 0 and col_stride == 1 and row_stride < MAX_STRIDE
+    made = BlockTable(table(blocks, device), sum(tile.num_blocks for tile in tiles), aligned)
+    if not _is_capturing(device):
+        _block_tables[key] = made
+        if len(_block_tables) > MAX_TABLES:
+            _block_tables.popitem(last=False)
+    return made
+
+
+def constant(value: float, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A 0-d tensor, kept, for an argument that was left out: so that no second kernel is compiled for its absence."""
+    kept = _constants.get((value, device, dtype))
+    if kept is None:
+        kept = torch.full((), value, dtype=dtype, device=device)
+        if not _is_capturing(device):
+            _constants[value, device, dtype] = kept
+    return kept
+
+
+def _is_capturing(device: torch.device) -> bool:
+    """Whether what is launched now runs only later, when a CUDA graph is replayed."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def launch(

@@ -19,6 +19,16 @@ CACHE_NUMBERS = 1 << 18
 """Numbers of G that a CPU works on at a time: half a dozen FP32 tensors of this size (6 MiB) stay near a core."""
 
 
+def padded_side(size: int) -> int:
+    """The side of G that a backend makes of a block's: here the same."""
+    return size
+
+
+def num_partial_sums(rows: int, cols: int) -> int:
+    """Numbers a block that `kron_gather` hands on beside G: here none."""
+    return 0
+
+
 def kron_gather(
     grads: list[Tensor],
     tiles: list[int],
@@ -151,8 +161,8 @@ def kron_factor(
         rest: tuple[Any, ...] = (found_inf, batch_size, beta2, riemannian_momentum, damping, gamma, clip, rounding)
         oks = []
         for part in parts:
-            state = part_of((*factors, *optional, grad), part)
-            oks.append(kron_factor(*state, squares, *part_of(draws, part), *rest))
+            arguments = [*part_of((*factors, *optional, grad), part), squares, *part_of(draws, part), *rest]
+            oks.append(kron_factor(*arguments))
         return torch.cat(oks)
 
     c, k = factor_c.to(grad.dtype), factor_k.to(grad.dtype)
@@ -221,7 +231,8 @@ def kron_step(
     blocks: tuple[Any, ...] = tuple(blocks_of(x, every_tile) if x else x for x in (params, buffers, residuals))
     for part in cache_slices(len(grad), grad.shape[1], grad.shape[2], grad.device):
         some = part_of((*blocks, skipped, factor_c, factor_k, grad, ok, seeds, steps), part)
-        _step_blocks(*some, lr, found_inf, cached, momentum, weight_decay, decoupled, rounding)
+        arguments = [*some, lr, found_inf, cached, momentum, weight_decay, decoupled, rounding]
+        _step_blocks(*arguments)
 
 
 def _step_blocks(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from rootfree_kernels import ops
-from rootfree_kernels.backends import choose
+from rootfree_kernels.backends import FactorDtypes, choose
 from rootfree_kernels.optim.checkpoint import CheckpointedOptimizer
 from rootfree_kernels.optim.layout import (
     LAYOUT_OPTIONS,
@@ -78,8 +79,7 @@ class RootFreeOptimizer(CheckpointedOptimizer):
         options = {**self.defaults, **group}
         check_options(options)
         if options["fused"]:
-            for param in seen:
-                choose(param.device, param.dtype, fused=True)
+            self._check_backends(list(seen), options)
         super().add_param_group(group)
 
     # ---- the step -------------------------------------------------------------------------------------------------
@@ -122,10 +122,17 @@ class RootFreeOptimizer(CheckpointedOptimizer):
                 if problem := grad_problem(param, param.grad):
                     raise RuntimeError(f"{label_of(group, index)} {problem}")
                 params.append(param)
-        for device, dtype in {(param.device, param.dtype) for param in params}:
-            choose(device, dtype, group["fused"])
         self._check_layout(group)
         return params
+
+    def _check_backends(self, params: list[Tensor], group: Group) -> None:
+        """Raise where a backend was asked for that cannot serve."""
+        for device, dtype, factors in {(p.device, p.dtype, self._factor_dtypes(p, group)) for p in params}:
+            choose(device, dtype, group["fused"], factors)
+
+    def _factor_dtypes(self, param: Tensor, group: Group) -> FactorDtypes | None:
+        """The dtypes of a parameter's factors, None where it has none."""
+        return None
 
     def _check_layout(self, group: Group) -> None:
         """Raise if the state was made for other options, dtypes or devices; looks only where one of them changed."""
@@ -140,13 +147,15 @@ class RootFreeOptimizer(CheckpointedOptimizer):
                     f"{label_of(group, index)} of {param.dtype} on {param.device} with {options}: its state was made "
                     f"for others ({difference}). Set them before the first step, or make a new optimizer."
                 )
+        self._check_backends(group["params"], group)
         self._layout_keys[group["params"][0]] = key
         self._replan(group)
 
     def _layout_key(self, group: Group) -> tuple[Any, ...]:
-        """All that decides what the state looks like and how it is batched."""
+        """All that decides what the state looks like, how it is batched and by which backend it is stepped."""
         placement = [(param.dtype, param.device) for param in group["params"]]
-        return (*(group.get(name) for name in LAYOUT_OPTIONS), *placement)
+        backend = (group["fused"], os.environ.get("ROOTFREE_BACKEND"))
+        return (*(group.get(name) for name in LAYOUT_OPTIONS), *backend, *placement)
 
     def _replan(self, group: Group) -> None:
         """Forget what was derived from the group's options, dtypes and devices."""

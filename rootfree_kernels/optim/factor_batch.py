@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from rootfree_kernels.backends import matmul_dtype
+from rootfree_kernels.backends import FactorDtypes, choose, implementation, matmul_dtype
 from rootfree_kernels.blocks import Tile
-from rootfree_kernels.eager.kron_factor import kron_products
 from rootfree_kernels.optim.layout import Entry, Group, is_pair
 
 MAX_BATCH_NUMBERS = 1 << 26
@@ -38,14 +37,20 @@ class FactorBatch:
     are P_C = CCᵀ and P_K = KKᵀ, derived and so never saved, or nothing. `seeds` [L] are those of the blocks.
     """
 
-    def __init__(self, members: Sequence[Member], states: Any, names: Iterable[str], seeds: Sequence[int]) -> None:
+    def __init__(self, members: Sequence[Member], states: Any, group: Group, seeds: Sequence[int]) -> None:
         self.members = list(members)
+        param = members[0].param
+        self.backend = choose(param.device, param.dtype, group["fused"], factor_dtypes(group))
+        default = matmul_dtype(group["factor_dtype"], param.device, self.backend)
+        self.matmul_dtype: torch.dtype = group["matmul_dtype"] or default
         self.storage: dict[str, Tensor] = {}
         self.products: dict[str, Tensor] = {}
         self._views: dict[Tensor, list[tuple[str, Tensor]]] = {}
         self.seeds = torch.tensor(seeds, dtype=torch.int32, device=self.device)
-        for name in names:
+        for name in tile_layout(Tile.single(1, 1), group):
             self._adopt(states, name)
+        if caches_products(group):
+            self.products = self._made_products()
         self.note_versions()
 
     @property
@@ -84,15 +89,18 @@ class FactorBatch:
                 return False
         return True
 
-    def make_products(self, dtype: torch.dtype) -> None:
-        """Derive P_C and P_K from the factors, in `dtype`."""
-        products = kron_products(self.storage["factor_c"], self.storage["factor_k"], dtype)
-        self.products = dict(zip(("product_c", "product_k"), products, strict=True))
+    def _made_products(self) -> dict[str, Tensor]:
+        """P_C and P_K, derived from the factors as an update makes them: a resumed run has the same ones to the bit."""
+        make = implementation(self.backend, "kron_products")
+        products = make(self.storage["factor_c"], self.storage["factor_k"], self.matmul_dtype)
+        return dict(zip(("product_c", "product_k"), products, strict=True))
 
-    def empty_products(self, num_blocks: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    def empty_products(self, num_blocks: int) -> dict[str, Tensor]:
         """Memory for the P_C and P_K of some blocks, for a step that does not keep them."""
-        shapes = {f"product_{side}": (num_blocks, size, size) for side, size in zip("ck", self.block_shape, strict=True)}
-        return {name: torch.empty(shape, dtype=dtype, device=self.device) for name, shape in shapes.items()}
+        shapes = {
+            f"product_{side}": (num_blocks, size, size) for side, size in zip("ck", self.block_shape, strict=True)
+        }
+        return {name: torch.empty(shape, dtype=self.matmul_dtype, device=self.device) for name, shape in shapes.items()}
 
     def index(self, members: Sequence[Member]) -> Tensor | None:
         """The numbers of these members' blocks, None where they are all the blocks of the batch."""
@@ -140,12 +148,7 @@ def make_batches(
             blocks = range(next_block, next_block + tile.num_blocks)
             seeds[key].extend(seed_of(param, block) for block in blocks)
             next_block = blocks.stop
-    names = tile_layout(Tile.single(1, 1), group)
-    batches = [FactorBatch(members[key], states, names, seeds[key]) for key in members]
-    if caches_products(group):
-        for batch in batches:
-            batch.make_products(group_matmul_dtype(group, batch.device))
-    return batches
+    return [FactorBatch(members[key], states, group, seeds[key]) for key in members]
 
 
 def _is_full(num_blocks: int, tile: Tile) -> bool:
@@ -160,10 +163,9 @@ def caches_products(group: Group) -> bool:
     return group["precondition_frequency"] != 1 if chosen is None else chosen
 
 
-def group_matmul_dtype(group: Group, device: torch.device) -> torch.dtype:
-    """The dtype in which a group's factors are multiplied on `device`."""
-    chosen: torch.dtype | None = group["matmul_dtype"]
-    return chosen or matmul_dtype(group["factor_dtype"], device)
+def factor_dtypes(group: Group) -> FactorDtypes:
+    """In which dtypes a group wants its factors stored and multiplied."""
+    return group["factor_dtype"], group["matmul_dtype"]
 
 
 def suffix(tile_number: int) -> str:

@@ -11,14 +11,14 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT, required
 
 from rootfree_kernels import ops
-from rootfree_kernels.backends import choose, makes_products
+from rootfree_kernels.backends import FactorDtypes, makes_products
 from rootfree_kernels.blocks import Tile, tiles
 from rootfree_kernels.optim.base import RootFreeOptimizer, lr_scalar
 from rootfree_kernels.optim.factor_batch import (
     FactorBatch,
     Member,
     caches_products,
-    group_matmul_dtype,
+    factor_dtypes,
     make_batches,
     suffix,
     tile_layout,
@@ -174,6 +174,9 @@ class IFShampoo(RootFreeOptimizer):
             if name.startswith("factor_"):
                 tensor.diagonal(dim1=-2, dim2=-1).fill_(1.0)
 
+    def _factor_dtypes(self, param: Tensor, group: Group) -> FactorDtypes | None:
+        return factor_dtypes(group) if self._tiles(param, group) else None
+
     # ---- the plan -------------------------------------------------------------------------------------------------
 
     def _layout_key(self, group: Group) -> tuple[Any, ...]:
@@ -225,13 +228,12 @@ class IFShampoo(RootFreeOptimizer):
     def _step_batch(self, group: Group, batch: FactorBatch, members: Sequence[Member], update: bool) -> None:
         """Step some members of a batch, all with or all without an update of their factors."""
         params = [member.param for member in members]
-        backend = choose(batch.device, params[0].dtype, group["fused"])
+        backend = batch.backend
         grad_scale, found_inf = self._amp(batch.device)
         index = batch.index(members)
         part = batch.part(index)
-        matmul_dtype = group_matmul_dtype(group, batch.device)
         if update and makes_products(backend) and not batch.products:
-            part.update(batch.empty_products(len(part["skipped"]), matmul_dtype))
+            part.update(batch.empty_products(len(part["skipped"])))
         shared = Shared(tile_numbers(members), part["seeds"], self._block_steps(group, members), found_inf, backend)
         grad, squares = ops.kron_gather(
             [param.grad for param in params],
@@ -239,7 +241,7 @@ class IFShampoo(RootFreeOptimizer):
             *batch.block_shape,
             [part["factor_c"], part["factor_k"]] if update and group["damping"] else [],
             grad_scale,
-            matmul_dtype,
+            batch.matmul_dtype,
             group["maximize"],
             backend,
         )

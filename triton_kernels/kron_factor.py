@@ -1,0 +1,340 @@
+"""One update of the Kronecker factors of a batch, in five launches whatever the number of blocks (Lin et al., ICML
+2024, Fig. 5 right and Fig. 7):
+
+    1, 2  A = CᵀGK                                                               cuBLAS, batched
+    3     m' = α₂m + (1−α₂)·½[(B/d)·AAᵀ + (λ/d)·‖K‖²_F·CᵀC − γI], ‖m'‖          likewise m_K, K' and P_K in the
+    4     C' = C − β₂/max(1, ‖m'‖)·C·m', rounded;  m ← m'                        same launches
+    5     P_C = C'C'ᵀ;  C ← C'
+
+Results of 3 and 4 wait in memory of their own until it is known whether the block is finite on both sides: nothing that
+is not enters the state. No launch depends on another one's order of programs, so a run repeats bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rootfree_kernels.rounding import SLOT_FACTOR_C, SLOT_FACTOR_K
+from rootfree_kernels.triton_kernels.common import (
+    effective_rounding,
+    is_finite,
+    load_stored,
+    only_if,
+    random_key,
+    store_rounded,
+    triangle_tile,
+)
+from rootfree_kernels.triton_kernels.configuration import Configuration
+from rootfree_kernels.triton_kernels.kron_gather import MAX_PARTIAL_SUMS, PADDING
+from rootfree_kernels.triton_kernels.launch import constant, kernel, launch
+from rootfree_kernels.triton_kernels.products import (
+    TILE_CONFIGS,
+    halves,
+    make_products,
+    pad_square,
+    product_nn,
+    product_nt,
+    product_tn,
+    side_and_tile,
+    store_symmetric,
+    tile_config,
+    tile_of,
+)
+
+_SLOT_C, _SLOT_K = tl.constexpr(SLOT_FACTOR_C), tl.constexpr(SLOT_FACTOR_K)
+_PARTS = tl.constexpr(MAX_PARTIAL_SUMS)
+_CHUNK = tl.constexpr(256)
+
+
+@triton.jit
+def sum_of_parts(x_ptr, count):
+    """Σ of `count` FP32 numbers, always in the same order."""
+    index = tl.arange(0, _CHUNK)
+    total = tl.zeros((_CHUNK,), dtype=tl.float32)
+    for start in range(0, count, _CHUNK):
+        total += tl.load(x_ptr + start + index, mask=start + index < count, other=0.0)
+    return tl.sum(total)
+
+
+@triton.jit
+def largest_row_sum(x_ptr, tiles, n):
+    """The largest sum of a row whose `tiles` parts lie `n` apart; infinite where any is NaN (tl.max drops NaN)."""
+    index = tl.arange(0, _CHUNK)
+    largest = tl.zeros((_CHUNK,), dtype=tl.float32)
+    for start in range(0, n, _CHUNK):
+        row = tl.zeros((_CHUNK,), dtype=tl.float32)
+        for tile in range(tiles):
+            row += tl.load(x_ptr + tile * n + start + index, mask=start + index < n, other=0.0)
+        largest = tl.maximum(largest, tl.where(row == row, row, float("inf")))
+    return tl.max(largest)
+
+
+@kernel
+def kron_momentum_kernel(
+    a_ptr,
+    c_ptr,
+    k_ptr,
+    m_c_ptr,
+    m_k_ptr,
+    new_m_c_ptr,
+    new_m_k_ptr,
+    squares_ptr,
+    norms_ptr,
+    row_sums_c_ptr,
+    row_sums_k_ptr,
+    num_blocks,
+    num_parts,
+    p,
+    d,
+    p8,
+    d8,
+    batch_size,
+    alpha2,
+    damping,
+    gamma,
+    BLOCK: tl.constexpr,
+    DEPTH: tl.constexpr,
+    ROW_SUM: tl.constexpr,
+):
+    block, is_c, t = side_and_tile(p8 * 8, d8 * 8, BLOCK)
+    n = tl.where(is_c, p8, d8) * 8
+    inner = tl.where(is_c, d8, p8) * 8
+    start = block * n * n
+    i, j = triangle_tile(t)
+    row, col = i * BLOCK, j * BLOCK
+
+    # λ·‖K‖²_F·CᵀC first, scaled so that B/2d of the sum is Δ; no product where λ is 0.
+    acc = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
+    x_ptr = tl.where(is_c, c_ptr, k_ptr) + start
+    acc = product_tn(x_ptr, row, col, n, tl.where(damping > 0.0, n, 0), acc, BLOCK, DEPTH)
+    if damping > 0.0:
+        part = tl.arange(0, _PARTS)
+        side = tl.where(is_c, 2, 1)  # of the other factor's squares
+        parts_ptr = squares_ptr + (side * num_blocks + block) * num_parts
+        acc *= damping / batch_size * tl.sum(tl.load(parts_ptr + part, mask=part < num_parts, other=0.0))
+
+    # Then AAᵀ or AᵀA. One of the loops runs no times: two arms of a branch would take the memory of both.
+    a_ptr += block * n * inner
+    acc = product_nt(a_ptr, row, col, n, tl.where(is_c, inner, 0), acc, BLOCK, DEPTH)
+    acc = product_tn(a_ptr, row, col, n, tl.where(is_c, 0, inner), acc, BLOCK, DEPTH)
+
+    a, b = row + tl.arange(0, BLOCK)[:, None], col + tl.arange(0, BLOCK)[None, :]
+    delta = acc * (batch_size / (2.0 * tl.where(is_c, d, p)))
+    delta -= tl.where((a == b) & (a < tl.where(is_c, p, d)), 0.5 * gamma, 0.0)
+    m_ptrs, mask = tile_of(tl.where(is_c, m_c_ptr, m_k_ptr) + start, row, col, n, BLOCK)
+    m = tl.load(m_ptrs, mask=mask, other=0.0).to(tl.float32)
+    m = alpha2 * m + (1.0 - alpha2) * delta
+    store_symmetric(m, tl.where(is_c, new_m_c_ptr, new_m_k_ptr) + start, row, col, n, BLOCK)
+    if ROW_SUM:
+        tiles = tl.cdiv(n, BLOCK)
+        sums_ptr = tl.where(is_c, row_sums_c_ptr, row_sums_k_ptr) + block * tiles * n
+        index = tl.arange(0, BLOCK)
+        tl.store(sums_ptr + j * n + row + index, tl.sum(tl.abs(m), axis=1), mask=row + index < n)
+        if i != j:
+            tl.store(sums_ptr + i * n + col + index, tl.sum(tl.abs(m), axis=0), mask=col + index < n)
+    else:
+        tl.store(norms_ptr + tl.program_id(0), tl.sum(m * m) * tl.where(i == j, 1.0, 2.0))
+
+
+@triton.jit
+def both_norms(norms_ptr, row_sums_c_ptr, row_sums_k_ptr, block, p, d, BLOCK: tl.constexpr, ROW_SUM: tl.constexpr):
+    """‖m_C‖ and ‖m_K‖ of a block, from what `kron_momentum_kernel` left."""
+    tiles_p, tiles_d = tl.cdiv(p, BLOCK), tl.cdiv(d, BLOCK)
+    if ROW_SUM:
+        norm_c = largest_row_sum(row_sums_c_ptr + block * tiles_p * p, tiles_p, p)
+        norm_k = largest_row_sum(row_sums_k_ptr + block * tiles_d * d, tiles_d, d)
+    else:
+        triangle_p, triangle_d = tiles_p * (tiles_p + 1) // 2, tiles_d * (tiles_d + 1) // 2
+        norms_ptr += block * (triangle_p + triangle_d)
+        norm_c = tl.sqrt(sum_of_parts(norms_ptr, triangle_p))
+        norm_k = tl.sqrt(sum_of_parts(norms_ptr + triangle_p, triangle_d))
+    return norm_c, norm_k
+
+
+@kernel
+def kron_factor_kernel(
+    c_ptr,
+    k_ptr,
+    new_m_c_ptr,
+    new_m_k_ptr,
+    new_c_ptr,
+    new_k_ptr,
+    m_c_ptr,
+    m_k_ptr,
+    residual_c_ptr,
+    residual_k_ptr,
+    norms_ptr,
+    row_sums_c_ptr,
+    row_sums_k_ptr,
+    seeds_ptr,
+    steps_ptr,
+    found_inf_ptr,
+    ok_ptr,
+    draws,
+    p,
+    d,
+    p8,
+    d8,
+    beta2,
+    clipped,
+    BLOCK: tl.constexpr,
+    DEPTH: tl.constexpr,
+    ROW_SUM: tl.constexpr,
+    ROUNDING: tl.constexpr,
+):
+    tiles_p, tiles_d = tl.cdiv(p8 * 8, BLOCK), tl.cdiv(d8 * 8, BLOCK)
+    per_block = tiles_p * tiles_p + tiles_d * tiles_d
+    block = (tl.program_id(0) // per_block).to(tl.int64)
+    t = tl.program_id(0) % per_block
+    is_c = t < tiles_p * tiles_p
+    tile, tiles = tl.where(is_c, t, t - tiles_p * tiles_p), tl.where(is_c, tiles_p, tiles_d)
+    row, col = tile // tiles * BLOCK, tile % tiles * BLOCK
+    n = tl.where(is_c, p8, d8) * 8
+    start = block * n * n
+
+    x_ptr = tl.where(is_c, c_ptr, k_ptr) + start
+    new_m_ptr = tl.where(is_c, new_m_c_ptr, new_m_k_ptr) + start
+    product = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
+    product = product_nn(x_ptr, new_m_ptr, row, col, n, n, n, product, BLOCK, DEPTH)
+
+    norm_c, norm_k = both_norms(norms_ptr, row_sums_c_ptr, row_sums_k_ptr, block, p8 * 8, d8 * 8, BLOCK, ROW_SUM)
+    ok = is_finite(norm_c) & is_finite(norm_k) & (tl.load(found_inf_ptr) == 0.0)
+    norm = tl.where(is_c, norm_c, norm_k)
+    scale = beta2 / tl.where(clipped != 0, tl.maximum(norm, 1.0), 1.0)
+    if t == 0:
+        tl.store(ok_ptr + block, ok)
+
+    seed, step = tl.load(seeds_ptr + block * draws), tl.load(steps_ptr + block * draws)
+    key = tl.where(is_c, random_key(seed, step, _SLOT_C), random_key(seed, step, _SLOT_K))
+    new_ptr = tl.where(is_c, new_c_ptr, new_k_ptr) + start
+    residual_ptr = tl.where(is_c, residual_c_ptr, residual_k_ptr) + start
+    m_ptr = tl.where(is_c, m_c_ptr, m_k_ptr) + start
+    for half in tl.static_range(2):
+        left, right = halves(product)
+        i, j = tl.arange(0, BLOCK)[:, None], half * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
+        mask = (i < n - row) & (j < n - col)
+        tile, offsets = row.to(tl.int64) * n + col, i * n + j
+        old = load_stored(x_ptr + tile, residual_ptr + tile, offsets, mask, ROUNDING)
+        new = tl.where(ok, old - scale * (left if half == 0 else right), old)
+        index = (row + i) * tl.where(is_c, p, d) + (col + j)
+        store_rounded(new, new_ptr + tile, residual_ptr + tile, offsets, mask, key, index, ROUNDING)
+        mask = only_if(ok, mask)
+        tl.store(m_ptr + tile + offsets, tl.load(new_m_ptr + tile + offsets, mask=mask), mask=mask)
+
+
+def configurations() -> Iterator[Configuration]:
+    for block, depth, num_warps, num_stages in TILE_CONFIGS:
+        for row_sum in (False, True):
+            yield Configuration(
+                kron_momentum_kernel,
+                (*("*bf16",) * 7, *("*fp32",) * 4, *("i32",) * 6, *("fp32",) * 4),
+                (block, depth, row_sum),
+                num_warps,
+                num_stages,
+                kind="matrix",
+            )
+            for rounding in ("stochastic", "compensated", "nearest"):
+                yield Configuration(
+                    kron_factor_kernel,
+                    (
+                        *(*("*bf16",) * 8, "*i16", "*i16", "*fp32", "*fp32", "*fp32"),
+                        *("*i32", "*fp32", "*fp32", "*i1", *("i32",) * 5, "fp32", "i32"),
+                    ),
+                    (block, depth, row_sum, rounding),
+                    num_warps,
+                    num_stages,
+                    kind="matrix",
+                )
+
+
+def kron_factor(
+    factor_c: Tensor,
+    factor_k: Tensor,
+    momentum_c: Tensor,
+    momentum_k: Tensor,
+    residual_c: Tensor | None,
+    residual_k: Tensor | None,
+    product_c: Tensor | None,
+    product_k: Tensor | None,
+    grad: Tensor,
+    squares: Tensor,
+    seeds: Tensor,
+    steps: Tensor,
+    found_inf: Tensor | None,
+    batch_size: float,
+    beta2: float,
+    riemannian_momentum: float,
+    damping: float,
+    gamma: float,
+    clip: str,
+    rounding: str,
+) -> Tensor:
+    """See `rootfree_kernels.eager.kron_factor`; `grad` and `squares` are those of this backend's `kron_gather`.
+
+    C, K, m_C and m_K have the dtype of `grad`, BF16 (or FP32, under Triton's interpreter).
+    """
+    device = grad.device
+    num_blocks, p, d = len(grad), factor_c.shape[-1], factor_k.shape[-1]
+    p_pad, d_pad = grad.shape[1:]
+    config = tile_config(p, d)
+    row_sum = clip == "row_sum"
+    # All memory is taken before anything changes.
+    state = [factor_c, factor_k, momentum_c, momentum_k, residual_c, residual_k]
+    padded = [x if x is None else pad_square(x) for x in state]
+    c, k, m_c, m_k, lo_c, lo_k = padded
+    new_c, new_k, new_m_c, new_m_k = (torch.empty_like(x) for x in (c, k, m_c, m_k))
+    x, a = torch.empty_like(grad), torch.empty_like(grad)
+    norms = squares.new_empty((num_blocks, config.triangle(p_pad) + config.triangle(d_pad)))
+    sums_c, sums_k = (squares.new_empty((num_blocks, config.tiles(n), n) if row_sum else (0,)) for n in (p_pad, d_pad))
+    ok = torch.empty(num_blocks, dtype=torch.bool, device=device)
+    products = [product_c, product_k]
+    if product_c is None or product_c.shape != c.shape or product_k.shape != k.shape:
+        products = [torch.empty_like(c), torch.empty_like(k)]
+    draws = len(seeds) > 0 and len(steps) > 0
+    if draws:
+        steps = steps.to(device, torch.float32, non_blocking=True)
+    zero = constant(0.0, device)
+
+    torch.bmm(c.mT, grad, out=x)
+    torch.bmm(x, k, out=a)
+    sizes = (p, d, p_pad // PADDING, d_pad // PADDING)
+    launch(
+        kron_momentum_kernel,
+        norms.numel(),
+        (
+            *(a, c, k, m_c, m_k, new_m_c, new_m_k, squares, norms, sums_c, sums_k),
+            *(num_blocks, squares.shape[-1], *sizes),
+            *(batch_size, riemannian_momentum, damping, gamma),
+        ),
+        (config.block, config.depth, row_sum),
+        config.num_warps,
+        config.num_stages,
+    )
+    launch(
+        kron_factor_kernel,
+        num_blocks * (config.tiles(p_pad) ** 2 + config.tiles(d_pad) ** 2),
+        (
+            *(c, k, new_m_c, new_m_k, new_c, new_k, m_c, m_k),
+            *((new_c, new_k) if lo_c is None else (lo_c, lo_k)),
+            *(norms, sums_c, sums_k),
+            *((seeds, steps) if draws else (constant(0, device, torch.int32), zero)),
+            zero if found_inf is None else found_inf,
+            *(ok, int(draws), *sizes, beta2, int(clip != "none")),
+        ),
+        (config.block, config.depth, row_sum, effective_rounding(c.dtype, rounding)),
+        config.num_warps,
+        config.num_stages,
+    )
+    make_products(new_c, new_k, *products, kept=(c, k))
+    for kept, worked in zip((*state, product_c, product_k), (*padded, *products), strict=True):
+        if kept is not None and kept is not worked:
+            n = kept.shape[-1]
+            kept.copy_(worked[:, :n, :n])
+    changed = [x for x in (*state, product_c, product_k) if x is not None]
+    torch.autograd.graph.increment_version(changed)
+    return ok

@@ -1,0 +1,160 @@
+"""G [L, p, d] from the gradients, and on the way the squared norms of G, C and K.
+
+One launch for a batch. Each block is read by as many programs as it has partial sums; G is padded with zeros to sides
+of a multiple of 8, so that every row of BF16 begins on 16 bytes and matrix kernels need no second path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rootfree_kernels.blocks import matrix_view, tiles_of_numbers
+from rootfree_kernels.triton_kernels.common import TRITON_DTYPES, round_nearest
+from rootfree_kernels.triton_kernels.configuration import Configuration
+from rootfree_kernels.triton_kernels.launch import block_table, constant, kernel, launch
+
+PADDING = 8
+"""Sides of G are padded to a multiple of this."""
+
+MAX_PARTIAL_SUMS = 128
+NUMBERS_PER_PROGRAM = 1 << 15
+
+ROWS, COLS = tl.constexpr(8), tl.constexpr(256)
+
+
+def padded(size: int) -> int:
+    return -(-size // PADDING) * PADDING
+
+
+def num_partial_sums(rows: int, cols: int) -> int:
+    """Into how many sums the squares of a block of rows × cols are gathered."""
+    return min(MAX_PARTIAL_SUMS, max(1, rows * cols // NUMBERS_PER_PROGRAM))
+
+
+@triton.jit
+def sum_of_squares(x_ptr, numel, part, num_parts):
+    """Σx² over one of `num_parts` shares of a contiguous tensor, FP32."""
+    share = tl.cdiv(tl.cdiv(numel, num_parts), ROWS * COLS) * ROWS * COLS
+    start = part * share
+    stop = tl.minimum(start + share, numel)
+    total = tl.zeros((ROWS * COLS,), dtype=tl.float32)
+    for offset in range(start, stop, ROWS * COLS):
+        index = offset + tl.arange(0, ROWS * COLS)
+        x = tl.load(x_ptr + index, mask=index < stop, other=0.0).to(tl.float32)
+        total += x * x
+    return tl.sum(total)
+
+
+@kernel
+def kron_gather_kernel(
+    grads_table,
+    c_ptr,
+    k_ptr,
+    out_ptr,
+    squares_ptr,
+    scale_ptr,
+    sign,
+    num_blocks,
+    num_parts,
+    p,
+    d,
+    p8,
+    d8,
+    DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    WITH_FACTORS: tl.constexpr,
+):
+    block = (tl.program_id(0) // num_parts).to(tl.int64)
+    part = tl.program_id(0) % num_parts
+    row_stride = tl.load(grads_table + 3 * block + 1)
+    col_stride = tl.load(grads_table + 3 * block + 2)
+    grad_ptr = tl.load(grads_table + 3 * block).to(tl.pointer_type(DTYPE))
+    if ALIGNED:  # addresses out of a table have no alignment of their own
+        grad_ptr = tl.multiple_of(grad_ptr, 16)
+        row_stride = tl.multiple_of(row_stride, 8)
+        col_stride = 1
+        p, d = p8 * 8, d8 * 8
+    rows, cols = p8 * 8, d8 * 8
+    out_ptr += block * rows * cols
+    factor = sign / tl.load(scale_ptr)
+
+    share = tl.cdiv(tl.cdiv(rows, num_parts), ROWS) * ROWS
+    total = tl.zeros((ROWS, COLS), dtype=tl.float32)
+    for first_row in range(part * share, tl.minimum(part * share + share, rows), ROWS):
+        row = (first_row + tl.arange(0, ROWS))[:, None]
+        for first_col in range(0, cols, COLS):
+            col = (first_col + tl.arange(0, COLS))[None, :]
+            offsets = row.to(tl.int64) * row_stride + col.to(tl.int64) * col_stride
+            grad = tl.load(grad_ptr + offsets, mask=(row < p) & (col < d), other=0.0).to(tl.float32)
+            grad *= factor
+            total += grad * grad
+            value = round_nearest(grad, out_ptr.dtype.element_ty)
+            tl.store(out_ptr + row.to(tl.int64) * cols + col, value, mask=(row < rows) & (col < cols))
+    tl.store(squares_ptr + block * num_parts + part, tl.sum(total))
+
+    if WITH_FACTORS:
+        p_numel, d_numel = p.to(tl.int64) * p, d.to(tl.int64) * d
+        c_sum = sum_of_squares(c_ptr + block * p_numel, p_numel, part, num_parts)
+        k_sum = sum_of_squares(k_ptr + block * d_numel, d_numel, part, num_parts)
+        tl.store(squares_ptr + (num_blocks + block) * num_parts + part, c_sum)
+        tl.store(squares_ptr + (2 * num_blocks + block) * num_parts + part, k_sum)
+
+
+def configurations() -> Iterator[Configuration]:
+    for dtype, name in ((tl.float32, "fp32"), (tl.bfloat16, "bf16"), (tl.float16, "fp16")):
+        for aligned in (True, False):
+            for with_factors in (True, False):
+                pointers = ("*i64", "*bf16", "*bf16", "*bf16", "*fp32", "*fp32")
+                numbers = ("fp32", *("i32",) * 6)
+                yield Configuration(
+                    kron_gather_kernel,
+                    (*pointers, *numbers),
+                    (dtype, aligned, with_factors),
+                    num_warps=4,
+                    num_stages=1,
+                    kind="elementwise" if aligned else "irregular",
+                )
+
+
+def kron_gather(
+    grads: list[Tensor],
+    tiles: list[int],
+    rows: int,
+    cols: int,
+    factors: list[Tensor],
+    grad_scale: Tensor | None,
+    dtype: torch.dtype,
+    maximize: bool,
+) -> tuple[Tensor, Tensor]:
+    """See `rootfree_kernels.eager.kron_gather`; G is padded with zeros to sides of a multiple of 8.
+
+    The second tensor [1 or 3, L, number of partial sums], FP32, holds sums of squares of G (unscaled and not yet
+    rounded) and, where they are given, of C and K; ‖·‖²_F is the sum over its last axis.
+    """
+    device = grads[0].device
+    if len({grad.dtype for grad in grads}) > 1:
+        grads = [grad.float() for grad in grads]
+    views, every_tile = [matrix_view(grad) for grad in grads], tiles_of_numbers(tiles, rows, cols)
+    table = block_table(([view for view in views],), every_tile, device)
+    parts = num_partial_sums(rows, cols)
+    num_blocks = table.num_blocks
+    out = torch.empty((num_blocks, padded(rows), padded(cols)), dtype=dtype, device=device)
+    squares = torch.empty((1 + len(factors), num_blocks, parts), dtype=torch.float32, device=device)
+    c, k = factors or (out, out)
+    launch(
+        kron_gather_kernel,
+        num_blocks * parts,
+        (
+            *(table.rows, c, k, out, squares),
+            constant(1.0, device) if grad_scale is None else grad_scale.float(),
+            *(-1.0 if maximize else 1.0, num_blocks, parts),
+            *(rows, cols, out.shape[1] // PADDING, out.shape[2] // PADDING),
+        ),
+        (TRITON_DTYPES[views[0].dtype], table.aligned and rows % PADDING == 0 == cols % PADDING, bool(factors)),
+    )
+    return out, squares

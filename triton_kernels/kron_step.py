@@ -1,0 +1,209 @@
+"""The preconditioned step of a batch, in two launches where P_C and P_K are kept and three where they are not:
+
+(P_C = CCᵀ, P_K = KKᵀ)                                                                     symmetric, one launch
+X = P_C·G                                                                                  cuBLAS, batched
+U = X·P_K,   buf ← α₁buf + U + κW,   W ← W − β₁buf                                        one launch
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rootfree_kernels.blocks import matrix_view, tiles_of_numbers
+from rootfree_kernels.rounding import SLOT_WEIGHT
+from rootfree_kernels.triton_kernels.common import (
+    TRITON_DTYPES,
+    effective_rounding,
+    is_finite,
+    load_stored,
+    only_if,
+    random_key,
+    store_rounded,
+)
+from rootfree_kernels.triton_kernels.configuration import Configuration
+from rootfree_kernels.triton_kernels.kron_gather import MAX_PARTIAL_SUMS, PADDING
+from rootfree_kernels.triton_kernels.launch import block_table, constant, kernel, launch
+from rootfree_kernels.triton_kernels.products import (
+    SMALL,
+    TILE_CONFIGS,
+    make_products,
+    pad_square,
+    halves,
+    product_nn,
+    tile_config,
+)
+
+_SLOT = tl.constexpr(SLOT_WEIGHT)
+_PARTS = tl.constexpr(MAX_PARTIAL_SUMS)
+
+
+@triton.jit
+def block_pointers(entry_ptr, row, col, i, j, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Pointers at (row + i, col + j) of the block whose address and strides stand at `entry_ptr`."""
+    ptr = tl.load(entry_ptr).to(tl.pointer_type(DTYPE))
+    row_stride, col_stride = tl.load(entry_ptr + 1), tl.load(entry_ptr + 2)
+    if ALIGNED:  # numbers out of a table have no alignment of their own
+        ptr = tl.multiple_of(ptr, 16) + tl.multiple_of(row * row_stride, 8) + col
+        return ptr + (i * tl.multiple_of(row_stride.to(tl.int32), 8) + j)
+    return ptr + (row + i).to(tl.int64) * row_stride + (col + j).to(tl.int64) * col_stride
+
+
+@kernel
+def kron_step_kernel(
+    x_ptr,
+    product_k_ptr,
+    blocks_table,
+    skipped_ptr,
+    squares_ptr,
+    ok_ptr,
+    found_inf_ptr,
+    seeds_ptr,
+    steps_ptr,
+    lr_ptr,
+    lr_value,
+    has_ok,
+    draws,
+    num_parts,
+    p,
+    d,
+    p8,
+    d8,
+    momentum,
+    weight_decay,
+    decoupled,
+    WEIGHT: tl.constexpr,
+    BUFFER: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    rows, cols = p8 * 8, d8 * 8
+    tiles_d = tl.cdiv(cols, BLOCK)
+    per_block = tl.cdiv(rows, BLOCK) * tiles_d
+    block = (tl.program_id(0) // per_block).to(tl.int64)
+    t = tl.program_id(0) % per_block
+    row, col = t // tiles_d * BLOCK, t % tiles_d * BLOCK
+    direction = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
+    x_ptr += block * rows * cols
+    product_k_ptr += block * cols * cols
+    direction = product_nn(x_ptr, product_k_ptr, row, col, rows, cols, cols, direction, BLOCK, DEPTH)
+    direction = tl.where(is_finite(direction), direction, 0.0)
+
+    part = tl.arange(0, _PARTS)
+    square = tl.sum(tl.load(squares_ptr + block * num_parts + part, mask=part < num_parts, other=0.0))
+    ok = is_finite(square) & tl.load(ok_ptr + block * has_ok) & (tl.load(found_inf_ptr) == 0.0)
+    if t == 0:
+        tl.store(skipped_ptr + block, tl.load(skipped_ptr + block) + tl.where(ok, 0, 1))
+
+    lr = lr_value + tl.load(lr_ptr).to(tl.float32)
+    key = random_key(tl.load(seeds_ptr + block * draws), tl.load(steps_ptr + block * draws), _SLOT)
+    if ALIGNED:
+        p, d = rows, cols
+    for half in tl.static_range(2):
+        left, right = halves(direction)
+        u = left if half == 0 else right
+        i, j = tl.arange(0, BLOCK)[:, None], half * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
+        mask = only_if(ok, (i < p - row) & (j < d - col))
+        weight_ptrs = block_pointers(blocks_table + 9 * block, row, col, i, j, WEIGHT, ALIGNED)
+        buffer_ptrs = block_pointers(blocks_table + 9 * block + 3, row, col, i, j, BUFFER, ALIGNED)
+        residual_ptrs = block_pointers(blocks_table + 9 * block + 6, row, col, i, j, tl.int16, ALIGNED)
+        weight = load_stored(weight_ptrs, residual_ptrs, 0, mask, ROUNDING)
+        buffer = load_stored(buffer_ptrs, buffer_ptrs, 0, mask, "nearest")
+        buffer = momentum * buffer + u + tl.where(decoupled != 0, 0.0, weight_decay) * weight
+        weight -= lr * (buffer + tl.where(decoupled != 0, weight_decay, 0.0) * weight)
+        index = (row + i) * d + (col + j)
+        store_rounded(buffer, buffer_ptrs, buffer_ptrs, 0, mask, 0, index, "nearest")
+        store_rounded(weight, weight_ptrs, residual_ptrs, 0, mask, key, index, ROUNDING)
+
+
+def step_configurations() -> Iterator[Configuration]:
+    weights = [(tl.float32, "nearest"), (tl.float16, "nearest")]
+    weights += [(tl.bfloat16, rounding) for rounding in ("stochastic", "compensated", "nearest")]
+    for weight, rounding in weights:
+        for buffer in (tl.float32, tl.bfloat16):
+            for aligned in (True, False):
+                for config in TILE_CONFIGS if aligned else (SMALL,):
+                    yield Configuration(
+                        kron_step_kernel,
+                        (
+                            *("*bf16", "*bf16", "*i64", "*i32", "*fp32", "*i1", "*fp32", "*i32", "*fp32", "*fp32"),
+                            *("fp32", *("i32",) * 7, "fp32", "fp32", "i32"),
+                        ),
+                        (weight, buffer, rounding, aligned, config.block, config.depth),
+                        config.num_warps,
+                        config.num_stages,
+                        kind="matrix",
+                    )
+
+
+def kron_step(
+    params: list[Tensor],
+    buffers: list[Tensor],
+    residuals: list[Tensor],
+    tiles: list[int],
+    skipped: Tensor,
+    factor_c: Tensor,
+    factor_k: Tensor,
+    grad: Tensor,
+    squares: Tensor,
+    lr: Tensor,
+    ok: Tensor | None,
+    seeds: Tensor,
+    steps: Tensor,
+    found_inf: Tensor | None,
+    cached: bool,
+    momentum: float,
+    weight_decay: float,
+    decoupled: bool,
+    rounding: str,
+) -> None:
+    """See `rootfree_kernels.eager.kron_step`; `grad` and `squares` are those of this backend's `kron_gather`."""
+    device = grad.device
+    num_blocks, p, d = len(grad), factor_c.shape[-1], factor_k.shape[-1]
+    # All memory is taken before anything changes.
+    c, k = pad_square(factor_c.to(grad.dtype)), pad_square(factor_k.to(grad.dtype))
+    x = torch.empty_like(grad)
+    lists = [[matrix_view(tensor) for tensor in tensors] for tensors in (params, buffers, residuals or buffers)]
+    table = block_table(tuple(lists), tiles_of_numbers(tiles, p, d), device)
+    aligned = table.aligned and p % PADDING == 0 == d % PADDING
+    config = tile_config(p, d) if aligned else SMALL
+    draws = len(seeds) > 0 and len(steps) > 0
+    if draws:
+        steps = steps.to(device, torch.float32, non_blocking=True)
+    on_device = lr.device == device
+    zero = constant(0.0, device)
+    if not cached:
+        products = torch.empty_like(c), torch.empty_like(k)
+        make_products(c, k, *products, kept=None)
+        c, k = products
+
+    torch.bmm(c, grad, out=x)
+    launch(
+        kron_step_kernel,
+        num_blocks * config.tiles(p) * config.tiles(d),
+        (
+            *(x, k, table.rows, skipped, squares),
+            constant(1.0, device, torch.bool) if ok is None else ok,
+            zero if found_inf is None else found_inf,
+            *((seeds, steps) if draws else (constant(0, device, torch.int32), zero)),
+            *((lr.float(), 0.0) if on_device else (zero, lr.item())),
+            *(int(ok is not None), int(draws), squares.shape[-1]),
+            *(p, d, grad.shape[1] // PADDING, grad.shape[2] // PADDING),
+            *(momentum, weight_decay, int(decoupled)),
+        ),
+        (
+            *(TRITON_DTYPES[params[0].dtype], TRITON_DTYPES[buffers[0].dtype]),
+            effective_rounding(params[0].dtype, rounding),
+            aligned,
+            *(config.block, config.depth),
+        ),
+        config.num_warps,
+        config.num_stages,
+    )
+    torch.autograd.graph.increment_version([*params, *buffers, *residuals, skipped])

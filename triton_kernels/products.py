@@ -1,0 +1,211 @@
+"""Tiles of matrix products, FP32 accumulators of BF16 operands, and the symmetric products P_C = CCᵀ, P_K = KKᵀ.
+
+Both sides of a batch share a launch: the tiles of the p × p products come first, those of the d × d ones behind. Of a
+symmetric result only the tiles of the lower triangle are computed; the others are mirrored from the rounded tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rootfree_kernels.triton_kernels.common import dot, only_if, round_nearest, triangle_tile
+from rootfree_kernels.triton_kernels.configuration import Configuration
+from rootfree_kernels.triton_kernels.kron_gather import PADDING, padded
+from rootfree_kernels.triton_kernels.launch import kernel, launch
+
+
+class TileConfig(NamedTuple):
+    """How a matrix kernel is cut up."""
+
+    block: int  # rows and columns of a tile of the result
+    depth: int  # of a step of the inner product
+    num_warps: int
+    num_stages: int
+
+    def tiles(self, size: int) -> int:
+        return -(-size // self.block)
+
+    def triangle(self, size: int) -> int:
+        """Tiles of the lower triangle, diagonal included."""
+        return self.tiles(size) * (self.tiles(size) + 1) // 2
+
+
+SMALL, LARGE = TileConfig(64, 64, 4, 3), TileConfig(128, 64, 8, 3)
+TILE_CONFIGS = (SMALL, LARGE)
+
+
+def tile_config(rows: int, cols: int) -> TileConfig:
+    return SMALL if max(rows, cols) <= SMALL.block else LARGE
+
+
+@triton.jit
+def product_nn(a_ptr, b_ptr, row, col, m, n, depth, acc, BLOCK: tl.constexpr, DEPTH: tl.constexpr):
+    """acc + the tile at (row, col) of A·B, A [m, depth] and B [depth, n], contiguous."""
+    i, j, k = tl.arange(0, BLOCK), tl.arange(0, BLOCK), tl.arange(0, DEPTH)
+    a_ptrs = a_ptr + row.to(tl.int64) * depth + (i[:, None] * depth + k[None, :])
+    b_ptrs = b_ptr + col + (k[:, None] * n + j[None, :])
+    for start in range(0, depth, DEPTH):
+        a = tl.load(a_ptrs, mask=(i[:, None] < m - row) & (k[None, :] < depth - start), other=0.0)
+        b = tl.load(b_ptrs, mask=(k[:, None] < depth - start) & (j[None, :] < n - col), other=0.0)
+        acc = dot(a, b, acc)
+        a_ptrs += DEPTH
+        b_ptrs += DEPTH * n
+    return acc
+
+
+@triton.jit
+def product_nt(x_ptr, row, col, n, depth, acc, BLOCK: tl.constexpr, DEPTH: tl.constexpr):
+    """acc + the tile at (row, col) of XXᵀ, X [n, depth], contiguous."""
+    i, j, k = tl.arange(0, BLOCK), tl.arange(0, BLOCK), tl.arange(0, DEPTH)
+    a_ptrs = x_ptr + row.to(tl.int64) * depth + (i[:, None] * depth + k[None, :])
+    b_ptrs = x_ptr + col.to(tl.int64) * depth + (j[:, None] * depth + k[None, :])
+    for start in range(0, depth, DEPTH):
+        a = tl.load(a_ptrs, mask=(i[:, None] < n - row) & (k[None, :] < depth - start), other=0.0)
+        b = tl.load(b_ptrs, mask=(j[:, None] < n - col) & (k[None, :] < depth - start), other=0.0)
+        acc = dot(a, tl.trans(b), acc)
+        a_ptrs += DEPTH
+        b_ptrs += DEPTH
+    return acc
+
+
+@triton.jit
+def product_tn(x_ptr, row, col, n, depth, acc, BLOCK: tl.constexpr, DEPTH: tl.constexpr):
+    """acc + the tile at (row, col) of XᵀX, X [depth, n], contiguous."""
+    i, j, k = tl.arange(0, BLOCK), tl.arange(0, BLOCK), tl.arange(0, DEPTH)
+    a_ptrs = x_ptr + row + (k[:, None] * n + i[None, :])
+    b_ptrs = x_ptr + col + (k[:, None] * n + j[None, :])
+    for start in range(0, depth, DEPTH):
+        a = tl.load(a_ptrs, mask=(k[:, None] < depth - start) & (i[None, :] < n - row), other=0.0)
+        b = tl.load(b_ptrs, mask=(k[:, None] < depth - start) & (j[None, :] < n - col), other=0.0)
+        acc = dot(tl.trans(a), b, acc)
+        a_ptrs += DEPTH * n
+        b_ptrs += DEPTH * n
+    return acc
+
+
+@triton.jit
+def tile_of(ptr, row, col, n, BLOCK: tl.constexpr):
+    """(pointers, mask) of the tile at (row, col) of a contiguous n × n matrix."""
+    i, j = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
+    # 64 bits for the tile's address alone: within a tile 32 are enough, and take half the registers.
+    return ptr + (row.to(tl.int64) * n + col) + (i * n + j), (i < n - row) & (j < n - col)
+
+
+@triton.jit
+def halves(x):
+    """The left and the right half of a tile: an epilogue that takes one after the other needs fewer registers."""
+    return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def store_symmetric(x, out_ptr, row, col, n, BLOCK: tl.constexpr):
+    """Store a tile of the lower triangle and its mirror image, the same rounded numbers: symmetric to the bit."""
+    value = round_nearest(x, out_ptr.dtype.element_ty)
+    mirrored = tl.trans(value)
+    i, j = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
+    pointers, mask = tile_of(out_ptr, row, col, n, BLOCK)
+    tl.store(pointers, tl.where((row != col) | (i >= j), value, mirrored), mask=mask)
+    pointers, mask = tile_of(out_ptr, col, row, n, BLOCK)
+    tl.store(pointers, mirrored, mask=only_if(row != col, mask))
+
+
+@triton.jit
+def copy_tile(from_ptr, to_ptr, row, col, n, BLOCK: tl.constexpr):
+    from_ptrs, mask = tile_of(from_ptr, row, col, n, BLOCK)
+    to_ptrs, mask = tile_of(to_ptr, row, col, n, BLOCK)
+    tl.store(to_ptrs, tl.load(from_ptrs, mask=mask), mask=mask)
+
+
+@triton.jit
+def side_and_tile(p, d, BLOCK: tl.constexpr):
+    """(block, whether the side is C's, tile) of this program, where tiles of a triangle of each side share a launch."""
+    tiles_p, tiles_d = tl.cdiv(p, BLOCK), tl.cdiv(d, BLOCK)
+    triangle_p, triangle_d = tiles_p * (tiles_p + 1) // 2, tiles_d * (tiles_d + 1) // 2
+    block = (tl.program_id(0) // (triangle_p + triangle_d)).to(tl.int64)
+    t = tl.program_id(0) % (triangle_p + triangle_d)
+    is_c = t < triangle_p
+    return block, is_c, tl.where(is_c, t, t - triangle_p)
+
+
+@kernel
+def kron_products_kernel(
+    c_ptr,
+    k_ptr,
+    product_c_ptr,
+    product_k_ptr,
+    kept_c_ptr,
+    kept_k_ptr,
+    p8,
+    d8,
+    BLOCK: tl.constexpr,
+    DEPTH: tl.constexpr,
+    COMMIT: tl.constexpr,
+):
+    block, is_c, t = side_and_tile(p8 * 8, d8 * 8, BLOCK)
+    n = tl.where(is_c, p8, d8) * 8
+    start = block * n * n
+    x_ptr = tl.where(is_c, c_ptr, k_ptr) + start  # a branch with a loop in either arm would take twice the memory
+    i, j = triangle_tile(t)
+    row, col = i * BLOCK, j * BLOCK
+    acc = product_nt(x_ptr, row, col, n, n, tl.zeros((BLOCK, BLOCK), dtype=tl.float32), BLOCK, DEPTH)
+    out_ptr = tl.where(is_c, product_c_ptr, product_k_ptr) + start
+    store_symmetric(acc, out_ptr, row, col, n, BLOCK)
+    if COMMIT:
+        kept_ptr = tl.where(is_c, kept_c_ptr, kept_k_ptr) + start
+        copy_tile(x_ptr, kept_ptr, row, col, n, BLOCK)
+        if row != col:
+            copy_tile(x_ptr, kept_ptr, col, row, n, BLOCK)
+
+
+def product_configurations() -> Iterator[Configuration]:
+    for config in TILE_CONFIGS:
+        for commit in (True, False):
+            yield Configuration(
+                kron_products_kernel,
+                ("*bf16",) * 6 + ("i32",) * 2,
+                (config.block, config.depth, commit),
+                config.num_warps,
+                config.num_stages,
+                kind="matrix",
+            )
+
+
+def make_products(c: Tensor, k: Tensor, product_c: Tensor, product_k: Tensor, kept: tuple[Tensor, Tensor] | None):
+    """P_C = CCᵀ and P_K = KKᵀ, all [L, n, n] with n a multiple of 8; C and K are copied to `kept` on the way."""
+    p, d = c.shape[-1], k.shape[-1]
+    config = tile_config(p, d)
+    launch(
+        kron_products_kernel,
+        len(c) * (config.triangle(p) + config.triangle(d)),
+        (c, k, product_c, product_k, *(kept or (c, k)), p // PADDING, d // PADDING),
+        (config.block, config.depth, kept is not None),
+        config.num_warps,
+        config.num_stages,
+    )
+
+
+def pad(x: Tensor, rows: int, cols: int) -> Tensor:
+    """`x` [L, p, d], contiguous, or a copy of it [L, rows, cols] filled up with zeros."""
+    if x.shape[1:] == (rows, cols):
+        return x.contiguous()
+    return torch.nn.functional.pad(x, (0, cols - x.shape[2], 0, rows - x.shape[1]))
+
+
+def pad_square(x: Tensor) -> Tensor:
+    """`x` [L, n, n] with n filled up to a multiple of 8."""
+    return pad(x, padded(x.shape[1]), padded(x.shape[2]))
+
+
+def kron_products(factor_c: Tensor, factor_k: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """See `rootfree_kernels.eager.kron_products`."""
+    c, k = pad_square(factor_c.to(dtype)), pad_square(factor_k.to(dtype))
+    product_c, product_k = torch.empty_like(c), torch.empty_like(k)
+    make_products(c, k, product_c, product_k, None)
+    p, d = factor_c.shape[-1], factor_k.shape[-1]
+    return product_c[:, :p, :p].contiguous(), product_k[:, :d, :d].contiguous()

@@ -1,0 +1,350 @@
+"""RF-RMSProp and RF-AdaGrad: the whole diagonal step of a list of tensors in one launch.
+
+    s ← (1 − β₂γ)s + β₂·B·g²,    m ← α₁m + g/(s + λ) + κμ,    μ ← μ − β₁m
+
+A program takes a chunk of one tensor. A chunk that is whole and begins on 16 bytes in every one of its tensors is read
+and written without masks, in accesses of 128 bits (64 of BF16 next to FP32, so that the same thread holds the same
+numbers of both); any other, number by number. Tensors of one list may be of both kinds.
+
+The last program of a tensor to finish counts the step in `skipped` where any of them left a number out. Which one is
+the last is told by a counter that it sets back to 0: the same launch can be replayed in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from itertools import chain
+from operator import attrgetter
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rootfree_kernels import rounding as rnd
+from rootfree_kernels.triton_kernels.common import (
+    TRITON_DTYPES,
+    is_finite,
+    load_masked,
+    load_stored,
+    random_key,
+    store_rounded,
+)
+from rootfree_kernels.triton_kernels.configuration import Configuration
+from rootfree_kernels.triton_kernels.launch import constant, kernel, launch, table, tensor_table
+from rootfree_kernels.triton_kernels.memory_order import alike, write_back
+
+CHUNK, NUM_WARPS = 1024, 4
+"""Numbers of a program, eight for each thread: 48 to 64 registers, and enough bytes on their way to fill the memory."""
+
+_CHUNK, _PART = tl.constexpr(CHUNK), tl.constexpr(CHUNK // 2)  # masked chunks in parts: they take more registers
+_COLUMNS = tl.constexpr(8)
+_SLOT_SQUARE, _SLOT_WEIGHT = tl.constexpr(rnd.SLOT_SQUARE), tl.constexpr(rnd.SLOT_WEIGHT)
+
+
+@triton.jit
+def _typed(address, start, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
+    """The pointer to number `start` at an address of a table; VECTOR numbers are known to lie aligned."""
+    pointer = address.to(tl.pointer_type(DTYPE)) + start
+    return tl.multiple_of(pointer, VECTOR * DTYPE.primitive_bitwidth // 8)
+
+
+@triton.jit
+def _step(
+    addresses,
+    start,
+    offsets,
+    mask,
+    keys,
+    numbers,
+    PARAM: tl.constexpr,
+    GRAD: tl.constexpr,
+    SQUARE: tl.constexpr,
+    BUFFER: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    WEIGHT_ROUNDING: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """Step the numbers at `start + offsets` of the tensors at these addresses; 1 if any was left out, else 0."""
+    param, grad, square, buffer, square_residual, weight_residual = addresses
+    grad_factor, lr, decay, growth, momentum, damping, weight_decay, shrinkage = numbers
+    param_ptr, grad_ptr = _typed(param, start, PARAM, VECTOR), _typed(grad, start, GRAD, VECTOR)
+    square_ptr, buffer_ptr = _typed(square, start, SQUARE, VECTOR), _typed(buffer, start, BUFFER, VECTOR)
+    square_residual_ptr = _typed(square_residual, start, tl.int16, VECTOR)
+    weight_residual_ptr = _typed(weight_residual, start, tl.int16, VECTOR)
+    g = load_masked(grad_ptr + offsets, mask).to(tl.float32) * grad_factor
+    old_s = load_stored(square_ptr, square_residual_ptr, offsets, mask, ROUNDING)
+    old_m = load_masked(buffer_ptr + offsets, mask).to(tl.float32)
+    old_w = load_stored(param_ptr, weight_residual_ptr, offsets, mask, WEIGHT_ROUNDING)
+
+    s = old_s * decay + growth * g * g
+    direction = g / (s + damping)
+    keep = is_finite(s + direction)
+    # A decay of 0 times a weight that is not finite would be NaN.
+    m = momentum * old_m + direction + tl.where(weight_decay != 0, weight_decay * old_w, 0.0)
+    w = old_w - tl.where(shrinkage != 0, shrinkage * old_w, 0.0) - lr * m
+
+    index = start.to(tl.int32) + offsets
+    s, m, w = tl.where(keep, s, old_s), tl.where(keep, m, old_m), tl.where(keep, w, old_w)
+    store_rounded(s, square_ptr, square_residual_ptr, offsets, mask, keys[0], index, ROUNDING)
+    store_rounded(m, buffer_ptr, buffer_ptr, offsets, mask, keys[0], index, "nearest")
+    store_rounded(w, param_ptr, weight_residual_ptr, offsets, mask, keys[1], index, WEIGHT_ROUNDING)
+    if mask is not None:
+        keep = keep | ~mask
+    return tl.max((~keep).to(tl.int32))
+
+
+@kernel
+def rf_rmsprop_kernel(
+    tensor_table,  # [n, 8]: addresses of μ, s, m, two residuals and `skipped`; size; first program
+    grad_table,
+    owner_table,  # [programs]: whose tensor a program works on
+    counter_ptr,  # [n]: programs that finished, and, in the upper half, how many of them left numbers out
+    seed_ptr,
+    step_ptr,
+    lr_ptr,
+    scale_ptr,
+    found_inf_ptr,
+    step_value,  # added to what is read, which is 0 where this one is not
+    lr_value,
+    sign,
+    decay,
+    growth,
+    momentum,
+    damping,
+    weight_decay,
+    decoupled_decay,
+    PARAM: tl.constexpr,
+    GRAD: tl.constexpr,
+    SQUARE: tl.constexpr,
+    BUFFER: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    WEIGHT_ROUNDING: tl.constexpr,
+):
+    tensor = tl.load(owner_table + tl.program_id(0)).to(tl.int64)
+    row_table = tensor_table + tensor * _COLUMNS
+    param, square, buffer = tl.load(row_table), tl.load(row_table + 1), tl.load(row_table + 2)
+    square_residual, weight_residual = tl.load(row_table + 3), tl.load(row_table + 4)
+    size, first_program = tl.load(row_table + 6), tl.load(row_table + 7)
+    grad = tl.load(grad_table + tensor)
+    addresses = param, grad, square, buffer, square_residual, weight_residual
+    start = (tl.program_id(0) - first_program) * _CHUNK
+    length = tl.minimum(size - start, _CHUNK).to(tl.int32)
+
+    # Where GradScaler found an overflow, gradients count as NaN, so that no number steps.
+    overflow = tl.load(found_inf_ptr) != 0
+    grad_factor = tl.where(overflow, float("nan"), sign / tl.load(scale_ptr))
+    lr = lr_value + tl.load(lr_ptr)
+    numbers = grad_factor, lr, decay, growth, momentum, damping, weight_decay, lr * decoupled_decay
+    keys = tl.full((), 0, tl.uint32), tl.full((), 0, tl.uint32)
+    if ROUNDING == "stochastic" or WEIGHT_ROUNDING == "stochastic":
+        seed, step = tl.load(seed_ptr + tensor), step_value + tl.load(step_ptr + tensor)
+        keys = random_key(seed, step, _SLOT_SQUARE), random_key(seed, step, _SLOT_WEIGHT)
+
+    WIDE: tl.constexpr = (tl.float32 == PARAM) | (tl.float32 == GRAD) | (tl.float32 == SQUARE) | (tl.float32 == BUFFER)
+    VECTOR: tl.constexpr = 4 if WIDE else 8
+    aligned = (param | grad | square | buffer | square_residual | weight_residual) % 16 == 0
+    bad = 0
+    if aligned & (length == _CHUNK):
+        bad = _step(
+            *(addresses, start, tl.arange(0, _CHUNK), None, keys, numbers),
+            *(PARAM, GRAD, SQUARE, BUFFER, ROUNDING, WEIGHT_ROUNDING, VECTOR),
+        )
+    else:
+        for first in range(0, length, _PART):
+            offsets = first + tl.arange(0, _PART)
+            part_is_bad = _step(
+                *(addresses, start, offsets, offsets < length, keys, numbers),
+                *(PARAM, GRAD, SQUARE, BUFFER, ROUNDING, WEIGHT_ROUNDING, 1),
+            )
+            bad = tl.maximum(bad, part_is_bad)
+
+    before = tl.atomic_add(counter_ptr + tensor, (bad.to(tl.int64) << 32) + 1, sem="relaxed")
+    if (before & 0xFFFFFFFF) == tl.cdiv(size, _CHUNK) - 1:
+        tl.store(counter_ptr + tensor, 0)
+        skipped_ptr = tl.load(row_table + 5).to(tl.pointer_type(tl.int32))
+        tl.store(skipped_ptr, tl.load(skipped_ptr) + ((before >> 32) + bad > 0).to(tl.int32))
+
+
+# ---- configuration -----------------------------------------------------------------------------------------------
+
+GRAD_DTYPES = {
+    torch.float32: (torch.float32, torch.bfloat16),
+    torch.bfloat16: (torch.bfloat16, torch.float32),
+    torch.float16: (torch.float16, torch.float32),
+}
+"""Dtypes of gradients that are read as they are, by dtype of the parameters; others are made FP32 first."""
+
+STATE_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def _modes(dtype: torch.dtype) -> tuple[str, ...]:
+    return rnd.ROUNDINGS if dtype == torch.bfloat16 else ("nearest",)
+
+
+def configurations() -> Iterator[Configuration]:
+    arguments = ("*i64", "*i64", "*i32", "*i64", "*i32", *("*fp32",) * 4, *("fp32",) * 9)
+    for param, grads in GRAD_DTYPES.items():
+        for grad in grads:
+            for square in STATE_DTYPES:
+                for buffer in STATE_DTYPES:
+                    dtypes = [TRITON_DTYPES[dtype] for dtype in (param, grad, square, buffer)]
+                    for rounding in _modes(square):
+                        for weight_rounding in _modes(param):
+                            constants = (*dtypes, rounding, weight_rounding)
+                            yield Configuration(rf_rmsprop_kernel, arguments, constants, NUM_WARPS, 1, "elementwise")
+
+
+# ---- launcher ----------------------------------------------------------------------------------------------------
+
+
+class Lists(NamedTuple):
+    """The lists of tensors of a call; residuals may be empty."""
+
+    params: Sequence[Tensor]
+    squares: Sequence[Tensor]
+    buffers: Sequence[Tensor]
+    square_residuals: Sequence[Tensor]
+    weight_residuals: Sequence[Tensor]
+    grads: Sequence[Tensor]
+    skipped: Sequence[Tensor]
+
+    def contiguous(self) -> bool:
+        return all(all(map(Tensor.is_contiguous, tensors)) for tensors in self[:-1])
+
+
+def _dtypes(tensors: Sequence[Tensor]) -> set[torch.dtype]:
+    return set(map(attrgetter("dtype"), tensors))
+
+
+def _dtype_of(name: str, tensors: Sequence[Tensor], allowed: Collection[torch.dtype]) -> torch.dtype:
+    """The one dtype of a list."""
+    dtypes = _dtypes(tensors)
+    dtype = dtypes.pop()
+    if dtypes or dtype not in allowed:
+        found = ", ".join(map(str, (dtype, *dtypes)))
+        raise ValueError(f"{name} of {found}: pass tensors of one dtype, {' or '.join(map(str, allowed))}.")
+    return dtype
+
+
+def _mode(dtype: torch.dtype, residuals: Sequence[Tensor], rounding: str) -> str:
+    """How a tensor is stored; as in eager PyTorch, it is the residuals that make it compensated."""
+    if residuals:
+        return "compensated"
+    return "stochastic" if (dtype, rounding) == (torch.bfloat16, "stochastic") else "nearest"
+
+
+def _num_programs(row: tuple[int, ...]) -> int:
+    return -(-row[-1] // CHUNK)  # the last column is the size
+
+
+def _on(device: torch.device, scalar: Tensor | None, default: float) -> Tensor:
+    """A one-element tensor as the kernel reads it, FP32 on `device`; for None a constant that is kept there."""
+    if scalar is None:
+        return constant(default, device)
+    return scalar.to(device, torch.float32, non_blocking=True)
+
+
+def _split_lr(lr: Tensor, device: torch.device) -> tuple[float, Tensor]:
+    """(number, tensor on `device`) that add up to `lr`. Of a tensor on a GPU, the host never reads the value."""
+    if lr.device.type == "cpu":
+        return float(lr.item()), constant(0.0, device)
+    return 0.0, _on(device, lr, 0.0)
+
+
+def _split_steps(steps: Tensor, zeros: Tensor) -> tuple[float, Tensor]:
+    """(number, tensor [n] on the device) that add up to `steps`; nothing is copied where they are one and the same."""
+    if steps.device.type == "cpu" and len(values := set(steps.tolist())) == 1:
+        return float(values.pop()), zeros
+    return 0.0, steps.to(zeros.device, torch.float32, non_blocking=True)
+
+
+def _launch(
+    lists: Lists,
+    modes: tuple[str, str],
+    lr: Tensor,
+    seeds: Tensor,
+    steps: Tensor,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    numbers: tuple[float, ...],
+) -> None:
+    """Step tensors that are contiguous, or lie alike in memory, and are of one dtype in each list."""
+    device = lists.params[0].device
+    *state, grads, skipped = lists
+    nothing = (0,) * len(grads)
+    addresses = [tuple(map(Tensor.data_ptr, tensors)) or nothing for tensors in (*state, skipped)]
+    sizes = tuple(map(Tensor.numel, lists.params))
+    where = tensor_table((*addresses, sizes), _num_programs, device)
+    lr_value, lr = _split_lr(lr, device)
+    step_value, steps = _split_steps(steps, where.zeros) if "stochastic" in modes else (0.0, where.zeros)
+    dtypes = [TRITON_DTYPES[x[0].dtype] for x in (lists.params, grads, lists.squares, lists.buffers)]
+    launch(
+        rf_rmsprop_kernel,
+        where.num_programs,
+        (
+            *(where.rows, table(tuple(map(Tensor.data_ptr, grads)), device), where.owners, where.counters),
+            *(seeds, steps, lr, _on(device, grad_scale, 1.0), _on(device, found_inf, 0.0)),
+            *(step_value, lr_value, *numbers),
+        ),
+        (*dtypes, *modes),
+        NUM_WARPS,
+    )
+    torch.autograd.graph.increment_version([*chain(*state, skipped)])
+
+
+def rf_rmsprop(
+    params: list[Tensor],
+    squares: list[Tensor],
+    buffers: list[Tensor],
+    skipped: list[Tensor],
+    square_residuals: list[Tensor],
+    weight_residuals: list[Tensor],
+    grads: list[Tensor],
+    lr: Tensor,
+    seeds: Tensor,
+    steps: Tensor,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    batch_size: float,
+    beta2: float,
+    gamma: float,
+    momentum: float,
+    damping: float,
+    weight_decay: float,
+    decoupled: bool,
+    maximize: bool,
+    rounding: str,
+    weight_rounding: str,
+) -> None:
+    """One step of n tensors of any shapes and strides, in place (Lin et al., ICML 2024, Fig. 4 and 6):
+
+        s ← (1 − β₂γ)s + β₂·B·g²,    m ← α₁m + g/(s + λ) + κμ,    μ ← μ − β₁m
+
+    See `rootfree_kernels.eager.rf_rmsprop`, whose results these are. In each list all tensors are of one dtype:
+    parameters FP32, BF16 or FP16, gradients any (copies are made of those in dtypes that no kernel reads, and where
+    they are mixed), s and m FP32 or BF16. `lr`, `grad_scale` and `found_inf` have one element. Tensors that do not lie
+    in memory as their parameter does, or row by row where random bits are drawn, are copied and copied back.
+
+    Raises:
+        ValueError: dtypes that no kernel serves.
+    """
+    if not params:
+        return
+    lists = Lists(params, squares, buffers, square_residuals, weight_residuals, grads, skipped)
+    param, square = _dtype_of("params", params, GRAD_DTYPES), _dtype_of("squares", squares, STATE_DTYPES)
+    _dtype_of("buffers", buffers, STATE_DTYPES)
+    if _dtypes(grads) not in [{dtype} for dtype in GRAD_DTYPES[param]]:
+        lists = lists._replace(grads=[grad.float() for grad in grads])
+    modes = (_mode(square, square_residuals, rounding), _mode(param, weight_residuals, weight_rounding))
+    decays = (0.0, weight_decay) if decoupled else (weight_decay, 0.0)
+    numbers = (-1 if maximize else 1, 1 - beta2 * gamma, beta2 * batch_size, momentum, damping, *decays)
+    rest = modes, lr, seeds, steps, grad_scale, found_inf, tuple(map(float, numbers))
+    if lists.contiguous():
+        _launch(lists, *rest)
+    else:
+        tensors = lists[:-1]
+        copies = alike(tensors, in_any_order="stochastic" not in modes)
+        _launch(Lists(*copies, skipped), *rest)
+        write_back(tensors[:-1], copies[:-1])
