@@ -26,6 +26,7 @@ from rootfree_kernels.triton_kernels.common import (
     load_stored,
     only_if,
     random_key,
+    round_nearest,
     store_rounded,
     triangle_tile,
 )
@@ -34,16 +35,16 @@ from rootfree_kernels.triton_kernels.kron_gather import MAX_PARTIAL_SUMS, PADDIN
 from rootfree_kernels.triton_kernels.launch import constant, kernel, launch
 from rootfree_kernels.triton_kernels.products import (
     TILE_CONFIGS,
-    halves,
     make_products,
     pad_square,
+    part_of_tile,
     product_nn,
     product_nt,
     product_tn,
+    quarter,
     side_and_tile,
     store_symmetric,
     tile_config,
-    tile_of,
 )
 
 _SLOT_C, _SLOT_K = tl.constexpr(SLOT_FACTOR_C), tl.constexpr(SLOT_FACTOR_K)
@@ -123,22 +124,31 @@ def kron_momentum_kernel(
     acc = product_nt(a_ptr, row, col, n, tl.where(is_c, inner, 0), acc, BLOCK, DEPTH)
     acc = product_tn(a_ptr, row, col, n, tl.where(is_c, 0, inner), acc, BLOCK, DEPTH)
 
-    a, b = row + tl.arange(0, BLOCK)[:, None], col + tl.arange(0, BLOCK)[None, :]
-    delta = acc * (batch_size / (2.0 * tl.where(is_c, d, p)))
-    delta -= tl.where((a == b) & (a < tl.where(is_c, p, d)), 0.5 * gamma, 0.0)
-    m_ptrs, mask = tile_of(tl.where(is_c, m_c_ptr, m_k_ptr) + start, row, col, n, BLOCK)
-    m = tl.load(m_ptrs, mask=mask, other=0.0).to(tl.float32)
-    m = alpha2 * m + (1.0 - alpha2) * delta
-    store_symmetric(m, tl.where(is_c, new_m_c_ptr, new_m_k_ptr) + start, row, col, n, BLOCK)
+    m_ptr = tl.where(is_c, m_c_ptr, m_k_ptr) + start
+    new_m_ptr = tl.where(is_c, new_m_c_ptr, new_m_k_ptr) + start
+    scale = batch_size / (2.0 * tl.where(is_c, d, p))
+    size = tl.where(is_c, p, d)  # beyond it lies padding
+    tiles, index = tl.cdiv(n, BLOCK), tl.arange(0, BLOCK)
+    sums_ptr = tl.where(is_c, row_sums_c_ptr, row_sums_k_ptr) + block * tiles * n
+    square, row_sum = 0.0, tl.zeros((BLOCK,), dtype=tl.float32)
+    for part in tl.static_range(4):
+        tile, a, b, offsets, mask = part_of_tile(row, col, n, part, BLOCK)
+        on_diagonal = (row + a == col + b) & (row + a < size)
+        delta = quarter(acc, part) * scale - tl.where(on_diagonal, 0.5 * gamma, 0.0)
+        m = tl.load(m_ptr + tile + offsets, mask=mask, other=0.0).to(tl.float32)
+        m = alpha2 * m + (1.0 - alpha2) * delta
+        store_symmetric(round_nearest(m, new_m_ptr.dtype.element_ty), new_m_ptr, row, col, n, part, BLOCK)
+        if ROW_SUM:
+            row_sum += tl.sum(tl.abs(m), axis=1)
+            if i != j:
+                below = col + part * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
+                tl.store(sums_ptr + i * n + below, tl.sum(tl.abs(m), axis=0), mask=below < n)
+        else:
+            square += tl.sum(m * m)
     if ROW_SUM:
-        tiles = tl.cdiv(n, BLOCK)
-        sums_ptr = tl.where(is_c, row_sums_c_ptr, row_sums_k_ptr) + block * tiles * n
-        index = tl.arange(0, BLOCK)
-        tl.store(sums_ptr + j * n + row + index, tl.sum(tl.abs(m), axis=1), mask=row + index < n)
-        if i != j:
-            tl.store(sums_ptr + i * n + col + index, tl.sum(tl.abs(m), axis=0), mask=col + index < n)
+        tl.store(sums_ptr + j * n + row + index, row_sum, mask=row + index < n)
     else:
-        tl.store(norms_ptr + tl.program_id(0), tl.sum(m * m) * tl.where(i == j, 1.0, 2.0))
+        tl.store(norms_ptr + tl.program_id(0), square * tl.where(i == j, 1.0, 2.0))
 
 
 @triton.jit
@@ -214,13 +224,10 @@ def kron_factor_kernel(
     new_ptr = tl.where(is_c, new_c_ptr, new_k_ptr) + start
     residual_ptr = tl.where(is_c, residual_c_ptr, residual_k_ptr) + start
     m_ptr = tl.where(is_c, m_c_ptr, m_k_ptr) + start
-    for half in tl.static_range(2):
-        left, right = halves(product)
-        i, j = tl.arange(0, BLOCK)[:, None], half * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
-        mask = (i < n - row) & (j < n - col)
-        tile, offsets = row.to(tl.int64) * n + col, i * n + j
+    for part in tl.static_range(4):
+        tile, i, j, offsets, mask = part_of_tile(row, col, n, part, BLOCK)
         old = load_stored(x_ptr + tile, residual_ptr + tile, offsets, mask, ROUNDING)
-        new = tl.where(ok, old - scale * (left if half == 0 else right), old)
+        new = tl.where(ok, old - scale * quarter(product, part), old)
         index = (row + i) * tl.where(is_c, p, d) + (col + j)
         store_rounded(new, new_ptr + tile, residual_ptr + tile, offsets, mask, key, index, ROUNDING)
         mask = only_if(ok, mask)

@@ -33,8 +33,8 @@ from rootfree_kernels.triton_kernels.products import (
     TILE_CONFIGS,
     make_products,
     pad_square,
-    halves,
     product_nn,
+    quarter,
     tile_config,
 )
 
@@ -105,24 +105,22 @@ def kron_step_kernel(
     key = random_key(tl.load(seeds_ptr + block * draws), tl.load(steps_ptr + block * draws), _SLOT)
     if ALIGNED:
         p, d = rows, cols
-    for half in tl.static_range(2):
-        left, right = halves(direction)
-        u = left if half == 0 else right
-        i, j = tl.arange(0, BLOCK)[:, None], half * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
+    for part in tl.static_range(4):
+        i, j = tl.arange(0, BLOCK)[:, None], part * (BLOCK // 4) + tl.arange(0, BLOCK // 4)[None, :]
         mask = only_if(ok, (i < p - row) & (j < d - col))
         weight_ptrs = block_pointers(blocks_table + 9 * block, row, col, i, j, WEIGHT, ALIGNED)
         buffer_ptrs = block_pointers(blocks_table + 9 * block + 3, row, col, i, j, BUFFER, ALIGNED)
         residual_ptrs = block_pointers(blocks_table + 9 * block + 6, row, col, i, j, tl.int16, ALIGNED)
         weight = load_stored(weight_ptrs, residual_ptrs, 0, mask, ROUNDING)
         buffer = load_stored(buffer_ptrs, buffer_ptrs, 0, mask, "nearest")
-        buffer = momentum * buffer + u + tl.where(decoupled != 0, 0.0, weight_decay) * weight
+        buffer = momentum * buffer + quarter(direction, part) + tl.where(decoupled != 0, 0.0, weight_decay) * weight
         weight -= lr * (buffer + tl.where(decoupled != 0, weight_decay, 0.0) * weight)
         index = (row + i) * d + (col + j)
         store_rounded(buffer, buffer_ptrs, buffer_ptrs, 0, mask, 0, index, "nearest")
         store_rounded(weight, weight_ptrs, residual_ptrs, 0, mask, key, index, ROUNDING)
 
 
-def step_configurations() -> Iterator[Configuration]:
+def configurations() -> Iterator[Configuration]:
     weights = [(tl.float32, "nearest"), (tl.float16, "nearest")]
     weights += [(tl.bfloat16, rounding) for rounding in ("stochastic", "compensated", "nearest")]
     for weight, rounding in weights:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rootfree_kernels.triton_kernels.common import dot, only_if, round_nearest, triangle_tile
+from rootfree_kernels.triton_kernels.common import dot, round_nearest, triangle_tile
 from rootfree_kernels.triton_kernels.configuration import Configuration
 from rootfree_kernels.triton_kernels.kron_gather import PADDING, padded
 from rootfree_kernels.triton_kernels.launch import kernel, launch
@@ -90,36 +90,43 @@ def product_tn(x_ptr, row, col, n, depth, acc, BLOCK: tl.constexpr, DEPTH: tl.co
 
 
 @triton.jit
-def tile_of(ptr, row, col, n, BLOCK: tl.constexpr):
-    """(pointers, mask) of the tile at (row, col) of a contiguous n × n matrix."""
-    i, j = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
-    # 64 bits for the tile's address alone: within a tile 32 are enough, and take half the registers.
-    return ptr + (row.to(tl.int64) * n + col) + (i * n + j), (i < n - row) & (j < n - col)
-
-
-@triton.jit
-def halves(x):
-    """The left and the right half of a tile: an epilogue that takes one after the other needs fewer registers."""
+def _halves(x):
     return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
 
 
 @triton.jit
-def store_symmetric(x, out_ptr, row, col, n, BLOCK: tl.constexpr):
-    """Store a tile of the lower triangle and its mirror image, the same rounded numbers: symmetric to the bit."""
-    value = round_nearest(x, out_ptr.dtype.element_ty)
-    mirrored = tl.trans(value)
-    i, j = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
-    pointers, mask = tile_of(out_ptr, row, col, n, BLOCK)
-    tl.store(pointers, tl.where((row != col) | (i >= j), value, mirrored), mask=mask)
-    pointers, mask = tile_of(out_ptr, col, row, n, BLOCK)
-    tl.store(pointers, mirrored, mask=only_if(row != col, mask))
+def quarter(x, number: tl.constexpr):
+    """A quarter of a tile's columns: an epilogue that takes one after the other needs far fewer registers."""
+    left, right = _halves(x)
+    first, second = _halves(left if number < 2 else right)
+    return first if number % 2 == 0 else second
 
 
 @triton.jit
-def copy_tile(from_ptr, to_ptr, row, col, n, BLOCK: tl.constexpr):
-    from_ptrs, mask = tile_of(from_ptr, row, col, n, BLOCK)
-    to_ptrs, mask = tile_of(to_ptr, row, col, n, BLOCK)
-    tl.store(to_ptrs, tl.load(from_ptrs, mask=mask), mask=mask)
+def part_of_tile(row, col, n, part: tl.constexpr, BLOCK: tl.constexpr):
+    """(offset of the tile at (row, col) of an n × n matrix, i, j, offsets of the part's numbers within it, mask)."""
+    i, j = tl.arange(0, BLOCK)[:, None], part * (BLOCK // 4) + tl.arange(0, BLOCK // 4)[None, :]
+    # 64 bits for the tile's place alone: within a tile 32 are enough, and take half the registers.
+    return row.to(tl.int64) * n + col, i, j, i * n + j, (i < n - row) & (j < n - col)
+
+
+@triton.jit
+def store_symmetric(value, out_ptr, row, col, n, part: tl.constexpr, BLOCK: tl.constexpr):
+    """Store a quarter of a tile of the lower triangle and its mirror image: symmetric to the bit."""
+    tile, i, j, offsets, mask = part_of_tile(row, col, n, part, BLOCK)
+    mirror = out_ptr + (col.to(tl.int64) * n + row) + tl.trans(j * n + i)
+    if row != col:
+        tl.store(out_ptr + tile + offsets, value, mask=mask)
+        tl.store(mirror, tl.trans(value), mask=tl.trans(mask))
+    else:  # the tile on the diagonal is its own mirror image
+        tl.store(out_ptr + tile + offsets, value, mask=mask & (i >= j))
+        tl.store(mirror, tl.trans(value), mask=tl.trans(mask & (i > j)))
+
+
+@triton.jit
+def copy_part(from_ptr, to_ptr, row, col, n, part: tl.constexpr, BLOCK: tl.constexpr):
+    tile, _, _, offsets, mask = part_of_tile(row, col, n, part, BLOCK)
+    tl.store(to_ptr + tile + offsets, tl.load(from_ptr + tile + offsets, mask=mask), mask=mask)
 
 
 @triton.jit
@@ -155,15 +162,17 @@ def kron_products_kernel(
     row, col = i * BLOCK, j * BLOCK
     acc = product_nt(x_ptr, row, col, n, n, tl.zeros((BLOCK, BLOCK), dtype=tl.float32), BLOCK, DEPTH)
     out_ptr = tl.where(is_c, product_c_ptr, product_k_ptr) + start
-    store_symmetric(acc, out_ptr, row, col, n, BLOCK)
-    if COMMIT:
-        kept_ptr = tl.where(is_c, kept_c_ptr, kept_k_ptr) + start
-        copy_tile(x_ptr, kept_ptr, row, col, n, BLOCK)
-        if row != col:
-            copy_tile(x_ptr, kept_ptr, col, row, n, BLOCK)
+    kept_ptr = tl.where(is_c, kept_c_ptr, kept_k_ptr) + start
+    for part in tl.static_range(4):
+        value = round_nearest(quarter(acc, part), out_ptr.dtype.element_ty)
+        store_symmetric(value, out_ptr, row, col, n, part, BLOCK)
+        if COMMIT:
+            copy_part(x_ptr, kept_ptr, row, col, n, part, BLOCK)
+            if row != col:
+                copy_part(x_ptr, kept_ptr, col, row, n, part, BLOCK)
 
 
-def product_configurations() -> Iterator[Configuration]:
+def configurations() -> Iterator[Configuration]:
     for config in TILE_CONFIGS:
         for commit in (True, False):
             yield Configuration(
