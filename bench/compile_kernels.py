@@ -122,6 +122,7 @@ class Row:
     configuration: str
     target: str
     seconds: float = 0.0
+    """Of the compilation; next to none where Triton's cache had it."""
     measured: dict[str, int] = field(default_factory=dict)
     error: str = ""
 
@@ -228,7 +229,7 @@ class Job(NamedTuple):
 
 def describe(configuration: Configuration) -> str:
     """A configuration in one line; equal types that follow each other are written once, as in "*bf16 ×7"."""
-    kernel, arguments, constants, num_warps, num_stages, _ = configuration
+    kernel, arguments, constants, num_warps, num_stages, *_ = configuration
     runs = [(type_, len(list(run))) for type_, run in itertools.groupby(arguments)]
     types = [type_ if number == 1 else f"{type_} ×{number}" for type_, number in runs]
     names = kernel.arg_names[len(arguments) :]
@@ -242,7 +243,7 @@ def triton_compile(configuration: Configuration, target: str) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel, arguments, constants, num_warps, num_stages, _ = configuration
+    kernel, arguments, constants, num_warps, num_stages, _, max_registers = configuration
     types = [*arguments, *["constexpr"] * len(constants)]
     pointers = [index for index, type_ in enumerate(arguments) if type_.startswith("*")]
     source = ASTSource(
@@ -252,7 +253,10 @@ def triton_compile(configuration: Configuration, target: str) -> Any:
         attrs={(index,): [["tt.divisibility", 16]] for index in pointers},
     )
     gpu = GPUTarget(*TARGETS[target][:3])
-    return triton.compile(source, target=gpu, options={"num_warps": num_warps, "num_stages": num_stages})
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    if max_registers and target == "sm_90":
+        options["maxnreg"] = max_registers
+    return triton.compile(source, target=gpu, options=options)
 
 
 def compile_one(job: Job) -> tuple[Row, bytes]:

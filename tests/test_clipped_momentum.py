@@ -57,3 +57,19 @@ def test_found_inf_skips_every_block():
     before = m.clone()
     ((factors,)) = ops.clipped_momentum([m], [symmetric(2, 3, 9)], torch.tensor([1.0]), 0.5, "frobenius", "eager")
     assert torch.equal(m, before) and torch.equal(factors, torch.zeros(2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("clip", ["frobenius", "none"])
+def test_blocks_of_any_number_of_axes_are_those_laid_flat(clip):
+    sides = [(symmetric(3, 6, 10), symmetric(3, 6, 11)), (symmetric(3, 4, 12, 0.01), symmetric(3, 4, 13, 0.01))]
+    shapes = [(3, 36), (3, 2, 2, 4)]
+    sides[1][1][0, 1, 1] = torch.nan
+    momenta, deltas = ([x.clone() for x in xs] for xs in zip(*sides, strict=True))
+    shaped_momenta = [m.clone().view(shape) for m, shape in zip(momenta, shapes, strict=True)]
+    shaped_deltas = [delta.clone().view(shape) for delta, shape in zip(deltas, shapes, strict=True)]
+    expected = ops.clipped_momentum(momenta, deltas, None, 0.3, clip, "eager")
+    actual = ops.clipped_momentum(shaped_momenta, shaped_deltas, None, 0.3, clip, "eager")
+    torch.testing.assert_close(actual, expected, rtol=1e-13, atol=0)
+    assert actual[:, 0].eq(0).all() and actual[:, 1].gt(0).all()
+    for m, flat in zip(momenta, shaped_momenta, strict=True):
+        assert torch.equal(flat.view(m.shape), m)

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import reference as ref
 import torch
-from conftest import same_bits
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tolerances import RELATIVE_ERROR
@@ -16,12 +15,11 @@ from triton_device import DEVICE, kernel_test, needs_gpu
 
 from rootfree_kernels import eager
 from rootfree_kernels.rounding import join_compensated
-from rootfree_kernels.triton_kernels import launch as launching
 from rootfree_kernels.triton_kernels import rf_rmsprop as triton_rf_rmsprop
 from rootfree_kernels.triton_kernels.launch import num_compilations
 from rootfree_kernels.triton_kernels.rf_rmsprop import CHUNK, rf_rmsprop
 
-pytestmark = kernel_test
+pytestmark = [*kernel_test, pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning:triton")]
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 TOLERANCE = {**RELATIVE_ERROR, BF16: 8e-3, FP16: 1e-3}  # of one step that rounds once
@@ -35,15 +33,16 @@ LAYOUTS = ["whole", "offset by 1", "offset by 8", "transposed", "every other"]
 
 def laid_out(value, layout, fill):
     """(a tensor of the value, all of the memory around it) in some place of a larger tensor full of `fill`."""
-    steps, offset = (2, 0) if layout == "every other" else (1, {"offset by 1": 1, "offset by 8": 8}.get(layout, 0))
-    memory = torch.full((value.numel() * steps + 16,), fill, dtype=value.dtype, device=DEVICE)
-    place = memory[offset : offset + value.numel() * steps : steps]
-    axes = range(value.dim())
-    if layout == "transposed":
-        x = place.view(value.shape[::-1]).permute(*reversed(axes))
-    else:
-        x = place.view(value.shape) if steps == 1 else memory.as_strided(value.shape, [2 * s for s in value.stride()])
-    return x.copy_(value), memory
+    spread, offset = 2 if layout == "every other" else 1, {"offset by 1": 1, "offset by 8": 8}.get(layout, 0)
+    memory = torch.full((value.numel() * spread + 16,), fill, dtype=value.dtype, device=DEVICE)
+    like = torch.empty(value.shape[::-1]).permute(tuple(range(value.dim()))[::-1]) if layout == "transposed" else value
+    return memory.as_strided(value.shape, [spread * stride for stride in like.stride()], offset).copy_(value), memory
+
+
+OPTIONS = {
+    **{"batch_size": 3.0, "beta2": 0.3, "gamma": 1.0, "momentum": 0.8, "damping": 0.2},
+    **{"weight_decay": 0.03, "decoupled": False, "maximize": False},
+}
 
 
 @dataclass
@@ -64,14 +63,6 @@ class Call:
     grad_scale: float | None = None
     found_inf: float | None = None
     seed: int = 0
-
-    OPTIONS = {  # noqa: RUF012
-        **{"batch_size": 3.0, "beta2": 0.3, "gamma": 1.0, "momentum": 0.8, "damping": 0.2},
-        **{"weight_decay": 0.03, "decoupled": False, "maximize": False},
-    }
-
-    def all_options(self):
-        return {**self.OPTIONS, **self.options}
 
     def draw(self, name, shape, generator):
         """Numbers for μ, g, s and m; s is positive."""
@@ -110,7 +101,7 @@ class Call:
         function(
             *(lists["param"], lists["square"], lists["buffer"], lists["skipped"]),
             *(lists["square_residual"], lists["weight_residual"], lists["grad"]),
-            *(lr, seeds, steps, *scalars, *self.all_options().values(), self.rounding, self.weight_rounding),
+            *(lr, seeds, steps, *scalars, *{**OPTIONS, **self.options}.values(), self.rounding, self.weight_rounding),
         )
         return lists
 
@@ -122,6 +113,11 @@ def wide(lists, name):
     if residuals and residuals is not values:
         values = [join_compensated(hi, lo) for hi, lo in zip(values, residuals, strict=True)]
     return [value.double().cpu().numpy() for value in values]
+
+
+def counts(lists):
+    """How often each tensor was skipped."""
+    return [x.item() for x in lists["skipped"]]
 
 
 def assert_same(actual, expected):
@@ -137,7 +133,7 @@ def assert_same(actual, expected):
 DTYPES = st.sampled_from([FP32, BF16, FP16])
 STATE_DTYPES = st.sampled_from([FP32, BF16])
 ROUNDINGS = st.sampled_from(["nearest", "stochastic", "compensated"])
-OPTIONS = st.fixed_dictionaries(
+ANY_OPTIONS = st.fixed_dictionaries(
     {
         "batch_size": st.sampled_from([1, 7.5]),
         "beta2": st.sampled_from([0, 0.1, 0.9]),
@@ -152,7 +148,7 @@ OPTIONS = st.fixed_dictionaries(
 CALLS = st.builds(
     Call,
     *(st.lists(st.sampled_from(SHAPES), min_size=1, max_size=4), st.lists(st.sampled_from(LAYOUTS), min_size=1)),
-    *(DTYPES, DTYPES, STATE_DTYPES, STATE_DTYPES, ROUNDINGS, ROUNDINGS, OPTIONS),
+    *(DTYPES, DTYPES, STATE_DTYPES, STATE_DTYPES, ROUNDINGS, ROUNDINGS, ANY_OPTIONS),
     lr=st.sampled_from([0, 0.05]),
     grad_scale=st.sampled_from([None, 3.0]),
     found_inf=st.sampled_from([None, 0.0]),
@@ -164,13 +160,13 @@ CALLS = st.builds(
 @example(Call(SHAPES, LAYOUTS))
 @example(Call(SHAPES, LAYOUTS, BF16, BF16, BF16, BF16, "stochastic", "stochastic"))
 @example(Call(SHAPES, LAYOUTS, BF16, FP32, BF16, FP32, "compensated", "compensated"))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_a_step_is_the_reference_s_and_leaves_the_memory_around_alone(call):
     lists, memory = call.tensors()
     before = {name: wide(lists, name) for name in ("param", "square", "buffer", "grad")}
-    skipped, grads = [x.item() for x in lists["skipped"]], [x.clone() for x in lists["grad"]]
+    skipped, grads = counts(lists), [x.clone() for x in lists["grad"]]
     call.run(lists=lists)
-    options = {"lr": call.lr, **call.all_options()}
+    options = {"lr": call.lr, **OPTIONS, **call.options}
     stored = {
         "param": FP32 if lists["weight_residual"] else call.param,
         "square": FP32 if lists["square_residual"] else call.square,
@@ -183,22 +179,22 @@ def test_a_step_is_the_reference_s_and_leaves_the_memory_around_alone(call):
         for name, expected in (("param", weight), ("square", state.square), ("buffer", state.buffer)):
             error = np.linalg.norm(wide(lists, name)[index] - expected)
             assert error <= TOLERANCE[stored[name]] * np.linalg.norm(expected), f"{name} of {call.shapes[index]}"
-    assert [x.item() for x in lists["skipped"]] == skipped
-    assert all(map(same_bits, lists["grad"], grads))
+    assert counts(lists) == skipped
+    assert all(map(torch.equal, lists["grad"], grads))
     for x, around in memory:
         inside = torch.zeros_like(around, dtype=torch.bool)
         inside.as_strided(x.shape, x.stride(), x.storage_offset()).fill_(True)
         assert (around[~inside] == 77).all()
 
 
+EXACT = {"batch_size": 1.0, "beta2": 2.0**-9, "momentum": 0.5, "damping": 0.0, "weight_decay": 0.0}
+
+
 @dataclass
 class ExactCall(Call):
     """All arithmetic is exact in FP32, in any order and fused or not: rounding alone decides the result."""
 
-    OPTIONS = {  # noqa: RUF012
-        **{"batch_size": 1.0, "beta2": 2.0**-9, "gamma": 1.0, "momentum": 0.5, "damping": 0.0},
-        **{"weight_decay": 0.0, "decoupled": False, "maximize": False},
-    }
+    options: dict = field(default_factory=lambda: EXACT)
     lr: object = 2.0**-11
 
     def draw(self, name, shape, generator):
@@ -250,18 +246,189 @@ def test_tensors_that_lie_alike_are_stepped_where_they_are(monkeypatch):
 @pytest.mark.parametrize("place", ["first", "middle", "last"])
 def test_a_number_that_is_not_finite_is_left_out_and_counted_once_a_step(bad, place):
     """1e30 is finite, its square is not."""
-    call = Call([(40,), (3 * CHUNK + 7,), (9,)], rounding="compensated", param=BF16, weight_rounding="compensated")
     index = {"first": 0, "middle": CHUNK + 5, "last": 3 * CHUNK + 6}[place]
-    lists, clean = call.tensors()[0], call.run()
+    call = Call([(40,), (3 * CHUNK + 7,), (9,)], param=BF16, weight_rounding="compensated")
+    changed = ("param", "square", "buffer", "weight_residual")
+    lists, before, expected = call.tensors()[0], call.tensors()[0], call.run()
     lists["grad"][1][index] = bad
-    before = {name: [x.clone() for x in tensors] for name, tensors in lists.items()}
     call.run(lists=lists)
-    assert [x.item() for x in lists["skipped"]] == [0, 2, 2]  # they started at 0, 1, 2
-    for name in ("param", "square", "buffer", "weight_residual"):
-        assert same_bits(lists[name][1][index], before[name][1][index])
-        lists[name][1][index] = clean[name][1][index]
-    assert_same({k: lists[k] for k in ("param", "square", "buffer", "weight_residual")}, clean | {"skipped": []}) if (
-        clean.pop("skipped") and clean.pop("grad") and not clean.pop("square_residual")
-    ) else None
+    for name in changed:
+        expected[name][1][index] = before[name][1][index]
+    assert_same(lists, {name: expected[name] for name in changed})
+    assert counts(lists) == [0, 2, 2]  # they started at 0, 1, 2
     call.run(lists=lists)
-    assert [x.item() for x in lists["skipped"]] == [0, 3, 2]
+    assert counts(lists) == [0, 3, 2]
+
+
+def test_found_inf_leaves_everything_as_it_is_and_counts_it():
+    call = Call([(17, 130), (), (CHUNK,)], ["whole", "offset by 1"], found_inf=1.0)
+    lists, before = call.run(), call.tensors()[0]
+    assert_same(lists, {**before, "skipped": [x + 1 for x in before["skipped"]]})
+    assert_same(replace(call, found_inf=0.0).run(), replace(call, found_inf=None).run())
+
+
+def test_no_damping_and_no_curvature_leaves_a_number_out():
+    """0/0, as in eager PyTorch."""
+    call = Call([(CHUNK + 3,)], options={"damping": 0.0})
+    lists = call.tensors()[0]
+    for name in ("grad", "square"):
+        lists[name][0][7] = 0.0
+    weight = lists["param"][0][7].item()
+    call.run(lists=lists)
+    assert lists["param"][0][7] == weight and counts(lists) == [1]
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_a_weight_that_is_not_finite_poisons_nothing_without_weight_decay(decoupled):
+    call = Call([(5,)], options={"weight_decay": 0.0, "decoupled": decoupled})
+    lists = call.tensors()[0]
+    lists["param"][0][2] = -torch.inf
+    call.run(lists=lists)
+    assert lists["param"][0][2] == -torch.inf and lists["buffer"][0].isfinite().all()
+
+
+# ---- arguments ---------------------------------------------------------------------------------------------------
+
+
+def test_grad_scale_divides_and_maximize_negates():
+    call = Call([(17, 130), (5,)])
+    lists = call.tensors()[0]
+    for grad in lists["grad"]:
+        grad.mul_(-64)
+    scaled = replace(call, grad_scale=64.0, options={"maximize": True}).run(lists=lists)
+    assert_same({**scaled, "grad": []}, {**call.run(), "grad": []})
+
+
+def test_the_learning_rate_is_a_number_or_a_tensor_on_the_device(monkeypatch):
+    call = Call([(17, 130), (5,)], lr=0.125)
+    expected = call.run()
+    monkeypatch.setattr(triton_rf_rmsprop, "_split_lr", lambda lr, device: (0.0, lr.to(FP32)))  # also on a CPU
+    for dtype in (FP32, torch.float64):
+        assert_same(replace(call, lr=torch.tensor(0.125, device=DEVICE, dtype=dtype)).run(), expected)
+
+
+def test_a_call_is_one_launch_whatever_the_list(monkeypatch):
+    launches = []
+    monkeypatch.setattr(triton_rf_rmsprop, "launch", lambda *args: launches.append(args[1]))
+    sizes = [(n,) for n in range(200)] + [(), (7 * CHUNK + 1,)]
+    Call(sizes, LAYOUTS, BF16, BF16, rounding="stochastic", weight_rounding="stochastic").run()
+    assert launches == [199 + 1 + 8]
+
+
+def test_nothing_is_launched_for_nothing():
+    Call([]).run()
+    assert counts(Call([(0, 3), (0,)]).run()) == [0, 1]
+
+
+def test_changing_numbers_never_compile_anything():
+    call = Call([(5,), (64, 72)])
+    call.run()
+    before = num_compilations()
+    changes = {"batch_size": 1, "beta2": 0, "gamma": 0, "momentum": 0, "damping": 1, "weight_decay": 0}
+    for option, value in {**changes, "decoupled": True, "maximize": True}.items():
+        replace(call, options={option: value}).run()
+    for change in ({"lr": 1}, {"grad_scale": 2.0}, {"found_inf": 1.0}, {"steps": 9}, {"shapes": [(1,), (3, 1), ()]}):
+        replace(call, **change).run()
+    replace(call, layouts=["offset by 1"]).run()
+    assert num_compilations() == before
+
+
+def test_the_same_call_gives_the_same_bits():
+    call = Call(SHAPES, LAYOUTS, BF16, BF16, BF16, BF16, "stochastic", "stochastic")
+    assert_same(call.run(), call.run())
+
+
+def test_a_tensor_that_took_the_place_of_another_is_seen():
+    """Same addresses, other sizes: what stays on the device is known by its content."""
+    call = Call([(64,)])
+    lists = call.run()
+    shorter = {name: [x[:40] if x.dim() else x for x in tensors] for name, tensors in lists.items()}
+    beyond = lists["param"][0][40:].clone()
+    call.run(lists=shorter)
+    assert torch.equal(lists["param"][0][40:], beyond)
+
+
+def test_gradients_of_several_dtypes_are_served_together():
+    call = Call([(5,), (70,), (9,)])
+    mixed, wide_ones = call.tensors()[0], call.tensors()[0]
+    mixed["grad"] = [grad.to(dtype) for grad, dtype in zip(mixed["grad"], (FP32, BF16, FP16), strict=True)]
+    wide_ones["grad"] = [grad.float() for grad in mixed["grad"]]
+    call.run(lists=mixed)
+    call.run(lists=wide_ones)
+    assert_same({**mixed, "grad": []}, {**wide_ones, "grad": []})
+
+
+@pytest.mark.parametrize("change", [{"param": torch.float64}, {"square": torch.float64}, {"buffer": FP16}], ids=str)
+def test_dtypes_that_no_kernel_serves_are_an_error(change):
+    ((name, dtype),) = change.items()
+    with pytest.raises(ValueError, match=rf"{name}s of {dtype}: pass tensors of one dtype, torch.float32 or "):
+        Call(**change).run()
+
+
+def test_what_changes_says_so_to_autograd():
+    call = Call(param=BF16, weight_rounding="compensated")
+    lists = call.tensors()[0]
+    before = {name: [x._version for x in tensors] for name, tensors in lists.items()}
+    call.run(lists=lists)
+    for name, tensors in lists.items():
+        assert all((x._version > old) == (name != "grad") for x, old in zip(tensors, before[name], strict=True)), name
+
+
+# ---- large tensors, graphs ---------------------------------------------------------------------------------------
+
+
+def test_offsets_are_64_bits_and_indices_of_random_bits_wrap_around(monkeypatch):
+    """The end of a tensor, of which only this end exists: its table begins 2³² numbers earlier."""
+    call = ExactCall([(2 * CHUNK - 5,)], ["whole"], BF16, BF16, BF16, BF16, "stochastic", "stochastic")
+    expected = call.run()
+    tensor_table, table, missing = triton_rf_rmsprop.tensor_table, triton_rf_rmsprop.table, 2**32
+
+    def longer_tensor_table(*args):
+        made = tensor_table(*args)
+        change = [-2 * missing] * 3 + [0, 0, 0, missing, -missing // CHUNK]
+        return made._replace(rows=made.rows + torch.tensor(change, device=DEVICE))
+
+    monkeypatch.setattr(triton_rf_rmsprop, "tensor_table", longer_tensor_table)
+    monkeypatch.setattr(triton_rf_rmsprop, "table", lambda *args: table(*args) - 2 * missing)
+    assert_same({**call.run(), "skipped": []}, {**expected, "skipped": []})
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_tensor_of_more_than_2_31_numbers():
+    size, end = 2**31 + CHUNK + 3, slice(2**31 - 5, None)
+    small = ExactCall([(CHUNK + 8,)], ["whole"], BF16, BF16, BF16, BF16)
+    lists, expected = small.tensors()[0], small.run()
+    large = {name: list(tensors) for name, tensors in lists.items()}
+    for name in ("param", "square", "buffer", "grad"):
+        large[name] = [torch.ones(size, dtype=BF16, device=DEVICE)]
+        large[name][0][end] = lists[name][0]
+    replace(small, shapes=[(size,)]).run(lists=large)
+    for name in ("param", "square", "buffer"):
+        assert torch.equal(large[name][0][end], expected[name][0])
+        assert (large[name][0][: 2**31 - 5] == large[name][0][0]).all()
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_cuda_graph_steps_as_often_as_it_is_replayed():
+    n = 3
+    call = Call([(17, 130), (4 * CHUNK + 1,), ()], lr=torch.tensor(0.05, device=DEVICE), found_inf=0.0)
+    call = replace(call, steps=torch.zeros(n, device=DEVICE))
+    lists, expected = call.tensors()[0], call.tensors()[0]
+    for tensors in (lists, expected):
+        tensors["grad"][1][0] = torch.nan
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        call.run(lists=call.tensors()[0])  # compiles
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    arguments = {"grad_scale": None, "found_inf": None}  # made within `run`, which a graph must not do
+    with torch.cuda.graph(graph, stream=stream):
+        replace(call, **arguments).run(lists=lists)
+    for _ in range(4):
+        graph.replay()
+        replace(call, **arguments).run(lists=expected)
+    torch.cuda.synchronize()
+    assert_same({**lists, "grad": []}, {**expected, "grad": []})
+    assert counts(lists) == [0, 5, 2]

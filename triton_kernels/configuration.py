@@ -20,3 +20,7 @@ class Configuration(NamedTuple):
     kind: Literal["matrix", "elementwise", "irregular"]
     """Matrix kernels must use the tensor cores and asynchronous copies; element-wise ones must access 128 bits at a
     time; irregular ones, the second path for tensors that are not aligned, only must not spill."""
+
+    max_registers: int | None = None
+    """The most registers of a thread on Hopper: with 128, two programs of 8 warps share a multiprocessor, and one's
+    epilogue hides behind the other's products. Elsewhere the compiler decides."""

@@ -235,7 +235,8 @@ def kron_factor_kernel(
 
 
 def configurations() -> Iterator[Configuration]:
-    for block, depth, num_warps, num_stages in TILE_CONFIGS:
+    for config in TILE_CONFIGS:
+        block, depth, num_warps, num_stages, max_registers = config
         for row_sum in (False, True):
             yield Configuration(
                 kron_momentum_kernel,
@@ -244,6 +245,7 @@ def configurations() -> Iterator[Configuration]:
                 num_warps,
                 num_stages,
                 kind="matrix",
+                max_registers=max_registers,
             )
             for rounding in ("stochastic", "compensated", "nearest"):
                 yield Configuration(
@@ -321,6 +323,7 @@ def kron_factor(
         (config.block, config.depth, row_sum),
         config.num_warps,
         config.num_stages,
+        config.max_registers,
     )
     launch(
         kron_factor_kernel,

@@ -106,7 +106,7 @@ def kron_gather_kernel(
 
 
 def configurations() -> Iterator[Configuration]:
-    for dtype, name in ((tl.float32, "fp32"), (tl.bfloat16, "bf16"), (tl.float16, "fp16")):
+    for dtype in (tl.float32, tl.bfloat16, tl.float16):
         for aligned in (True, False):
             for with_factors in (True, False):
                 pointers = ("*i64", "*bf16", "*bf16", "*bf16", "*fp32", "*fp32")
@@ -137,10 +137,10 @@ def kron_gather(
     rounded) and, where they are given, of C and K; ‖·‖²_F is the sum over its last axis.
     """
     device = grads[0].device
-    if len({grad.dtype for grad in grads}) > 1:
+    if len({grad.dtype for grad in grads}) > 1 or grads[0].dtype not in TRITON_DTYPES:
         grads = [grad.float() for grad in grads]
     views, every_tile = [matrix_view(grad) for grad in grads], tiles_of_numbers(tiles, rows, cols)
-    table = block_table(([view for view in views],), every_tile, device)
+    table = block_table((views,), every_tile, device)
     parts = num_partial_sums(rows, cols)
     num_blocks = table.num_blocks
     out = torch.empty((num_blocks, padded(rows), padded(cols)), dtype=dtype, device=device)

@@ -166,27 +166,49 @@ def _is_capturing(device: torch.device) -> bool:
 
 
 def launch(
-    kernel: Any, grid: int, args: tuple[Any, ...], constants: tuple[Any, ...], num_warps: int = 4, num_stages: int = 1
+    kernel: Any,
+    grid: int,
+    args: tuple[Any, ...],
+    constants: tuple[Any, ...],
+    num_warps: int = 4,
+    num_stages: int = 1,
+    max_registers: int | None = None,
 ) -> None:
     """Run `kernel` on `grid` programs; `constants` are its `tl.constexpr` parameters, which stand last, in order.
 
     The first launch of a kind goes through Triton, which compiles; the later ones go straight to the compiled kernel,
-    which saves most of a launch's time on the host. A kind is: constants, dtypes and alignment of the tensors, no
-    number among `args`: kernels are declared with `kernel`, so that a changing learning rate never compiles anything.
+    which saves most of a launch's time on the host. A kind is: constants and dtypes of tensors, no number among `args`
+    (kernels are declared with `kernel`), so that a changing learning rate never compiles anything, and no alignment:
+    tensors begin on 16 bytes, or the kernel reads them number by number. The first of `args` is a tensor.
+    `max_registers` bounds those of a thread on Hopper (compute capability 9).
     """
     if grid == 0:
         return
-    tensors = [x for x in args if isinstance(x, Tensor)]
-    device = tensors[0].device
-    kind = tuple([(x.dtype, x.data_ptr() % 16 == 0) for x in tensors])
-    key = (kernel, device, kind, constants, num_warps, num_stages)
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    device = args[0].device
+    key = (kernel, constants, tuple([x.dtype for x in args if isinstance(x, Tensor)]), device, num_warps, num_stages)
+    with _current(device):
         if compiled := _compiled.get(key):
             compiled[(grid, 1, 1)](*args, *constants)
             return
-        names = kernel.arg_names[len(args) :]
-        meta = dict(zip(names, constants, strict=True))
-        _compiled[key] = kernel[(grid,)](*args, **meta, num_warps=num_warps, num_stages=num_stages)
+        options: dict[str, Any] = {"num_warps": num_warps, "num_stages": num_stages}
+        if max_registers and _is_hopper(device):
+            options["maxnreg"] = max_registers
+        named = dict(zip(kernel.arg_names[len(args) :], constants, strict=True))
+        _compiled[key] = kernel[(grid,)](*args, **named, **options)
+
+
+_NO_CONTEXT = nullcontext()
+
+
+def _current(device: torch.device) -> Any:
+    """A context in which `device` is the current one; nothing to do where it is."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _NO_CONTEXT
+    return torch.cuda.device(device)
+
+
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def num_compilations() -> int:

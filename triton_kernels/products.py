@@ -27,6 +27,7 @@ class TileConfig(NamedTuple):
     depth: int  # of a step of the inner product
     num_warps: int
     num_stages: int
+    max_registers: int | None
 
     def tiles(self, size: int) -> int:
         return -(-size // self.block)
@@ -36,7 +37,7 @@ class TileConfig(NamedTuple):
         return self.tiles(size) * (self.tiles(size) + 1) // 2
 
 
-SMALL, LARGE = TileConfig(64, 64, 4, 3), TileConfig(128, 64, 8, 3)
+SMALL, LARGE = TileConfig(64, 64, 4, 3, None), TileConfig(128, 64, 8, 3, 128)
 TILE_CONFIGS = (SMALL, LARGE)
 
 
@@ -182,6 +183,7 @@ def configurations() -> Iterator[Configuration]:
                 config.num_warps,
                 config.num_stages,
                 kind="matrix",
+                max_registers=config.max_registers,
             )
 
 
@@ -196,13 +198,15 @@ def make_products(c: Tensor, k: Tensor, product_c: Tensor, product_k: Tensor, ke
         (config.block, config.depth, kept is not None),
         config.num_warps,
         config.num_stages,
+        config.max_registers,
     )
 
 
 def pad(x: Tensor, rows: int, cols: int) -> Tensor:
-    """`x` [L, p, d], contiguous, or a copy of it [L, rows, cols] filled up with zeros."""
+    """`x` [L, p, d], or a copy of it [L, rows, cols] filled up with zeros, contiguous and beginning on 16 bytes."""
     if x.shape[1:] == (rows, cols):
-        return x.contiguous()
+        x = x.contiguous()
+        return x if x.data_ptr() % 16 == 0 else x.clone()
     return torch.nn.functional.pad(x, (0, cols - x.shape[2], 0, rows - x.shape[1]))
 
 

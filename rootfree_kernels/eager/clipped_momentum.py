@@ -9,11 +9,12 @@ from rootfree_kernels.eager.common import as_scalar
 
 
 def block_norm(m: Tensor, clip: str) -> Tensor:
-    """‖m‖ [L] of symmetric blocks m [L, n, n]: Frobenius' norm, or the largest absolute row sum (never below the
-    largest singular value). `clip="none"` gives 0, so that nothing is clipped, but NaN where m is not finite."""
+    """‖m‖ [L] of blocks m [L, ...]: Frobenius' norm over all axes but the first, or, of symmetric blocks [L, n, n], the
+    largest absolute row sum (never below the largest singular value). `clip="none"` gives 0, so that nothing is
+    clipped, but NaN where m is not finite."""
     if clip == "row_sum":
         return torch.linalg.vector_norm(m, 1, dim=-1).amax(-1)
-    norm = torch.linalg.vector_norm(m, dim=(-2, -1))
+    norm = torch.linalg.vector_norm(m, dim=tuple(range(1, m.dim())))
     return norm if clip == "frobenius" else norm * 0.0
 
 
@@ -27,8 +28,9 @@ def clipped_momentum(
     """m ← α₂m + (1−α₂)Δ in place; gives 1/max(1, ‖m‖), wide [sides, L] (Lin et al., ICML 2024, Fig. 7).
 
     Args:
-        momenta: the sides of a batch of L blocks, each [L, n, n] with an n of its own, FP64, FP32 or BF16 (rounded to
-            nearest; ‖m‖ is that of the unrounded value). Changed in place.
+        momenta: the sides of a batch of L blocks, each [L, n, n] with an n of its own (or [L, ...], such as diagonals
+            [L, n], where `clip` is not "row_sum"), FP64, FP32 or BF16 (rounded to nearest; ‖m‖ is that of the unrounded
+            value). Changed in place.
         deltas: Δ of each side, of the same shapes, wide. Overwritten.
         found_inf: 0-d or [1]; unless it is 0 every block is skipped.
         riemannian_momentum: α₂.
@@ -43,7 +45,7 @@ def clipped_momentum(
     ok = (norms < torch.inf).all(0)
     if found_inf is not None:
         ok = ok & (as_scalar(found_inf) == 0)
-    keep = ok.to(deltas[0].dtype)[:, None, None]
     for m, new in zip(momenta, deltas, strict=True):
+        keep = ok.to(new.dtype).view(-1, *[1] * (new.dim() - 1))
         m.copy_(m.to(new.dtype).lerp_(new.nan_to_num_(0.0, 0.0, 0.0), keep))
     return torch.where(ok, 1.0 / norms.clamp(min=1.0), 0.0)

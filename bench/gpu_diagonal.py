@@ -1,0 +1,230 @@
+"""RF-RMSProp and the clipped momentum against the copy bandwidth, and against AdamW and RMSProp of PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bench.gpt2 import Shape, Work, diagonal_bytes, momentum_bytes, random_tensors
+from bench.gpu_cases import Case, Context, attempt, check, ratio
+from bench.gpu_report import Row, Target
+from bench.gpu_timing import Call, Measured, num_inputs
+from rootfree_kernels import ops
+
+DIAGONAL, MOMENTUM = "RF-RMSProp", "Clipped momentum"
+NUM_LARGE = 16
+"""Tensors of the large list."""
+
+NOTES = {
+    DIAGONAL: "Bytes: each tensor read once, each but the gradient written once. Of copy: those bytes over the time, "
+    "as a fraction of the copy bandwidth. Ratios are times of the other over ours on the same list; fused AdamW in "
+    "FP32 moves 28 bytes a number, so that its bytes over ours is the most that the ratio to it can be.",
+    MOMENTUM: "Bytes: m and Δ read once, m written once. The norm must be known before m may change, hence two passes: "
+    "1 is out of reach.",
+}
+
+
+class Precision(NamedTuple):
+    """Dtypes of parameters and gradients, and of the state."""
+
+    name: str
+    param: torch.dtype
+    state: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        return diagonal_bytes(self.param, self.param, self.state)
+
+
+FP32 = Precision("FP32", torch.float32, torch.float32)
+MIXED = Precision("BF16 weights and gradients, FP32 state", torch.bfloat16, torch.float32)
+BF16 = Precision("BF16, state too", torch.bfloat16, torch.bfloat16)
+PRECISIONS = (FP32, MIXED, BF16)
+
+
+class DiagonalLists:
+    """The tensors of a diagonal step, and the operator on them."""
+
+    def __init__(self, shapes: Sequence[Shape], precision: Precision, device: torch.device) -> None:
+        self.device = device
+        self.params = random_tensors(shapes, device, precision.param, 0.02, seed=0)
+        self.grads = random_tensors(shapes, device, precision.param, 0.1, seed=1)
+        self.squares = [x.abs() for x in random_tensors(shapes, device, precision.state, 1.0, seed=2)]
+        self.buffers = random_tensors(shapes, device, precision.state, 0.1, seed=3)
+        self.skipped = [torch.zeros((), dtype=torch.int32, device=device) for _ in shapes]
+        self.seeds = torch.arange(len(shapes), dtype=torch.int32, device=device)
+        self.steps = torch.zeros(len(shapes), device=device)
+
+    def changed(self) -> list[list[Tensor]]:
+        return [self.params, self.squares, self.buffers]
+
+    def in_double(self) -> list[list[Tensor]]:
+        """Params, squares, buffers and gradients in FP64."""
+        return [[x.double() for x in tensors] for tensors in (*self.changed(), self.grads)]
+
+    def step(self, backend: str, lr: float = 1e-4, lists: list[list[Tensor]] | None = None) -> None:
+        """A step of these tensors, or of `lists`: params, squares, buffers, gradients."""
+        params, squares, buffers, grads = lists or [*self.changed(), self.grads]
+        numbers = (16.0, 0.1, 1.0, 0.9, 1e-2, 0.01)  # B, β₂, γ, α₁, λ, κ
+        rate = torch.tensor(lr, dtype=torch.float64)
+        every = [params, squares, buffers, self.skipped, [], [], grads, rate, self.seeds, self.steps, None, None]
+        ops.rf_rmsprop(*every, *numbers, False, False, "stochastic", "stochastic", backend)
+
+
+def check_diagonal(shapes: Sequence[Shape], precision: Precision, context: Context) -> float:
+    """The largest relative error of weights, s and m against FP64; the weights are of a step as large as they are."""
+    lists = DiagonalLists(shapes, precision, context.device)
+    expected = lists.in_double()
+    lists.step("eager", 0.1, expected)
+    for skipped in lists.skipped:
+        skipped.zero_()
+    lists.step(context.backend, 0.1)
+    names = ("weights", "s", "m")
+    errors = [check(name, x, y) for name, x, y in zip(names, lists.changed(), expected, strict=False)]
+    if any(int(x) for x in lists.skipped):
+        raise AssertionError("numbers were skipped that are finite")
+    return max(errors)
+
+
+def peers(shapes: Sequence[Shape], device: torch.device) -> dict[str, Callable[[], Call]]:
+    """PyTorch's own steps on a list of the same shapes, by name, made when called."""
+
+    def step_of(make: Callable[..., torch.optim.Optimizer], dtype: torch.dtype, **options: Any) -> Call:
+        params = random_tensors(shapes, device, dtype, 0.02, seed=0)
+        for param, grad in zip(params, random_tensors(shapes, device, dtype, 0.1, seed=1), strict=True):
+            param.grad = grad
+        optimizer = make(params, lr=1e-4, **options)
+        optimizer.step()  # so that what cannot run is found out here
+        return optimizer.step
+
+    return {
+        "AdamW": partial(step_of, torch.optim.AdamW, torch.float32, fused=True),
+        "AdamW BF16": partial(step_of, torch.optim.AdamW, torch.bfloat16, fused=True),
+        "RMSprop": partial(step_of, torch.optim.RMSprop, torch.float32, foreach=True, momentum=0.9),
+    }
+
+
+def diagonal_targets(precision: Precision, of_copy: float) -> dict[str, Target]:
+    targets = {"of copy": Target("≥", of_copy)} if precision is FP32 else {}
+    return {**targets, "AdamW / ours": Target("≥", 1.0 if precision is FP32 else 1.7)}
+
+
+def diagonal_rows(name: str, shapes: Sequence[Shape], of_copy: float, context: Context) -> list[Row]:
+    """Every precision on one list of tensors, and the peers, in turn."""
+    rows: list[Row] = []
+    numbers = sum(map(prod, shapes))
+    variants: dict[str, Sequence[Call]] = {}
+    for precision in PRECISIONS:
+        case = f"{name}, {precision.name}"
+        error = attempt(rows, DIAGONAL, case, partial(check_diagonal, shapes, precision, context))
+        if error is not None:
+            sets = num_inputs(numbers * precision.bytes, context.device)
+            lists = [DiagonalLists(shapes, precision, context.device) for _ in range(sets)]
+            variants[precision.name] = [partial(x.step, context.backend) for x in lists]
+    for peer, make in peers(shapes, context.device).items():
+        if step := attempt(rows, DIAGONAL, f"{name}, {peer}", make):
+            variants[peer] = [step]
+    measured = context.timer.measure(variants)
+    for precision in PRECISIONS:
+        if precision.name in measured:
+            rows.append(_diagonal_row(name, numbers, precision, of_copy, measured, context))
+    for peer in peers(shapes, context.device):
+        if peer in measured:
+            rows.append(Row(DIAGONAL, f"{name}, {peer} of PyTorch", {"µs": measured[peer].total}))
+    return rows
+
+
+def _diagonal_row(
+    name: str, numbers: int, precision: Precision, of_copy: float, measured: dict[str, Measured], context: Context
+) -> Row:
+    moved, ours = numbers * precision.bytes, measured[precision.name].total
+    cells: dict[str, Any] = {
+        "µs": ours,
+        "bytes a number": precision.bytes,
+        "GB": moved / 1e9,
+        "of copy": context.fraction(Work(0, moved), ours),
+    }
+    columns = {"AdamW": "AdamW / ours", "AdamW BF16": "AdamW in BF16 / ours", "RMSprop": "RMSprop / ours"}
+    for peer, column in columns.items():
+        if peer in measured:
+            cells[column] = ratio(measured[peer].total, ours)
+    cells["AdamW's bytes / ours"] = FP32.bytes / precision.bytes
+    return Row(DIAGONAL, f"{name}, {precision.name}", cells, diagonal_targets(precision, of_copy))
+
+
+def diagonal_cases(context: Context) -> list[Case]:
+    large = [(context.sizes.numbers // NUM_LARGE,)] * NUM_LARGE
+    lists = {"1 GB": (large, 0.92), "GPT-2 124M": ([*context.sizes.model.shapes().values()], 0.85)}
+    return [
+        Case(DIAGONAL, name, partial(diagonal_rows, name, shapes, of_copy, context))
+        for name, (shapes, of_copy) in lists.items()
+    ]
+
+
+# ---- the clipped momentum ----------------------------------------------------------------------------------------
+
+
+class MomentumSides:
+    """m and Δ of the sides of batches; each batch has two sides, (L, n) of C and of K."""
+
+    def __init__(self, batches: Sequence[Sequence[tuple[int, int]]], device: torch.device) -> None:
+        def sides(dtype: torch.dtype, scale: float, seed: int) -> list[list[Tensor]]:
+            every = [
+                random_tensors([(count, n, n) for count, n in batch], device, dtype, scale, seed) for batch in batches
+            ]
+            return [[(x + x.mT).contiguous() for x in batch] for batch in every]
+
+        self.momenta = sides(torch.bfloat16, 0.1, 0)
+        self.deltas = sides(torch.float32, 0.1, 1)
+
+    def numbers(self) -> int:
+        return sum(x.numel() for batch in self.momenta for x in batch)
+
+    def step(self, backend: str) -> list[Tensor]:
+        """The clips of every batch."""
+        pairs = zip(self.momenta, self.deltas, strict=True)
+        return [ops.clipped_momentum(m, delta, None, 0.5, "frobenius", backend) for m, delta in pairs]
+
+
+def check_momentum(sides: MomentumSides, backend: str) -> float:
+    """The largest relative error of m and of the clips against FP64; Δ is overwritten."""
+    expected = [[x.double() for x in batch] for batch in sides.momenta]
+    clips = [
+        ops.clipped_momentum(m, [x.double() for x in delta], None, 0.5, "frobenius", "eager")
+        for m, delta in zip(expected, sides.deltas, strict=True)
+    ]
+    found = sides.step(backend)
+    errors = [check("clips", found, clips)]
+    return max(errors + [check("m", x, y) for x, y in zip(sides.momenta, expected, strict=True)])
+
+
+def momentum_rows(name: str, batches: Sequence[Sequence[tuple[int, int]]], context: Context) -> list[Row]:
+    check_momentum(MomentumSides(batches, context.device), context.backend)
+    sides = MomentumSides(batches, context.device)
+    moved = sides.numbers() * momentum_bytes(torch.bfloat16)
+    every = [sides, *(MomentumSides(batches, context.device) for _ in range(num_inputs(moved, context.device) - 1))]
+    measured = context.timer.measure(
+        {backend: [partial(x.step, backend) for x in every] for backend in (context.backend, "eager")}
+    )
+    ours, eager = measured[context.backend].total, measured["eager"].total
+    cells = {
+        "µs": ours,
+        "GB": moved / 1e9,
+        "of copy": context.fraction(Work(0, moved), ours),
+        "eager µs": eager,
+        "eager / ours": ratio(eager, ours),
+    }
+    return [Row(MOMENTUM, name, cells)]
+
+
+def momentum_cases(context: Context) -> list[Case]:
+    side = max(1, min(1024, int((context.sizes.numbers / 2) ** 0.5)))
+    count = max(1, context.sizes.numbers // (2 * side * side))
+    model = [((count, p), (count, d)) for (p, d), count in context.sizes.model.blocks().items()]
+    lists = {f"{count} blocks of {side} × {side}": [((count, side), (count, side))], "GPT-2 124M's blocks": model}
+    return [Case(MOMENTUM, name, partial(momentum_rows, name, batches, context)) for name, batches in lists.items()]
