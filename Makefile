@@ -4,6 +4,7 @@
 PYTHON ?= python3
 PYTEST_ARGS ?=
 KERNEL_ARGS ?=
+GPU_ARGS ?=
 
 VENV := .venv
 VPY := $(VENV)/bin/python
@@ -12,13 +13,15 @@ STAMP := $(VENV)/.installed
 BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 
 .DEFAULT_GOAL := help
-.PHONY: help install test kernels demo lint clean
+.PHONY: help install test kernels gpu demo lint clean
 
 help:
 	@echo "make install   set up $(VENV): pinned dependencies and this package, editable"
 	@echo "make test      all tests; PYTEST_ARGS='-k packaging' chooses some"
 	@echo "make kernels   compile every Triton kernel for sm_80, sm_90, sm_100 and gfx942 and check the machine code;"
 	@echo "               needs no GPU; KERNEL_ARGS='--only rf_rmsprop --all' chooses some"
+	@echo "make gpu       on a machine with a GPU, in \$$(PYTHON)'s own environment: install this package in place, run the"
+	@echo "               tests that need a GPU, then measure every kernel; GPU_ARGS='--quick --only graphs' chooses"
 	@echo "make demo      train a small language model with AdamW, RFRMSProp and IFShampoo"
 	@echo "make lint      ruff and mypy"
 	@echo "make clean     remove $(VENV), builds and caches"
@@ -33,6 +36,12 @@ test: $(STAMP)
 
 kernels: $(STAMP)
 	@$(VPY) -m bench.compile_kernels $(KERNEL_ARGS)
+
+# No .venv here: PYTHON is the one that has PyTorch and Triton for the GPU, and nothing is fetched.
+gpu:
+	@$(PYTHON) -m bench.gpu_machine
+	@$(PYTHON) -m pytest -m gpu $$($(PYTHON) -m bench.gpu_machine --ignored) $(PYTEST_ARGS)
+	@$(PYTHON) -m bench.kernels $(GPU_ARGS)
 
 demo: $(STAMP)
 	@$(VPY) -m bench.demo

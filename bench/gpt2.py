@@ -105,11 +105,10 @@ def diagonal_bytes(param: torch.dtype, grad: torch.dtype, state: torch.dtype) ->
     return 2 * param.itemsize + grad.itemsize + 4 * state.itemsize
 
 
-def momentum_bytes(momentum: torch.dtype) -> int:
-    """Bytes a number of the clipped momentum, each input read once and each output written once: m and an FP32 Δ are
-    read, m is written. The norm has to be known before m may change, so that two passes are needed that no cache
-    serves; their bytes beyond these count as lost."""
-    return 2 * momentum.itemsize + 4
+def momentum_bytes(momentum: torch.dtype, passes: int = 1) -> int:
+    """Bytes a number of the clipped momentum: m and an FP32 Δ are read in every pass, m is written once. The norm must
+    be known before m may change, so that two passes are needed."""
+    return passes * (momentum.itemsize + 4) + momentum.itemsize
 
 
 def update_stages(p: int, d: int, grad_bytes: int = 4) -> dict[str, Work]:

@@ -108,7 +108,7 @@ def device_rows(context: Context) -> list[Row]:
         if f"{name}, eager" in measured:
             cells["eager / ours"] = ratio(measured[f"{name}, eager"].total, timing)
         if name in OURS and "AdamW, fused" in measured:
-            cells["of fused AdamW"] = timing.median / measured["AdamW, fused"].total.median
+            cells["ours / fused AdamW"] = timing.median / measured["AdamW, fused"].total.median
         rows.append(Row(DEVICE, name, cells))
     update, other, _ = OURS
     if update in measured and other in measured:
@@ -121,7 +121,7 @@ def limits(gpt2: GPT2) -> dict[str, Work]:
     """What the steps have to do, by name."""
     update, other, _ = OURS
     diagonal = Work(0, diagonal_bytes(torch.float32, torch.float32, torch.float32) * gpt2.num_numbers())
-    diagonals = {name: diagonal for name in ("RFRMSProp", *PEERS)}
+    diagonals = dict.fromkeys(("RFRMSProp", *PEERS), diagonal)
     return {update: whole_step(gpt2, True), other: whole_step(gpt2, False), **diagonals}
 
 
@@ -188,7 +188,7 @@ def first_steps(context: Context) -> dict[str, list[float]]:
     return seconds
 
 
-def first_rows(context: Context, arguments: list[str]) -> list[Row]:
+def first_rows(arguments: list[str]) -> list[Row]:
     """First steps in processes of their own: with Triton's cache empty, then with what the one before left there."""
     rows = []
     with tempfile.TemporaryDirectory() as cache:
@@ -209,7 +209,11 @@ def optimizer_cases(context: Context, arguments: list[str]) -> list[Case]:
     makers = {**OURS, **PEERS}
     cases = [Case(HOST, name, partial(host_rows, name, make, name in OURS, context)) for name, make in makers.items()]
     cases.append(Case(DEVICE, "GPT-2 124M", partial(device_rows, context)))
+    return [*cases, Case(FIRST, "first steps", partial(first_rows, arguments))]
+
+
+def graph_cases(context: Context) -> list[Case]:
+    if context.device.type != "cuda":
+        return []
     capturable = {name: make for name, make in OURS.items() if "other" not in name}
-    if context.device.type == "cuda":
-        cases += [Case(GRAPH, name, partial(graph_rows, name, make, context)) for name, make in capturable.items()]
-    return [*cases, Case(FIRST, "first steps", partial(first_rows, context, arguments))]
+    return [Case(GRAPH, name, partial(graph_rows, name, make, context)) for name, make in capturable.items()]

@@ -100,12 +100,16 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _summary(rows: list[Row]) -> list[str]:
+def summary(rows: list[Row]) -> list[str]:
+    """All targets, and what was not measured."""
     every = [(row, column, target) for row in rows for column, target in row.targets.items()]
-    if not every:
-        return []
     met = sum(target.is_met(row.cells.get(column)) for row, column, target in every)
-    lines = ["### Targets", "", f"{met} of {len(every)} met.", ""]
+    failed = [row for row in rows if row.error]
+    lines = ["### Targets", "", f"{met} of {len(every)} met; {len(failed)} cases were not measured.", ""]
+    lines += [f"- {row.table}, {row.case}: {_one_line(row.error)[:300]}" for row in failed]
+    if not every:
+        return [*lines, ""]
+    lines += [""] if failed else []
     lines += [_line(["table", "case", "value", "measured", "target", ""]), _line(["---"] * 6)]
     for row, column, target in every:
         value = row.cells.get(column)
@@ -128,7 +132,7 @@ def markdown(record: Mapping[str, Any], rows: list[Row], notes: Mapping[str, str
         "Times in µs: median (10th–90th percentile) of device events around calls queued ahead, inputs in turn. "
         '"With gaps": the host could not queue ahead, and its gaps are in the time.',
         "",
-        *_summary(rows),
+        *summary(rows),
     ]
     for name in dict.fromkeys(row.table for row in rows):
         lines += _table(name, [row for row in rows if row.table == name], notes.get(name, ""))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -33,7 +33,7 @@ class Timing(NamedTuple):
     p90: float
     samples: int
     queued: bool = True
-    """Whether every sample was queued before the device began with it; otherwise gaps of the host are included."""
+    """Whether the samples were queued before the device began with them; otherwise gaps of the host are included."""
 
     @classmethod
     def of(cls, samples: Sequence[float], queued: bool = True) -> Timing:
@@ -144,6 +144,8 @@ class _Sample(NamedTuple):
 
 @dataclass
 class _Variant:
+    """What is measured of a variant, as far as it has come."""
+
     calls: Sequence[Call]
     lead: float = 0.0
     retries: int = 6  # of samples that the device began with before they were queued
@@ -153,11 +155,14 @@ class _Variant:
         return self.calls[len(self.samples) % len(self.calls)]
 
     def measured(self) -> Measured:
-        queued = all(sample.queued for sample in self.samples)
-        names = {name: None for sample in self.samples for name in sample.stages}
-        stages = {name: [x.stages[name] for x in self.samples if name in x.stages] for name in names}
+        kept = [sample for sample in self.samples if sample.queued]
+        queued = 2 * len(kept) >= len(self.samples)  # a few for which the host was held up are left out
+        if not queued:
+            kept = self.samples
+        names = dict.fromkeys(name for sample in kept for name in sample.stages)
+        stages = {name: [x.stages[name] for x in kept if name in x.stages] for name in names}
         times = {name: Timing.of(values, queued) for name, values in stages.items()}
-        return Measured(Timing.of([sample.total for sample in self.samples], queued), times)
+        return Measured(Timing.of([sample.total for sample in kept], queued), times)
 
 
 @dataclass
@@ -177,13 +182,15 @@ class Timer:
         for variant in running.values():
             self._warm_up(variant)
         start = time.perf_counter()
-        for variant in running.values():
-            self._sample(variant, stages)
+        self._sample_all(running.values(), stages)
         repeats = int(self.seconds / max(time.perf_counter() - start, 1e-6))
-        for _ in range(max(self.min_repeats, min(self.repeats, repeats))):
-            for variant in running.values():
-                variant.samples.append(self._queued_sample(variant, stages))
+        for _ in range(max(self.min_repeats, min(self.repeats, repeats)) - 1):
+            self._sample_all(running.values(), stages)
         return {name: variant.measured() for name, variant in running.items()}
+
+    def _sample_all(self, variants: Iterable[_Variant], stages: bool) -> None:
+        for variant in variants:
+            variant.samples.append(self._queued_sample(variant, stages))
 
     def _warm_up(self, variant: _Variant) -> None:
         host = 0.0

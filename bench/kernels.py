@@ -4,13 +4,15 @@
 
 Writes <device>-<date>.json to bench/results, and the same as Markdown tables next to it, after every case, so that a
 run that is cut short leaves what it has. A case that fails is recorded with its error and stops no other one; what does
-not fit into the time is recorded as left out. `make gpu` runs the tests of the kernels first.
+not fit into the time is recorded as left out. `make gpu` runs the tests of the kernels first. Where the tree is a copy
+without its .git, ROOTFREE_COMMIT says which commit the record names.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import json
 import os
 import re
 import shlex
@@ -26,7 +28,7 @@ import torch
 from bench import gpu_diagonal, gpu_factors, gpu_optimizers
 from bench.gpt2 import Ceilings, random_tensors
 from bench.gpu_cases import QUICK, TINY, Case, Context, Sizes, check
-from bench.gpu_report import Row, write
+from bench.gpu_report import Row, summary, write
 from bench.gpu_timing import Timer, clock_of
 from bench.record import gpu, provenance, slug
 
@@ -78,6 +80,7 @@ def cases(context: Context, arguments: list[str]) -> list[Case]:
         *gpu_factors.block_cases(context),
         *gpu_optimizers.optimizer_cases(context, arguments),
         *gpu_diagonal.momentum_cases(context),
+        *gpu_optimizers.graph_cases(context),
         Case(CEILINGS, "at the end", partial(ceiling_rows, "at the end", context)),
     ]
 
@@ -134,7 +137,7 @@ def make_context(options: argparse.Namespace) -> Context:
     clock = clock_of(device)
     timer = Timer(clock)
     if options.tiny:
-        timer = Timer(clock, warmups=1, repeats=2, min_repeats=1, seconds=0.1)
+        timer = Timer(clock, warmups=1, repeats=1, min_repeats=1, seconds=0.1)
     elif options.quick:
         timer = Timer(clock, repeats=20, seconds=1.0)
     return Context(device, TINY if options.tiny else QUICK if options.quick else Sizes(), timer)
@@ -145,8 +148,11 @@ def why_not(options: argparse.Namespace) -> str | None:
     if options.device == "cuda" and not torch.cuda.is_available():
         built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
         return f"bench.kernels needs a GPU that PyTorch can use; torch {torch.__version__} ({built}) sees none here."
-    if options.device == "cuda" and os.environ.get("TRITON_INTERPRET") == "1":
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if options.device == "cuda" and interpreted:
         return "TRITON_INTERPRET=1 is set, which runs kernels on the CPU: unset it to measure them."
+    if options.device == "cpu" and not interpreted:
+        return "set TRITON_INTERPRET=1 to try bench.kernels on a CPU."
     return None
 
 
@@ -162,12 +168,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if problem := why_not(options):
         print(f"✗ {problem}")
         return 1
-    if options.device == "cpu":
-        os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
     context = make_context(options)
     if options.first_step:
-        import json
-
         print(json.dumps(gpu_optimizers.first_steps(context)))
         return 0
     record = {**provenance(shlex.join(["python", "-m", "bench.kernels", *given])), **gpu(context.device)}
@@ -176,10 +178,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wanted = cases(context, same)
     chosen = [case for case in wanted if re.search(options.only, f"{case.table}, {case.name}") or case is wanted[0]]
     rows = run_all(chosen, context, options.seconds, lambda rows: write(record, rows, NOTES, path))
-    print(path.with_suffix(".md").read_text(encoding="utf-8"))
-    failed = [row for row in rows if row.error]
-    print(f"Wrote {path} and {path.with_suffix('.md')}: {len(rows) - len(failed)} rows, {len(failed)} not measured.")
-    return int(bool(failed))
+    print("\n".join(summary(rows)))
+    print(f"Wrote {path} and {path.with_suffix('.md')}.")
+    return int(any(row.error for row in rows))
 
 
 if __name__ == "__main__":

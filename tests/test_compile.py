@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from importlib.util import find_spec
+from itertools import product
 from typing import Any
 
 import pytest
@@ -10,6 +13,7 @@ from conftest import OPTIONS, SHAPES, Case, Model, assert_same_bits, gradients, 
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
+from torch.utils._pytree import tree_map_only
 
 from rootfree_kernels import IFShampoo, RFRMSProp, ops
 
@@ -80,8 +84,30 @@ def test_a_changing_lr_recompiles_nothing_and_takes_effect(case: Case, as_tensor
 
 # ---- the operators -------------------------------------------------------------------------------------------------
 
-BLOCKS, ROWS, COLS = 3, 5, 4
+BLOCKS, ROWS, COLS = 2, 5, 4
 f32, f64, bf16 = torch.float32, torch.float64, torch.bfloat16
+DEVICES = {"eager": "cpu", "triton": "cuda" if torch.cuda.is_available() else "cpu"}
+NEEDS = {
+    "eager": [],
+    "triton": [
+        pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed"),
+        pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning:triton"),
+        *([pytest.mark.gpu] if torch.cuda.is_available() else []),
+    ],
+}
+
+
+def backends(names: str, eager: Iterable[tuple[Any, ...]], triton: Iterable[tuple[Any, ...]]) -> Any:
+    """`parametrize` with these cases. Triton has few of them: a check takes seconds in its interpreter."""
+    cases = {"eager": eager, "triton": triton}
+    params = [pytest.param(name, *case, marks=NEEDS[name]) for name in cases for case in cases[name]]
+    return pytest.mark.parametrize(f"backend, {names}", params, ids=str)
+
+
+def check(operator: Any, *arguments: Any) -> None:
+    """`opcheck` on the device of the backend, the last of the arguments."""
+    device = DEVICES[arguments[-1]]
+    opcheck(operator, tree_map_only(Tensor, lambda x: x.to(device), arguments))
 
 
 def numbers(*shape: int, dtype: torch.dtype = f32, seed: int = 0) -> Tensor:
@@ -103,113 +129,129 @@ def scaler(used: bool) -> tuple[Tensor | None, Tensor | None]:
 
 FLAGS = (False, True)
 STORAGE = [(f32, "nearest"), (f64, "nearest"), (bf16, "nearest"), (bf16, "stochastic"), (bf16, "compensated")]
-by_storage = pytest.mark.parametrize(("dtype", "rounding"), STORAGE, ids=lambda x: str(x))
-with_and_without_amp = pytest.mark.parametrize("amp", FLAGS, ids=["plain", "amp"])
 
 
-@by_storage
-@with_and_without_amp
-def test_rf_rmsprop_operator(dtype: torch.dtype, rounding: str, amp: bool) -> None:
-    shapes = [(6,), (), (4, 3)]
+@backends(
+    "storage, amp",
+    product(STORAGE, FLAGS),
+    [((f32, "nearest"), True), ((bf16, "stochastic"), False), ((bf16, "compensated"), True)],
+)
+def test_rf_rmsprop_operator(backend: str, storage: tuple[torch.dtype, str], amp: bool) -> None:
+    shapes, (dtype, rounding) = [(6,), (), (4, 3)], storage
     state_dtype = f64 if dtype == f64 else f32
-    residuals = [residual(*shape) for shape in shapes] if rounding == "compensated" else []
-    arguments = (
+    check(
+        ops.rf_rmsprop,
         [numbers(*shape, dtype=dtype) for shape in shapes],
         [torch.ones(shape, dtype=state_dtype) for shape in shapes],
         [torch.zeros(shape, dtype=state_dtype) for shape in shapes],
         [torch.zeros((), dtype=torch.int32) for _ in shapes],
         [],
-        residuals,
+        [residual(*shape) for shape in shapes] if rounding == "compensated" else [],
         [numbers(*shape, dtype=dtype, seed=1) for shape in shapes],
         torch.tensor(0.01),
         *seeds_and_steps(len(shapes)),
         *scaler(amp),
-        *(4.0, 0.1, 1.0, 0.9, 0.01, 0.1, amp, amp, "stochastic", rounding, "eager"),
+        *(4.0, 0.1, 1.0, 0.9, 0.01, 0.1, amp, amp, "stochastic", rounding, backend),
     )
-    opcheck(ops.rf_rmsprop, arguments)
 
 
-@pytest.mark.parametrize("rounding", ["stochastic", "compensated"])
-def test_rf_rmsprop_operator_with_bf16_state(rounding: str) -> None:
-    residuals = [residual(6)] if rounding == "compensated" else []
-    arguments = (
+@backends("rounding", [("stochastic",), ("compensated",)], [("stochastic",), ("compensated",)])
+def test_rf_rmsprop_operator_with_bf16_state(backend: str, rounding: str) -> None:
+    check(
+        ops.rf_rmsprop,
         [numbers(6, dtype=bf16)],
         [torch.ones(6, dtype=bf16)],
         [torch.zeros(6, dtype=bf16)],
         [torch.zeros((), dtype=torch.int32)],
-        residuals,
+        [residual(6)] if rounding == "compensated" else [],
         [],
         [numbers(6, dtype=bf16, seed=1)],
         torch.tensor(0.01),
         *seeds_and_steps(1),
         *scaler(False),
-        *(4.0, 0.1, 1.0, 0.9, 0.01, 0.1, False, False, rounding, "stochastic", "eager"),
+        *(4.0, 0.1, 1.0, 0.9, 0.01, 0.1, False, False, rounding, "stochastic", backend),
     )
-    opcheck(ops.rf_rmsprop, arguments)
 
 
-@pytest.mark.parametrize(("dtype", "clip"), [(f32, "frobenius"), (f64, "row_sum"), (bf16, "none")], ids=str)
-@with_and_without_amp
-def test_clipped_momentum_operator(dtype: torch.dtype, clip: str, amp: bool) -> None:
+@backends(
+    "dtype, clip, amp",
+    [(*case, amp) for case in [(f32, "frobenius"), (f64, "row_sum"), (bf16, "none")] for amp in FLAGS],
+    [(f32, "row_sum", True), (bf16, "frobenius", False)],
+)
+def test_clipped_momentum_operator(backend: str, dtype: torch.dtype, clip: str, amp: bool) -> None:
     wide = torch.promote_types(dtype, f32)
     momenta = [numbers(BLOCKS, n, n, dtype=dtype) for n in (ROWS, COLS)]
     deltas = [numbers(BLOCKS, n, n, dtype=wide, seed=1) for n in (ROWS, COLS)]
-    opcheck(ops.clipped_momentum, (momenta, deltas, scaler(amp)[1], 0.5, clip, "eager"))
+    check(ops.clipped_momentum, momenta, deltas, scaler(amp)[1], 0.5, clip, backend)
 
 
-@pytest.mark.parametrize(("from_dtype", "to_dtype"), [(f32, bf16), (bf16, f32), (f64, f64)], ids=str)
-@with_and_without_amp
-def test_kron_gather_operator(from_dtype: torch.dtype, to_dtype: torch.dtype, amp: bool) -> None:
+@backends(
+    "dtypes, amp",
+    product([(f32, bf16), (bf16, f32), (f64, f64)], FLAGS),
+    [((f32, bf16), False), ((bf16, bf16), True)],
+)
+def test_kron_gather_operator(backend: str, dtypes: tuple[torch.dtype, torch.dtype], amp: bool) -> None:
+    from_dtype, to_dtype = dtypes
     weights = [numbers(ROWS, BLOCKS * COLS, dtype=from_dtype), numbers(ROWS, COLS, dtype=from_dtype).mT.contiguous().mT]
     tiles = [0, 1, 0, BLOCKS, 0, 1, 0, 1]
     factors = [numbers(BLOCKS + 1, n, n, dtype=to_dtype) for n in (ROWS, COLS)] if amp else []
-    opcheck(ops.kron_gather, (weights, tiles, ROWS, COLS, factors, scaler(amp)[0], to_dtype, amp, "eager"))
+    check(ops.kron_gather, weights, tiles, ROWS, COLS, factors, scaler(amp)[0], to_dtype, amp, backend)
 
 
-@by_storage
-@pytest.mark.parametrize("cached", FLAGS, ids=["factors", "cached"])
-@with_and_without_amp
-def test_kron_factor_operator(dtype: torch.dtype, rounding: str, cached: bool, amp: bool) -> None:
-    def square_matrices(seed: int, dtype: torch.dtype = dtype) -> list[Tensor]:
+def gathered(backend: str, dtype: torch.dtype, factors: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """G of BLOCKS blocks, which kernels pad, and the sums that belong to it."""
+    to_device = [x.to(DEVICES[backend]) for x in (numbers(ROWS, BLOCKS * COLS, seed=3), *factors)]
+    grads, factors = to_device[:1], to_device[1:]
+    return ops.kron_gather(grads, [0, 1, 0, BLOCKS], ROWS, COLS, factors, None, dtype, False, backend)
+
+
+@backends(
+    "storage, cached, amp",
+    product(STORAGE, FLAGS, FLAGS),
+    [((bf16, "stochastic"), True, False), ((bf16, "compensated"), False, True)],
+)
+def test_kron_factor_operator(backend: str, storage: tuple[torch.dtype, str], cached: bool, amp: bool) -> None:
+    dtype, rounding = storage
+
+    def square_matrices(seed: int) -> list[Tensor]:
         return [numbers(BLOCKS, n, n, dtype=dtype, seed=seed) for n in (ROWS, COLS)]
 
     paired = rounding == "compensated"
-    arguments = (
+    check(
+        ops.kron_factor,
         *square_matrices(0),
         *square_matrices(1),
         *([residual(BLOCKS, n, n) for n in (ROWS, COLS)] if paired else (None, None)),
         *(square_matrices(2) if cached else (None, None)),
-        numbers(BLOCKS, ROWS, COLS, dtype=dtype, seed=3),
-        torch.zeros(3, BLOCKS, 0),
+        *gathered(backend, dtype, square_matrices(0)),
         *seeds_and_steps(BLOCKS),
         scaler(amp)[1],
-        *(4.0, 0.2, 0.5, 0.01, 1.0, "frobenius", rounding, "eager"),
+        *(4.0, 0.2, 0.5, 0.01, 1.0, "frobenius", rounding, backend),
     )
-    opcheck(ops.kron_factor, arguments)
 
 
-@by_storage
-@pytest.mark.parametrize("updated", FLAGS, ids=["kept", "updated"])
-@with_and_without_amp
-def test_kron_step_operator(dtype: torch.dtype, rounding: str, updated: bool, amp: bool) -> None:
-    factors = [numbers(BLOCKS, n, n, dtype=bf16) for n in (ROWS, COLS)]
-    paired = rounding == "compensated"
-    arguments = (
+@backends(
+    "storage, updated, amp",
+    product(STORAGE, FLAGS, FLAGS),
+    [((f32, "nearest"), True, False), ((bf16, "stochastic"), False, True), ((bf16, "compensated"), True, True)],
+)
+def test_kron_step_operator(backend: str, storage: tuple[torch.dtype, str], updated: bool, amp: bool) -> None:
+    dtype, rounding = storage
+    check(
+        ops.kron_step,
         [numbers(ROWS, BLOCKS * COLS, dtype=dtype)],
         [numbers(ROWS, BLOCKS * COLS, dtype=f64 if dtype == f64 else f32, seed=1)],
-        [residual(ROWS, BLOCKS * COLS)] if paired else [],
+        [residual(ROWS, BLOCKS * COLS)] if rounding == "compensated" else [],
         [0, 1, 0, BLOCKS],
         torch.zeros(BLOCKS, dtype=torch.int32),
-        *factors,
-        numbers(BLOCKS, ROWS, COLS, seed=2),
-        torch.zeros(1, BLOCKS, 0),
+        *(numbers(BLOCKS, n, n, dtype=bf16) for n in (ROWS, COLS)),
+        *gathered(backend, f32 if backend == "eager" else bf16, []),
         torch.tensor(0.01),
-        torch.tensor([True, False, True]) if updated else None,
+        torch.tensor([True, False]) if updated else None,
         *seeds_and_steps(BLOCKS),
         scaler(amp)[1],
-        *(not updated, 0.9, 0.1, amp, rounding, "eager"),
+        *(not updated, 0.9, 0.1, amp, rounding, backend),
     )
-    opcheck(ops.kron_step, arguments)
 
 
 @pytest.mark.parametrize("optimizer", [RFRMSProp, IFShampoo])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -15,11 +16,12 @@ from triton_device import DEVICE, kernel_test, needs_gpu
 
 from rootfree_kernels import eager
 from rootfree_kernels.rounding import join_compensated
-from rootfree_kernels.triton_kernels import rf_rmsprop as triton_rf_rmsprop
 from rootfree_kernels.triton_kernels.launch import num_compilations
 from rootfree_kernels.triton_kernels.rf_rmsprop import CHUNK, rf_rmsprop
 
-pytestmark = [*kernel_test, pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning:triton")]
+triton_rf_rmsprop = import_module(rf_rmsprop.__module__)
+
+pytestmark = [*kernel_test, pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")]
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 TOLERANCE = {**RELATIVE_ERROR, BF16: 8e-3, FP16: 1e-3}  # of one step that rounds once
@@ -89,20 +91,22 @@ class Call:
     def residual(self, shape, generator):
         return torch.randint(-2000, 2000, shape, dtype=torch.int16, generator=generator).to(DEVICE)
 
-    def run(self, function=rf_rmsprop, lists=None):
-        """The tensors after a step."""
-        if lists is None:
-            lists, _ = self.tensors()
+    def arguments(self, lists):
         n = len(self.shapes)
         seeds = (torch.arange(n) * 0x1234567 - 3).to(DEVICE, torch.int32)
         steps = self.steps if isinstance(self.steps, torch.Tensor) else torch.full((n,), float(self.steps))
         scalars = [None if x is None else torch.tensor(x, device=DEVICE) for x in (self.grad_scale, self.found_inf)]
         lr = self.lr if isinstance(self.lr, torch.Tensor) else torch.tensor(self.lr, dtype=torch.float64)
-        function(
+        return (
             *(lists["param"], lists["square"], lists["buffer"], lists["skipped"]),
             *(lists["square_residual"], lists["weight_residual"], lists["grad"]),
             *(lr, seeds, steps, *scalars, *{**OPTIONS, **self.options}.values(), self.rounding, self.weight_rounding),
         )
+
+    def run(self, function=rf_rmsprop, lists=None):
+        """The tensors after a step."""
+        lists = lists or self.tensors()[0]
+        function(*self.arguments(lists))
         return lists
 
 
@@ -177,8 +181,9 @@ def test_a_step_is_the_reference_s_and_leaves_the_memory_around_alone(call):
         state = ref.DiagonalState(before["square"][index], before["buffer"][index])
         weight, state = ref.diagonal_step(weight, grad, state, **options)
         for name, expected in (("param", weight), ("square", state.square), ("buffer", state.buffer)):
-            error = np.linalg.norm(wide(lists, name)[index] - expected)
-            assert error <= TOLERANCE[stored[name]] * np.linalg.norm(expected), f"{name} of {call.shapes[index]}"
+            error, size = np.linalg.norm(wide(lists, name)[index] - expected), np.linalg.norm(expected)
+            cancelled = 2e-6 * expected.size**0.5  # roundings of the terms, which are of the order of 1
+            assert error <= TOLERANCE[stored[name]] * size + cancelled, f"{name} of {call.shapes[index]}"
     assert counts(lists) == skipped
     assert all(map(torch.equal, lists["grad"], grads))
     for x, around in memory:
@@ -411,24 +416,21 @@ def test_a_tensor_of_more_than_2_31_numbers():
 
 @pytest.mark.gpu
 @needs_gpu
-def test_a_cuda_graph_steps_as_often_as_it_is_replayed():
-    n = 3
-    call = Call([(17, 130), (4 * CHUNK + 1,), ()], lr=torch.tensor(0.05, device=DEVICE), found_inf=0.0)
-    call = replace(call, steps=torch.zeros(n, device=DEVICE))
-    lists, expected = call.tensors()[0], call.tensors()[0]
+@pytest.mark.parametrize("warm", [True, False], ids=["tables kept", "tables made while capturing"])
+def test_a_cuda_graph_steps_as_often_as_it_is_replayed(warm):
+    call = Call([(17, 130), (4 * CHUNK + 1,), ()], lr=torch.tensor(0.05, device=DEVICE))
+    lists, expected, start = (call.tensors()[0] for _ in range(3))
     for tensors in (lists, expected):
         tensors["grad"][1][0] = torch.nan
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        call.run(lists=call.tensors()[0])  # compiles
-    stream.synchronize()
+    arguments = call.arguments(lists)
+    call.run(lists=lists if warm else None)  # compiles
+    for name in ("param", "square", "buffer", "skipped"):
+        torch._foreach_copy_(lists[name], start[name])
     graph = torch.cuda.CUDAGraph()
-    arguments = {"grad_scale": None, "found_inf": None}  # made within `run`, which a graph must not do
-    with torch.cuda.graph(graph, stream=stream):
-        replace(call, **arguments).run(lists=lists)
+    with torch.cuda.graph(graph):
+        rf_rmsprop(*arguments)
     for _ in range(4):
         graph.replay()
-        replace(call, **arguments).run(lists=expected)
-    torch.cuda.synchronize()
+        call.run(lists=expected)
     assert_same({**lists, "grad": []}, {**expected, "grad": []})
     assert counts(lists) == [0, 5, 2]

@@ -9,10 +9,21 @@ This folder is installed as ``rootfree_kernels.triton_kernels`` and always impor
 every kernel.
 """
 
+from rootfree_kernels.triton_kernels.clipped_momentum import clipped_momentum
 from rootfree_kernels.triton_kernels.kron_factor import kron_factor
 from rootfree_kernels.triton_kernels.kron_gather import kron_gather, num_partial_sums
 from rootfree_kernels.triton_kernels.kron_gather import padded as padded_side
 from rootfree_kernels.triton_kernels.kron_step import kron_step
 from rootfree_kernels.triton_kernels.products import kron_products
+from rootfree_kernels.triton_kernels.rf_rmsprop import rf_rmsprop
 
-__all__ = ["kron_factor", "kron_gather", "kron_products", "kron_step", "num_partial_sums", "padded_side"]
+__all__ = [
+    "clipped_momentum",
+    "kron_factor",
+    "kron_gather",
+    "kron_products",
+    "kron_step",
+    "num_partial_sums",
+    "padded_side",
+    "rf_rmsprop",
+]

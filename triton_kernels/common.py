@@ -93,6 +93,12 @@ def join_compensated(hi, lo):
 
 
 @triton.jit
+def pointer_to(address, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
+    """The pointer to an address out of a table, which carries no alignment: VECTOR numbers are promised to have it."""
+    return tl.multiple_of(address.to(tl.pointer_type(DTYPE)), VECTOR * DTYPE.primitive_bitwidth // 8)
+
+
+@triton.jit
 def load_masked(ptr, mask):
     """`tl.load`, 0 where `mask` is False. A mask of None reads all: no mask is in the way of 128-bit accesses then."""
     if mask is None:

@@ -318,7 +318,7 @@ def kron_factor(
         (
             *(a, c, k, m_c, m_k, new_m_c, new_m_k, squares, norms, sums_c, sums_k),
             *(num_blocks, squares.shape[-1], *sizes),
-            *(batch_size, riemannian_momentum, damping, gamma),
+            *map(float, (batch_size, riemannian_momentum, damping, gamma)),
         ),
         (config.block, config.depth, row_sum),
         config.num_warps,
@@ -334,7 +334,7 @@ def kron_factor(
             *(norms, sums_c, sums_k),
             *((seeds, steps) if draws else (constant(0, device, torch.int32), zero)),
             zero if found_inf is None else found_inf,
-            *(ok, int(draws), *sizes, beta2, int(clip != "none")),
+            *(ok, int(draws), *sizes, float(beta2), int(clip != "none")),
         ),
         (config.block, config.depth, row_sum, effective_rounding(c.dtype, rounding)),
         config.num_warps,

@@ -113,8 +113,9 @@ def kron_step_kernel(
         residual_ptrs = block_pointers(blocks_table + 9 * block + 6, row, col, i, j, tl.int16, ALIGNED)
         weight = load_stored(weight_ptrs, residual_ptrs, 0, mask, ROUNDING)
         buffer = load_stored(buffer_ptrs, buffer_ptrs, 0, mask, "nearest")
-        buffer = momentum * buffer + quarter(direction, part) + tl.where(decoupled != 0, 0.0, weight_decay) * weight
-        weight -= lr * (buffer + tl.where(decoupled != 0, weight_decay, 0.0) * weight)
+        decay = tl.where(weight_decay != 0.0, weight_decay * weight, 0.0)  # 0 times an infinite weight would be NaN
+        buffer = momentum * buffer + quarter(direction, part) + tl.where(decoupled != 0, 0.0, decay)
+        weight -= lr * (buffer + tl.where(decoupled != 0, decay, 0.0))
         index = (row + i) * d + (col + j)
         store_rounded(buffer, buffer_ptrs, buffer_ptrs, 0, mask, 0, index, "nearest")
         store_rounded(weight, weight_ptrs, residual_ptrs, 0, mask, key, index, ROUNDING)
@@ -190,10 +191,10 @@ def kron_step(
             constant(1.0, device, torch.bool) if ok is None else ok,
             zero if found_inf is None else found_inf,
             *((seeds, steps) if draws else (constant(0, device, torch.int32), zero)),
-            *((lr.float(), 0.0) if on_device else (zero, lr.item())),
+            *((lr.float(), 0.0) if on_device else (zero, float(lr.item()))),
             *(int(ok is not None), int(draws), squares.shape[-1]),
             *(p, d, grad.shape[1] // PADDING, grad.shape[2] // PADDING),
-            *(momentum, weight_decay, int(decoupled)),
+            *(float(momentum), float(weight_decay), int(decoupled)),
         ),
         (
             *(TRITON_DTYPES[params[0].dtype], TRITON_DTYPES[buffers[0].dtype]),

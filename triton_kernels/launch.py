@@ -26,7 +26,7 @@ MAX_STRIDE = 1 << 23
 """Of rows that are called aligned: offsets within a tile of 128 rows then fit 32 bits."""
 
 _tables: OrderedDict[tuple[Any, ...], Tensor] = OrderedDict()
-_captured: list[Tensor] = []  # of tables that were copied within a CUDA graph: a replay copies them again
+_captured: list[Any] = []  # what CUDA graphs read, and the host's copies of tables that a replay copies again
 _constants: dict[tuple[float, torch.device, torch.dtype], Tensor] = {}
 _compiled: dict[tuple[Any, ...], Any] = {}
 
@@ -45,16 +45,28 @@ def _is_constant(parameter: Parameter) -> bool:
 def table(rows: Sequence[int], device: torch.device) -> Tensor:
     """Whole numbers as an int64 tensor on `device`, kept there by content."""
     key = (tuple(rows), device)
-    kept = _tables.get(key)
-    if kept is not None:
-        _tables.move_to_end(key)
+    if (kept := _kept(_tables, key, device)) is not None:
         return kept
-    kept = _on_device(torch.tensor(key[0], dtype=torch.int64), device)
-    if not _is_capturing(device):
-        _tables[key] = kept
-        if len(_tables) > MAX_TABLES:
-            _tables.popitem(last=False)
+    return _keep(_tables, key, device, _on_device(torch.tensor(key[0], dtype=torch.int64), device))
+
+
+def _kept(tables: OrderedDict[tuple[Any, ...], Any], key: tuple[Any, ...], device: torch.device) -> Any:
+    """What is kept under a key, or None. What a CUDA graph reads stays for good: nobody sees when the graph goes."""
+    kept = tables.get(key)
+    if kept is not None:
+        tables.move_to_end(key)
+        if _is_capturing(device):
+            _captured.append(kept)
     return kept
+
+
+def _keep(tables: OrderedDict[tuple[Any, ...], Any], key: tuple[Any, ...], device: torch.device, made: Any) -> Any:
+    """Keep what was made, unless it was made within a CUDA graph, where it is filled only by a replay."""
+    if not _is_capturing(device):
+        tables[key] = made
+        if len(tables) > MAX_TABLES:
+            tables.popitem(last=False)
+    return made
 
 
 def _on_device(host: Tensor, device: torch.device) -> Tensor:
@@ -89,9 +101,7 @@ def tensor_table(
     `programs_of` is a function of a row of the columns and of nothing else: how many programs work on that tensor.
     """
     key = (columns, programs_of, device)
-    kept = _tensor_tables.get(key)
-    if kept is not None:
-        _tensor_tables.move_to_end(key)
+    if (kept := _kept(_tensor_tables, key, device)) is not None:
         return kept
     tensors = [*zip(*columns, strict=True)]
     counts = [programs_of(row) for row in tensors]
@@ -105,11 +115,7 @@ def tensor_table(
         torch.zeros(len(tensors), dtype=torch.float32, device=device),
         firsts[-1],
     )
-    if not _is_capturing(device):
-        _tensor_tables[key] = made
-        if len(_tensor_tables) > MAX_TABLES:
-            _tensor_tables.popitem(last=False)
-    return made
+    return _keep(_tensor_tables, key, device, made)
 
 
 class BlockTable(NamedTuple):
@@ -127,9 +133,7 @@ def block_table(lists: tuple[Sequence[Tensor], ...], tiles: Sequence[Tile], devi
     """The table of the blocks of `tiles`, one tile of each tensor of every list; the tensors have two axes."""
     places = tuple([(x.data_ptr(), x.stride(), x.element_size()) for tensors in lists for x in tensors])
     key = (places, tuple(tiles), device)
-    kept = _block_tables.get(key)
-    if kept is not None:
-        _block_tables.move_to_end(key)
+    if (kept := _kept(_block_tables, key, device)) is not None:
         return kept
     blocks: list[int] = []
     aligned = True
@@ -143,11 +147,7 @@ def block_table(lists: tuple[Sequence[Tensor], ...], tiles: Sequence[Tile], devi
                 blocks += (address, row_stride, col_stride)
                 aligned &= address % 16 == 0 and row_stride % 8 == 0 and col_stride == 1 and row_stride < MAX_STRIDE
     made = BlockTable(table(blocks, device), sum(tile.num_blocks for tile in tiles), aligned)
-    if not _is_capturing(device):
-        _block_tables[key] = made
-        if len(_block_tables) > MAX_TABLES:
-            _block_tables.popitem(last=False)
-    return made
+    return _keep(_block_tables, key, device, made)
 
 
 def constant(value: float, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:

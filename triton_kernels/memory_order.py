@@ -23,12 +23,14 @@ def is_dense(x: Tensor) -> bool:
     return True
 
 
-def alike(lists: Sequence[Sequence[Tensor]], in_any_order: bool) -> list[list[Tensor]]:
+def alike(lists: Sequence[Sequence[Tensor]], in_any_order: bool) -> Sequence[Sequence[Tensor]]:
     """`lists` with copies in place of tensors, so that all of an index lie alike in memory.
 
     The order is that of the first list's tensor, if it is dense and `in_any_order`, and row by row otherwise. Lists
     may be empty. `write_back` copies what was changed to where it belongs.
     """
+    if all(all(map(Tensor.is_contiguous, tensors)) for tensors in lists):
+        return lists
     new: list[list[Tensor]] = [[*tensors] for tensors in lists]
     for index, first in enumerate(lists[0]):
         like = first if in_any_order and is_dense(first) else torch.empty(first.shape, device="meta")
@@ -42,6 +44,7 @@ def alike(lists: Sequence[Sequence[Tensor]], in_any_order: bool) -> list[list[Te
 def write_back(lists: Sequence[Sequence[Tensor]], new: Sequence[Sequence[Tensor]]) -> None:
     """Copy the tensors of `new` that are not those of `lists` to them."""
     for tensors, copies in zip(lists, new, strict=True):
-        for x, copy in zip(tensors, copies, strict=True):
-            if x is not copy:
-                x.copy_(copy)
+        if copies is not tensors:
+            for x, copy in zip(tensors, copies, strict=True):
+                if x is not copy:
+                    x.copy_(copy)

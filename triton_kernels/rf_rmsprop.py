@@ -13,7 +13,7 @@ the last is told by a counter that it sets back to 0: the same launch can be rep
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from itertools import chain
+from itertools import chain, product
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -28,6 +28,7 @@ from rootfree_kernels.triton_kernels.common import (
     is_finite,
     load_masked,
     load_stored,
+    pointer_to,
     random_key,
     store_rounded,
 )
@@ -36,18 +37,17 @@ from rootfree_kernels.triton_kernels.launch import constant, kernel, launch, tab
 from rootfree_kernels.triton_kernels.memory_order import alike, write_back
 
 CHUNK, NUM_WARPS = 1024, 4
-"""Numbers of a program, eight for each thread: 48 to 64 registers, and enough bytes on their way to fill the memory."""
+"""Numbers of a program, eight for each thread: in 40 to 64 registers, with enough bytes on their way for any memory."""
 
-_CHUNK, _PART = tl.constexpr(CHUNK), tl.constexpr(CHUNK // 2)  # masked chunks in parts: they take more registers
+_CHUNK, _PART = tl.constexpr(CHUNK), tl.constexpr(CHUNK // 4)  # masked chunks in parts: they take more registers
 _COLUMNS = tl.constexpr(8)
 _SLOT_SQUARE, _SLOT_WEIGHT = tl.constexpr(rnd.SLOT_SQUARE), tl.constexpr(rnd.SLOT_WEIGHT)
 
 
 @triton.jit
-def _typed(address, start, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
-    """The pointer to number `start` at an address of a table; VECTOR numbers are known to lie aligned."""
-    pointer = address.to(tl.pointer_type(DTYPE)) + start
-    return tl.multiple_of(pointer, VECTOR * DTYPE.primitive_bitwidth // 8)
+def _number(address, start, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
+    """The pointer to number `start` of the tensor at an address."""
+    return pointer_to(address + start * (DTYPE.primitive_bitwidth // 8), DTYPE, VECTOR)
 
 
 @triton.jit
@@ -69,10 +69,10 @@ def _step(
     """Step the numbers at `start + offsets` of the tensors at these addresses; 1 if any was left out, else 0."""
     param, grad, square, buffer, square_residual, weight_residual = addresses
     grad_factor, lr, decay, growth, momentum, damping, weight_decay, shrinkage = numbers
-    param_ptr, grad_ptr = _typed(param, start, PARAM, VECTOR), _typed(grad, start, GRAD, VECTOR)
-    square_ptr, buffer_ptr = _typed(square, start, SQUARE, VECTOR), _typed(buffer, start, BUFFER, VECTOR)
-    square_residual_ptr = _typed(square_residual, start, tl.int16, VECTOR)
-    weight_residual_ptr = _typed(weight_residual, start, tl.int16, VECTOR)
+    param_ptr, grad_ptr = _number(param, start, PARAM, VECTOR), _number(grad, start, GRAD, VECTOR)
+    square_ptr, buffer_ptr = _number(square, start, SQUARE, VECTOR), _number(buffer, start, BUFFER, VECTOR)
+    square_residual_ptr = _number(square_residual, start, tl.int16, VECTOR)
+    weight_residual_ptr = _number(weight_residual, start, tl.int16, VECTOR)
     g = load_masked(grad_ptr + offsets, mask).to(tl.float32) * grad_factor
     old_s = load_stored(square_ptr, square_residual_ptr, offsets, mask, ROUNDING)
     old_m = load_masked(buffer_ptr + offsets, mask).to(tl.float32)
@@ -185,15 +185,13 @@ def _modes(dtype: torch.dtype) -> tuple[str, ...]:
 
 def configurations() -> Iterator[Configuration]:
     arguments = ("*i64", "*i64", "*i32", "*i64", "*i32", *("*fp32",) * 4, *("fp32",) * 9)
-    for param, grads in GRAD_DTYPES.items():
-        for grad in grads:
-            for square in STATE_DTYPES:
-                for buffer in STATE_DTYPES:
-                    dtypes = [TRITON_DTYPES[dtype] for dtype in (param, grad, square, buffer)]
-                    for rounding in _modes(square):
-                        for weight_rounding in _modes(param):
-                            constants = (*dtypes, rounding, weight_rounding)
-                            yield Configuration(rf_rmsprop_kernel, arguments, constants, NUM_WARPS, 1, "elementwise")
+    for param, square, buffer in product(GRAD_DTYPES, STATE_DTYPES, STATE_DTYPES):
+        for grad in GRAD_DTYPES[param]:
+            dtypes = [TRITON_DTYPES[dtype] for dtype in (param, grad, square, buffer)]
+            # Next to an FP32 gradient what is stored goes 64 bits at a time, unless some of that is FP32 as well.
+            kind = "elementwise" if grad != torch.float32 or grad in (param, square, buffer) else "irregular"
+            for modes in product(_modes(square), _modes(param)):
+                yield Configuration(rf_rmsprop_kernel, arguments, (*dtypes, *modes), NUM_WARPS, 1, kind)
 
 
 # ---- launcher ----------------------------------------------------------------------------------------------------
@@ -209,9 +207,6 @@ class Lists(NamedTuple):
     weight_residuals: Sequence[Tensor]
     grads: Sequence[Tensor]
     skipped: Sequence[Tensor]
-
-    def contiguous(self) -> bool:
-        return all(all(map(Tensor.is_contiguous, tensors)) for tensors in self[:-1])
 
 
 def _dtypes(tensors: Sequence[Tensor]) -> set[torch.dtype]:
@@ -339,12 +334,8 @@ def rf_rmsprop(
         lists = lists._replace(grads=[grad.float() for grad in grads])
     modes = (_mode(square, square_residuals, rounding), _mode(param, weight_residuals, weight_rounding))
     decays = (0.0, weight_decay) if decoupled else (weight_decay, 0.0)
-    numbers = (-1 if maximize else 1, 1 - beta2 * gamma, beta2 * batch_size, momentum, damping, *decays)
-    rest = modes, lr, seeds, steps, grad_scale, found_inf, tuple(map(float, numbers))
-    if lists.contiguous():
-        _launch(lists, *rest)
-    else:
-        tensors = lists[:-1]
-        copies = alike(tensors, in_any_order="stochastic" not in modes)
-        _launch(Lists(*copies, skipped), *rest)
-        write_back(tensors[:-1], copies[:-1])
+    numbers = map(float, (-1 if maximize else 1, 1 - beta2 * gamma, beta2 * batch_size, momentum, damping, *decays))
+    tensors = lists[:-1]
+    copies = alike(tensors, in_any_order="stochastic" not in modes)
+    _launch(Lists(*copies, skipped), modes, lr, seeds, steps, grad_scale, found_inf, tuple(numbers))
+    write_back(tensors[:-1], copies[:-1])

@@ -1,32 +1,21 @@
-"""What both optimizers share: the conventions of torch.optim, the checks before a step, the diagonal step."""
+"""What both optimizers share: the conventions of torch.optim, the step, eager and compiled, the diagonal step."""
 
 from __future__ import annotations
 
-import os
-from collections import defaultdict
 from collections.abc import Callable
-from contextlib import ExitStack
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from rootfree_kernels import ops
-from rootfree_kernels.backends import FactorDtypes, choose
-from rootfree_kernels.optim.checkpoint import CheckpointedOptimizer
-from rootfree_kernels.optim.layout import (
-    LAYOUT_OPTIONS,
-    Entry,
-    Group,
-    difference_of,
-    is_pair,
-    label_of,
-    needs_bits,
-    state_dtype,
-)
-from rootfree_kernels.optim.options import check_options, check_param, grad_problem
-from rootfree_kernels.rounding import block_seed
+from rootfree_kernels.optim.layout import Entry, Group, is_pair, state_dtype
+from rootfree_kernels.optim.options import check_options, check_param
+from rootfree_kernels.optim.plan import Diagonal, Matrices, Plan
+from rootfree_kernels.optim.planned import PlannedOptimizer, is_captured
+from rootfree_kernels.optim.workspace import reserve
 
 
 def lr_scalar(lr: float | Tensor) -> Tensor:
@@ -34,7 +23,22 @@ def lr_scalar(lr: float | Tensor) -> Tensor:
     return lr.reshape(()) if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64, device="cpu")
 
 
-class RootFreeOptimizer(CheckpointedOptimizer):
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """No casts by `torch.autocast`, which an operator is not to see."""
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
+class Shared(NamedTuple):
+    """What the operators of a group's step on one device have in common."""
+
+    lr: Tensor
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+
+
+class RootFreeOptimizer(PlannedOptimizer):
     """Base of the optimizers; see `RFRMSProp` and `IFShampoo`.
 
     State of every parameter: `step`, the number of calls with a gradient (FP32, 0-d; on the CPU, or with `capturable`
@@ -47,11 +51,6 @@ class RootFreeOptimizer(CheckpointedOptimizer):
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         self._forget()
         super().__init__(params, defaults)
-
-    def _forget(self) -> None:
-        self._seeds: dict[Tensor, int] = {}
-        self._seed_tensors: dict[tuple[Tensor, ...], Tensor] = {}
-        self._layout_keys: dict[Tensor, tuple[Any, ...]] = {}  # by the first parameter of a group
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -98,75 +97,74 @@ class RootFreeOptimizer(CheckpointedOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._step_all()
+        if torch.compiler.is_compiling() and (number := self._trace_number()) is not None:
+            self._step_traced(number)
+        else:
+            self._step_all()
         return loss
 
-    @torch.compiler.disable(reason="bookkeeping on the host around operators that are opaque to the compiler")
+    @torch.compiler.disable(reason="a step is traced where every group has capturable=True and nothing is amiss")
     def _step_all(self) -> None:
-        active = [self._checked_params(group) for group in self.param_groups]
-        due = [self._due(group, params) for group, params in zip(self.param_groups, active, strict=True)]
-        with ExitStack() as stack:
-            for device_type in {param.device.type for params in active for param in params}:
-                if torch.amp.is_autocast_available(device_type):
-                    stack.enter_context(torch.autocast(device_type, enabled=False))
-            for group, params, now in zip(self.param_groups, active, due, strict=True):
-                if params:
-                    self._step_group(group, params, now)
+        every = self._ready()
+        if any(is_captured(plan.device) and not group["capturable"] for group, plan, _ in every):
+            raise RuntimeError(
+                "capturable=False in a step that a CUDA graph captures: its count of steps stays on the host, so that "
+                "every replay would take the same step; pass capturable=True."
+            )
+        reserve(ready.plan for ready in every)
+        for group, plan, grads in every:
+            with without_autocast(plan.device.type):
+                self._step_plan(group, plan, grads)
+            plan.note_versions()
 
-    def _checked_params(self, group: Group) -> list[Tensor]:
-        """The group's parameters that have a gradient, after every check of options, gradients and backend."""
-        check_options(group)
-        params = []
-        for index, param in enumerate(group["params"]):
-            if param.grad is not None:
-                if problem := grad_problem(param, param.grad):
-                    raise RuntimeError(f"{label_of(group, index)} {problem}")
-                params.append(param)
-        self._check_layout(group)
-        return params
+    @torch.compiler.assume_constant_result
+    def _trace_number(self) -> int | None:
+        """Where in `_traced` the plans of the step stand that is being compiled; None where it cannot be traced.
 
-    def _check_backends(self, params: list[Tensor], group: Group) -> None:
-        """Raise where a backend was asked for that cannot serve."""
-        for device, dtype, factors in {(p.device, p.dtype, self._factor_dtypes(p, group)) for p in params}:
-            choose(device, dtype, group["fused"], factors)
+        The compiler runs this instead of tracing it. The state is made, everything is checked and planned here, and
+        what is compiled goes by the plans for as long as its guards hold (see `_init_group`).
+        """
+        if not all(group["capturable"] for group in self.param_groups):
+            return None
+        try:
+            every = self._ready()
+        except (RuntimeError, ValueError):  # `_step_all` raises it again, in its time
+            return None
+        plans = [[ready.plan for ready in every if ready.group is group] for group in self.param_groups]
+        for number, known in self._traced.items():
+            if known == plans:
+                return number
+        self._traced[len(self._traced)] = plans
+        return len(self._traced) - 1
 
-    def _factor_dtypes(self, param: Tensor, group: Group) -> FactorDtypes | None:
-        """The dtypes of a parameter's factors, None where it has none."""
-        return None
+    def _step_traced(self, number: int) -> None:
+        for index, (group, plans) in enumerate(zip(self.param_groups, self._traced[number], strict=True)):
+            guarded: list[Tensor] = []
+            self._init_group(group, number, index, guarded)
+            for plan in plans:
+                with without_autocast(plan.device.type):
+                    self._step_plan(group, plan, [param.grad for param in plan.params])  # type: ignore[misc]
 
-    def _check_layout(self, group: Group) -> None:
-        """Raise if the state was made for other options, dtypes or devices; looks only where one of them changed."""
-        key = self._layout_key(group)
-        if not group["params"] or self._layout_keys.get(group["params"][0]) == key:
-            return
-        for index, param in enumerate(group["params"]):
-            state = self.state.get(param)
-            if state and (difference := difference_of(state, self._layout(param, group), param.device)):
-                options = ", ".join(f"{name}={group[name]}" for name in LAYOUT_OPTIONS if name in group)
-                raise ValueError(
-                    f"{label_of(group, index)} of {param.dtype} on {param.device} with {options}: its state was made "
-                    f"for others ({difference}). Set them before the first step, or make a new optimizer."
-                )
-        self._check_backends(group["params"], group)
-        self._layout_keys[group["params"][0]] = key
-        self._replan(group)
+    def _init_group(self, group: Group, number: int, index: int, guarded: list[Tensor]) -> None:
+        """List the tensors of a group's state and of its plans.
 
-    def _layout_key(self, group: Group) -> tuple[Any, ...]:
-        """All that decides what the state looks like, how it is batched and by which backend it is stepped."""
-        placement = [(param.dtype, param.device) for param in group["params"]]
-        backend = (group["fused"], os.environ.get("ROOTFREE_BACKEND"))
-        return (*(group.get(name) for name in LAYOUT_OPTIONS), *backend, *placement)
+        The name is one that the compiler knows from PyTorch's optimizers: it runs this instead of tracing it, and
+        compiles anew where an option, the presence of a gradient or one of these tensors is another one than now.
+        """
+        for device_state in self._bases[index].device_states:
+            guarded.extend(device_state.tensors())
+        for plan in self._traced[number][index]:
+            guarded.extend(plan.tensors())
 
-    def _replan(self, group: Group) -> None:
-        """Forget what was derived from the group's options, dtypes and devices."""
-        self._seed_tensors.clear()
-
-    def _due(self, group: Group, params: list[Tensor]) -> set[Tensor]:
-        """The parameters whose factors are updated in this step; asked of all groups before anything changes."""
-        return set()
-
-    def _step_group(self, group: Group, params: list[Tensor], due: set[Tensor]) -> None:
-        raise NotImplementedError
+    def _step_plan(self, group: Group, plan: Plan, grads: list[Tensor]) -> None:
+        """Step the parameters of a plan. This, in essence, is what `torch.compile` traces."""
+        shared = Shared(lr_scalar(group["lr"]), *self._amp(plan.device))
+        for part, where, steps in zip(plan.parts, plan.slices, plan.steps(), strict=True):
+            if isinstance(part, Diagonal):
+                self._step_diagonal(group, part, grads[where], steps, shared)
+            else:
+                self._step_matrices(group, part, grads[where], steps, shared)
+        plan.count_step()
 
     def _diagonal_layout(self, param: Tensor, group: Group) -> dict[str, Entry]:
         shape, kept = tuple(param.shape), state_dtype(param, group)
@@ -181,78 +179,27 @@ class RootFreeOptimizer(CheckpointedOptimizer):
             layout["weight_residual"] = Entry(shape, torch.int16)
         return layout
 
-    def _init_state(self, param: Tensor, group: Group) -> None:
-        """Make the state of a parameter at its first gradient."""
-        state = self.state[param]
-        device = param.device if group["capturable"] else "cpu"
-        state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-        for name, entry in self._layout(param, group).items():
-            if entry.like_param:
-                state[name] = torch.full_like(param, entry.fill, dtype=entry.dtype, requires_grad=False)
-            else:
-                state[name] = param.new_full(entry.shape, entry.fill, dtype=entry.dtype)
-
-    def _count_step(self, params: list[Tensor]) -> None:
-        torch._foreach_add_([self.state[param]["step"] for param in params], 1)
-
-    def _seed(self, group: Group, param: Tensor, block_index: int = 0) -> int:
-        """The seed of a block: a function of the group's seed and of the parameter's place among all parameters."""
-        if param not in self._seeds:
-            every = (p for g in self.param_groups for p in g["params"])
-            self._seeds = {p: index for index, p in enumerate(every)}
-        return block_seed(group["seed"], self._seeds[param], block_index)
-
-    def _tensor_of_seeds(self, group: Group, params: list[Tensor]) -> Tensor:
-        """Seeds [n], int32, on the parameters' device, kept so that they are copied there but once."""
-        key = tuple(params)
-        if key not in self._seed_tensors:
-            if len(self._seed_tensors) > 64:  # gradients come and go in ever new constellations
-                self._seed_tensors.clear()
-            seeds = [self._seed(group, param) for param in params]
-            self._seed_tensors[key] = torch.tensor(seeds, dtype=torch.int32, device=params[0].device)
-        return self._seed_tensors[key]
-
     def _amp(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
         """GradScaler's (grad_scale, found_inf) on `device`, None outside of it."""
         scaling = (getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         grad_scale, found_inf = (x if x is None else x.to(device, non_blocking=True) for x in scaling)
         return grad_scale, found_inf
 
-    def _diagonal_step(self, group: Group, params: list[Tensor]) -> None:
-        """RF-RMSProp for every parameter given: one operator for all of a dtype and device."""
-        batches: dict[Any, list[Tensor]] = defaultdict(list)
-        for param in params:
-            if param.numel():
-                alone = id(param) if group["foreach"] is False else None
-                batches[param.device, param.dtype, param.grad.dtype, alone].append(param)  # type: ignore[union-attr]
-        for batch in batches.values():
-            self._diagonal_batch(group, batch)
-
-    def _diagonal_batch(self, group: Group, params: list[Tensor]) -> None:
-        device, dtype = params[0].device, params[0].dtype
-        kept, modes = state_dtype(params[0], group), (group["rounding"], group["weight_rounding"])
-        seeds = steps = torch.zeros(0, dtype=torch.int32, device=device)
-        if needs_bits(kept, modes[0]) or needs_bits(dtype, modes[1]):
-            seeds = self._tensor_of_seeds(group, params)
-            steps = torch.stack([self.state[p]["step"] for p in params])
-        grad_scale, found_inf = self._amp(device)
-
-        def entries(name: str) -> list[Tensor]:
-            return [self.state[p][name] for p in params]
-
-        ops.rf_rmsprop(
-            params,
-            entries("square"),
-            entries("momentum_buffer"),
-            entries("skipped"),
-            entries("square_residual") if is_pair(kept, modes[0]) else [],
-            entries("weight_residual") if is_pair(dtype, modes[1]) else [],
-            [p.grad for p in params],
-            lr_scalar(group["lr"]),
-            seeds,
+    def _step_diagonal(self, group: Group, part: Diagonal, grads: list[Tensor], steps: Tensor, shared: Shared) -> None:
+        ops.run(
+            "rf_rmsprop",
+            part.params,
+            part.squares,
+            part.buffers,
+            part.skipped,
+            part.square_residuals,
+            part.weight_residuals,
+            grads,
+            shared.lr,
+            part.seeds,
             steps,
-            grad_scale,
-            found_inf,
+            shared.grad_scale,
+            shared.found_inf,
             group["batch_size"],
             group["beta2"],
             group["gamma"],
@@ -261,6 +208,10 @@ class RootFreeOptimizer(CheckpointedOptimizer):
             group["weight_decay"],
             group["decoupled_weight_decay"],
             group["maximize"],
-            *modes,
-            choose(device, dtype, group["fused"]),
+            group["rounding"],
+            group["weight_rounding"],
+            part.backend,
         )
+
+    def _step_matrices(self, group: Group, part: Matrices, grads: list[Tensor], steps: Tensor, shared: Shared) -> None:
+        raise NotImplementedError

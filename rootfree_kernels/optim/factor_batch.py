@@ -40,35 +40,26 @@ class FactorBatch:
     def __init__(self, members: Sequence[Member], states: Any, group: Group, seeds: Sequence[int]) -> None:
         self.members = list(members)
         param = members[0].param
+        self.device, self.block_shape = param.device, members[0].tile.block_shape
         self.backend = choose(param.device, param.dtype, group["fused"], factor_dtypes(group))
         default = matmul_dtype(group["factor_dtype"], param.device, self.backend)
         self.matmul_dtype: torch.dtype = group["matmul_dtype"] or default
         self.storage: dict[str, Tensor] = {}
         self.products: dict[str, Tensor] = {}
-        self._views: dict[Tensor, list[tuple[str, Tensor]]] = {}
         self.seeds = torch.tensor(seeds, dtype=torch.int32, device=self.device)
         for name in tile_layout(Tile.single(1, 1), group):
             self._adopt(states, name)
         if caches_products(group):
             self.products = self._made_products()
+        self._every = {**self.storage, **self.products, "seeds": self.seeds}
         self.note_versions()
-
-    @property
-    def device(self) -> torch.device:
-        return self.members[0].param.device
-
-    @property
-    def block_shape(self) -> tuple[int, int]:
-        return self.members[0].tile.block_shape
 
     def _adopt(self, states: Any, name: str) -> None:
         """Move an entry of all members into one storage and leave views of it in their states."""
         parts = [states[member.param][name + member.suffix] for member in self.members]
         self.storage[name] = torch.cat(parts)
         for member in self.members:
-            view = self.storage[name][member.blocks]
-            states[member.param][name + member.suffix] = view
-            self._views.setdefault(member.param, []).append((name + member.suffix, view))
+            states[member.param][name + member.suffix] = self.storage[name][member.blocks]
 
     def note_versions(self) -> None:
         """Remember the factors as they are, so that a change from outside shows."""
@@ -78,16 +69,9 @@ class FactorBatch:
         factors = (self.storage["factor_c"], self.storage["factor_k"])
         return [0 if factor.is_inference() else factor._version for factor in factors]
 
-    def holds(self, states: Any) -> bool:
-        """Whether the states still hold the views, and the products still belong to the factors: a user may have put
-        other tensors in their place, or written into a factor."""
-        if self.products and self._versions != self._factor_versions():
-            return False
-        for param, views in self._views.items():
-            state = states[param]
-            if not all(state.get(name) is view for name, view in views):
-                return False
-        return True
+    def products_hold(self) -> bool:
+        """Whether the products still belong to the factors: a user may have written into one."""
+        return not self.products or self._versions == self._factor_versions()
 
     def _made_products(self) -> dict[str, Tensor]:
         """P_C and P_K, derived from the factors as an update makes them: a resumed run has the same ones to the bit."""
@@ -97,10 +81,10 @@ class FactorBatch:
 
     def empty_products(self, num_blocks: int) -> dict[str, Tensor]:
         """Memory for the P_C and P_K of some blocks, for a step that does not keep them."""
-        shapes = {
-            f"product_{side}": (num_blocks, size, size) for side, size in zip("ck", self.block_shape, strict=True)
-        }
-        return {name: torch.empty(shape, dtype=self.matmul_dtype, device=self.device) for name, shape in shapes.items()}
+        p, d = self.block_shape
+        product_c = torch.empty((num_blocks, p, p), dtype=self.matmul_dtype, device=self.device)
+        product_k = torch.empty((num_blocks, d, d), dtype=self.matmul_dtype, device=self.device)
+        return {"product_c": product_c, "product_k": product_k}
 
     def index(self, members: Sequence[Member]) -> Tensor | None:
         """The numbers of these members' blocks, None where they are all the blocks of the batch."""
@@ -110,8 +94,9 @@ class FactorBatch:
 
     def part(self, index: Tensor | None) -> dict[str, Tensor]:
         """Storage, products and seeds of some blocks: themselves for all of them (None), else copies."""
-        every = {**self.storage, **self.products, "seeds": self.seeds}
-        return every if index is None else {name: tensor[index] for name, tensor in every.items()}
+        if index is None:
+            return self._every
+        return {name: tensor[index] for name, tensor in self._every.items()}
 
     def put_back(self, index: Tensor | None, part: dict[str, Tensor], update: bool) -> None:
         """Write the copies of `part` back; without an update only `skipped` has changed."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,39 +12,10 @@ from torch.optim.optimizer import ParamsT, required
 from rootfree_kernels import ops
 from rootfree_kernels.backends import FactorDtypes, makes_products
 from rootfree_kernels.blocks import Tile, tiles
-from rootfree_kernels.optim.base import RootFreeOptimizer, lr_scalar
-from rootfree_kernels.optim.factor_batch import (
-    FactorBatch,
-    Member,
-    caches_products,
-    factor_dtypes,
-    make_batches,
-    suffix,
-    tile_layout,
-    tile_numbers,
-)
-from rootfree_kernels.optim.layout import Entry, Group, is_pair, needs_bits, state_dtype
-
-
-class Plan(NamedTuple):
-    """How a group's parameters are stepped."""
-
-    params: frozenset[Tensor]
-    batches: list[FactorBatch]
-
-    def holds(self, states: Any) -> bool:
-        """Whether the parameters' states still share their tensors with the batches."""
-        return all(batch.holds(states) for batch in self.batches)
-
-
-class Shared(NamedTuple):
-    """What the operators of a step have in common."""
-
-    tiles: list[int]
-    seeds: Tensor
-    steps: Tensor
-    found_inf: Tensor | None
-    backend: str
+from rootfree_kernels.optim.base import RootFreeOptimizer, Shared
+from rootfree_kernels.optim.factor_batch import caches_products, factor_dtypes, suffix, tile_layout
+from rootfree_kernels.optim.layout import Entry, Group, is_pair, state_dtype
+from rootfree_kernels.optim.plan import Matrices
 
 
 class IFShampoo(RootFreeOptimizer):
@@ -145,10 +115,6 @@ class IFShampoo(RootFreeOptimizer):
         options = {k: v for k, v in locals().items() if k not in ("self", "params", "__class__")}
         super().__init__(params, options)
 
-    def _forget(self) -> None:
-        super()._forget()
-        self._plans: dict[Tensor, Plan] = {}  # by the first parameter of a group
-
     # ---- state ----------------------------------------------------------------------------------------------------
 
     def _tiles(self, param: Tensor, group: Group) -> list[Tile]:
@@ -177,152 +143,107 @@ class IFShampoo(RootFreeOptimizer):
     def _factor_dtypes(self, param: Tensor, group: Group) -> FactorDtypes | None:
         return factor_dtypes(group) if self._tiles(param, group) else None
 
-    # ---- the plan -------------------------------------------------------------------------------------------------
-
-    def _layout_key(self, group: Group) -> tuple[Any, ...]:
-        return (*super()._layout_key(group), group["matmul_dtype"], caches_products(group))
-
-    def _replan(self, group: Group) -> None:
-        super()._replan(group)
-        self._plans.pop(group["params"][0], None)
-
-    def _plan(self, group: Group, params: list[Tensor]) -> Plan:
-        """The cached plan of the group, made anew when parameters joined or the tensors of the states changed."""
-        key = group["params"][0]
-        for param in params:
-            if not self.state[param]:
-                self._init_state(param, group)
-        plan = self._plans.get(key)
-        if plan and plan.params.issuperset(params) and plan.holds(self.state):
-            return plan
-        stepped = {param: self._tiles(param, group) for param in group["params"] if self.state.get(param)}
-        batches = make_batches(stepped, self.state, group, partial(self._seed, group))
-        self._plans[key] = Plan(frozenset(stepped), batches)
-        return self._plans[key]
+    def _layout_key(self, group: Group) -> Any:
+        return *super()._layout_key(group), caches_products(group)
 
     # ---- the step -------------------------------------------------------------------------------------------------
 
-    def _due(self, group: Group, params: list[Tensor]) -> set[Tensor]:
+    def _due(self, group: Group, read_counts: Callable[[], list[float]]) -> bool | tuple[bool, ...]:
         frequency = group["precondition_frequency"]
         if frequency == 1:
-            return set(params)
-        steps = {param: int(self.state[param]["step"].item()) if self.state.get(param) else 0 for param in params}
+            return True
+        counts = read_counts()
         if callable(frequency):
-            return {param for param, step in steps.items() if frequency(step)}
-        return {param for param, step in steps.items() if step % frequency == 0}
+            due = {count: bool(frequency(int(count))) for count in set(counts)}
+        else:
+            due = {count: int(count) % frequency == 0 for count in set(counts)}
+        return tuple([due[count] for count in counts]) if len(set(due.values())) > 1 else all(due.values())
 
-    def _step_group(self, group: Group, params: list[Tensor], due: set[Tensor]) -> None:
-        plan = self._plan(group, params)
-        matrices = {member.param for batch in plan.batches for member in batch.members}
-        self._diagonal_step(group, [param for param in params if param not in matrices])
-        active = set(params)
-        for batch in plan.batches:
-            members = [member for member in batch.members if member.param in active]
-            for update in (True, False):
-                some = [member for member in members if (member.param in due) is update]
-                if some:
-                    self._step_batch(group, batch, some, update)
-            batch.note_versions()
-        self._count_step(params)
-
-    def _step_batch(self, group: Group, batch: FactorBatch, members: Sequence[Member], update: bool) -> None:
-        """Step some members of a batch, all with or all without an update of their factors."""
-        params = [member.param for member in members]
-        backend = batch.backend
-        grad_scale, found_inf = self._amp(batch.device)
-        index = batch.index(members)
-        part = batch.part(index)
-        if update and makes_products(backend) and not batch.products:
-            part.update(batch.empty_products(len(part["skipped"])))
-        shared = Shared(tile_numbers(members), part["seeds"], self._block_steps(group, members), found_inf, backend)
-        grad, squares = ops.kron_gather(
-            [param.grad for param in params],
-            shared.tiles,
+    def _step_matrices(self, group: Group, part: Matrices, grads: list[Tensor], steps: Tensor, shared: Shared) -> None:
+        batch = part.batch
+        blocks = batch.part(part.blocks)
+        if part.update and makes_products(batch.backend) and not batch.products:
+            blocks = {**blocks, **batch.empty_products(len(blocks["skipped"]))}
+        grad, squares = ops.run(
+            "kron_gather",
+            grads,
+            part.tiles,
             *batch.block_shape,
-            [part["factor_c"], part["factor_k"]] if update and group["damping"] else [],
-            grad_scale,
+            [blocks["factor_c"], blocks["factor_k"]] if part.update and group["damping"] else [],
+            shared.grad_scale,
             batch.matmul_dtype,
             group["maximize"],
-            backend,
+            batch.backend,
         )
-        ok = self._update_factors(group, part, grad, squares, shared) if update else None
-        self._step_weights(group, members, part, grad, squares, ok, shared)
-        batch.put_back(index, part, update)
-
-    def _update_factors(
-        self, group: Group, part: dict[str, Tensor], grad: Tensor, squares: Tensor, shared: Shared
-    ) -> Tensor:
-        ok: Tensor = ops.kron_factor(
-            part["factor_c"],
-            part["factor_k"],
-            part["momentum_c"],
-            part["momentum_k"],
-            part.get("residual_c"),
-            part.get("residual_k"),
-            part.get("product_c"),
-            part.get("product_k"),
-            grad,
-            squares,
-            shared.seeds,
-            shared.steps,
-            shared.found_inf,
-            group["batch_size"],
-            group["beta2"],
-            group["riemannian_momentum"],
-            group["damping"],
-            group["gamma"],
-            group["clip"],
-            group["rounding"],
-            shared.backend,
-        )
-        return ok
+        ok = None
+        if part.update:
+            ok = ops.run(
+                "kron_factor",
+                blocks["factor_c"],
+                blocks["factor_k"],
+                blocks["momentum_c"],
+                blocks["momentum_k"],
+                blocks.get("residual_c"),
+                blocks.get("residual_k"),
+                blocks.get("product_c"),
+                blocks.get("product_k"),
+                grad,
+                squares,
+                blocks["seeds"],
+                steps,
+                shared.found_inf,
+                group["batch_size"],
+                group["beta2"],
+                group["riemannian_momentum"],
+                group["damping"],
+                group["gamma"],
+                group["clip"],
+                group["rounding"],
+                batch.backend,
+            )
+        self._step_weights(group, part, blocks, grad, squares, ok, steps, shared)
+        batch.put_back(part.blocks, blocks, part.update)
 
     def _step_weights(
         self,
         group: Group,
-        members: Sequence[Member],
-        part: dict[str, Tensor],
+        part: Matrices,
+        blocks: dict[str, Tensor],
         grad: Tensor,
         squares: Tensor,
         ok: Tensor | None,
+        steps: Tensor,
         shared: Shared,
     ) -> None:
-        params = [member.param for member in members]
-        # Only a contiguous weight, or one of two axes, can be cut into blocks as it is; others are copied and back.
-        matrices = [p if p.dim() == 2 or p.is_contiguous() else p.contiguous() for p in params]
-        paired = is_pair(params[0].dtype, group["weight_rounding"])
-        source = "product" if "product_c" in part else "factor"
-        ops.kron_step(
+        matrices = part.params
+        if (
+            not part.flat
+        ):  # Only a contiguous weight, or one of two axes, can be cut as it is; others are copied and back.
+            matrices = [p if p.dim() == 2 or p.is_contiguous() else p.contiguous() for p in part.params]
+        source = "product" if "product_c" in blocks else "factor"
+        ops.run(
+            "kron_step",
             matrices,
-            [self.state[p]["momentum_buffer"] for p in params],
-            [self.state[p]["weight_residual"] for p in params] if paired else [],
-            shared.tiles,
-            part["skipped"],
-            part[f"{source}_c"],
-            part[f"{source}_k"],
+            part.buffers,
+            part.residuals,
+            part.tiles,
+            blocks["skipped"],
+            blocks[f"{source}_c"],
+            blocks[f"{source}_k"],
             grad,
             squares,
-            lr_scalar(group["lr"]),
+            shared.lr,
             ok,
-            shared.seeds,
-            shared.steps,
+            blocks["seeds"],
+            steps,
             shared.found_inf,
             source == "product",
             group["momentum"],
             group["weight_decay"],
             group["decoupled_weight_decay"],
             group["weight_rounding"],
-            shared.backend,
+            part.batch.backend,
         )
-        for param, matrix in zip(params, matrices, strict=True):
+        for param, matrix in zip(part.params, matrices, strict=True) if not part.flat else ():
             if matrix is not param:
                 param.copy_(matrix)
-
-    def _block_steps(self, group: Group, members: Sequence[Member]) -> Tensor:
-        """The step counts of the members' blocks [L]; empty where no random bits are drawn."""
-        param = members[0].param
-        if not needs_bits(group["factor_dtype"], group["rounding"]) and not needs_bits(
-            param.dtype, group["weight_rounding"]
-        ):
-            return torch.zeros(0, dtype=torch.int32, device="cpu")
-        return torch.stack([self.state[m.param]["step"] for m in members for _ in range(m.tile.num_blocks)])

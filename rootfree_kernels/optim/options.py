@@ -90,6 +90,12 @@ RULES: dict[str, Rule] = {
 }
 
 
+def check_lr(options: Mapping[str, Any]) -> None:
+    """Raise ValueError at a learning rate that breaks its rule, the one option that changes all the time."""
+    if not _is_lr(options["lr"]):
+        raise ValueError(f"lr={options['lr']!r}: {RULES['lr'].remedy}.")
+
+
 def check_options(options: Mapping[str, Any]) -> None:
     """Raise ValueError at the first option that breaks its rule, or that another option forbids."""
     for name, rule in RULES.items():

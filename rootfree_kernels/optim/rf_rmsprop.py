@@ -75,13 +75,6 @@ class RFRMSProp(RootFreeOptimizer):
     def _layout(self, param: Tensor, group: Group) -> dict[str, Entry]:
         return self._diagonal_layout(param, group)
 
-    def _step_group(self, group: Group, params: list[Tensor], due: set[Tensor]) -> None:
-        for param in params:
-            if not self.state[param]:
-                self._init_state(param, group)
-        self._diagonal_step(group, params)
-        self._count_step(params)
-
 
 class RFAdaGrad(RFRMSProp):
     """AdaGrad without the square root: `RFRMSProp` with γ = 0, so that s sums the curvature, s ← s + β₂·B·g².
