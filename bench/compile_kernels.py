@@ -83,7 +83,7 @@ INSTRUCTIONS = {
         "stores128": r"STG\..*\b(128|256)\b",
     },
     "hip": {
-        "loads128": r"(global|buffer)_load_dwordx4\b",
+        "loads128": r"(global|buffer)_load_dwordx[24]\b",  # 64 bits a thread of a wave of 64 are as much
         "stores128": r"(global|buffer)_store_dwordx4\b",
     },
 }

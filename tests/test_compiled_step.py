@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
+import setuptools  # noqa: F401  before another test imports distutils, which TorchInductor wants from setuptools
 import torch
 from conftest import CASES, OPTIONS, Case, Model, assert_same_bits, snapshot, train
 from torch import Tensor

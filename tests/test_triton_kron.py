@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import cycle
+from itertools import cycle, product
 from types import SimpleNamespace
 from typing import Any
 
@@ -295,7 +295,6 @@ def assert_memory_around_is_untouched(batch: Batch, t: Tensors) -> None:
 
 # ---- the formulas --------------------------------------------------------------------------------------------------
 
-SIDES = [(1, 1), (1, 9), (5, 4), (8, 16), (13, 31), (17, 130), (64, 65), (64, 64), (72, 128), (130, 5), (136, 136)]
 PLACES = [
     ONE,
     ((0, 2, 0, 1),),
@@ -303,11 +302,13 @@ PLACES = [
     ((8, 1, 16, 2), (0, 1, 0, 1)),
     ((0, 1, 0, 1), (1, 1, 0, 1), (0, 1, 8, 1)),
 ]
+SMALL_SIDES = [(1, 1), (1, 9), (5, 4), (8, 16), (13, 31), (64, 24)]
+LARGE_SIDES = [(17, 130), (64, 65), (72, 128), (130, 5)]
+CUTS = [*product(SMALL_SIDES, PLACES), *product(LARGE_SIDES, [ONE, PLACES[2]])]
 DTYPES = st.sampled_from([FP32, BF16, FP16])
 BATCHES = st.builds(
-    lambda sides, **rest: Batch(*sides, **rest),
-    st.sampled_from(SIDES),
-    places=st.sampled_from(PLACES),
+    lambda cut, **rest: Batch(*cut[0], cut[1], **rest),
+    st.sampled_from(CUTS),
     layouts=st.lists(st.sampled_from(LAYOUTS), min_size=1, max_size=5),
     dtype=st.sampled_from(FACTOR_DTYPES),
     grad=DTYPES,
@@ -339,7 +340,7 @@ BATCHES = st.builds(
     seed=st.integers(0, 99),
 )
 ANY_BATCH = settings(
-    max_examples=12,
+    max_examples=10,
     deadline=None,
     derandomize=True,
     phases=(Phase.explicit, Phase.generate),  # in Triton's interpreter, to shrink an example takes minutes
@@ -437,16 +438,25 @@ def products(t: Tensors) -> list[Tensor]:
     return [torch.bmm(x, x.mT) for x in (t.c, t.k)]
 
 
-@pytest.mark.parametrize("clip", ["frobenius", "row_sum", "none"])
-def test_bf16_moves_the_factors_of_wide_blocks_as_the_reference_does(clip):
+@pytest.mark.parametrize(
+    ("clip", "options", "norm"),
+    [
+        ("frobenius", {}, "above 1"),
+        ("row_sum", {}, "above 1"),
+        ("none", {}, "above 1"),
+        ("frobenius", {"gamma": 0.0, "batch_size": 0.01, "damping": 0.0}, "below 1"),
+    ],
+)
+def test_bf16_moves_the_factors_of_wide_blocks_as_the_reference_does(clip, options, norm):
     """C' − C by itself, of which the FP32 value that a compensated pair keeps shows every step."""
-    batch = Batch(136, 70, rounding="compensated", clip=clip)
+    batch = Batch(136, 70, rounding="compensated", clip=clip, options={"riemannian_momentum": 0.1, **options})
     t = batch.tensors()
     (state,), (grad,) = batch.reference_states(t), batch.reference_grads(t)
     expected = ref.kron_update(state, grad, clip=None if clip == "none" else clip, **batch.all_options)
     batch.update(t)
     for side, name in (("c", "C"), ("k", "K")):
-        old, new = getattr(state, name), getattr(expected, name)
+        old, new, m = getattr(state, name), getattr(expected, name), getattr(expected, f"m_{name}")
+        assert (np.linalg.norm(m) > 1) == (norm == "above 1")
         assert_near(t.factor(side) - old, [new - old], BF16)
 
 
@@ -463,7 +473,7 @@ def test_products_by_themselves_are_those_of_an_update_to_the_bit(rows, cols):
 # ---- bits ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch", [LARGE, ALIGNED], ids=["ragged", "aligned"])
+@pytest.mark.parametrize("batch", [replace(LARGE, rows=17), ALIGNED], ids=["ragged", "aligned"])
 def test_the_same_call_gives_the_same_bits(batch):
     first, second = batch.run(), batch.run(call=through("triton"))
     assert_same(first, second, *STATE, "p_c", "p_k", "params", "buffers", "residuals", "skipped", "ok")
@@ -541,6 +551,20 @@ def test_a_block_that_is_not_finite_stays_to_the_bit_and_is_counted(bad, clip, r
         assert_near(actual, numpy(factor) @ numpy(factor).swapaxes(1, 2), BF16)
 
 
+@pytest.mark.parametrize("side", ["m_c", "m_k"])
+def test_a_block_whose_momentum_is_not_finite_on_one_side_stays_on_both(side):
+    batch = Batch(13, 9, PLACES[1])
+    was, t = batch.tensors(), batch.tensors()
+    for each in (was, t):
+        getattr(each, side)[0, 0, 0] = torch.inf
+    batch.run(t)
+    assert t.ok.tolist() == [False, True] and t.skipped.tolist() == [1, 1]
+    for name in ("c", "k", "m_c", "m_k", "params", "buffers"):
+        values = [getattr(x, name) for x in (t, was)]
+        blocks = zip(*(batch.blocks(x) if isinstance(x, list) else x for x in values), strict=True)
+        assert [same_bits(*pair) for pair in blocks] == [True, False], name
+
+
 @pytest.mark.parametrize("rounding", ["stochastic", "compensated"])
 def test_found_inf_leaves_everything_as_it_is_and_counts_it(rounding):
     batch = Batch(13, 9, PLACES[1], param=BF16, rounding=rounding, weight_rounding=rounding)
@@ -549,13 +573,18 @@ def test_found_inf_leaves_everything_as_it_is_and_counts_it(rounding):
     assert torch.equal(t.skipped, was.skipped + 1) and not t.ok.any()
 
 
-def test_a_block_whose_factors_were_skipped_keeps_its_weights():
+@pytest.mark.parametrize("reason", ["its factors were skipped", "no update saw its gradient"])
+def test_a_block_that_is_left_out_of_a_step_keeps_its_weights_to_the_bit(reason):
     batch = Batch(13, 66, ((0, 1, 0, 3),), param=BF16, weight_rounding="compensated")
     was, t = batch.tensors(), batch.tensors()
+    finite, ok = torch.tensor([True, False, True], device=DEVICE), None
+    if reason == "its factors were skipped":
+        ok = finite
+    else:
+        t.grads[0][12, 70] = torch.nan
     t.grad, t.squares = batch.gather(t)
-    ok = torch.tensor([True, False, True], device=DEVICE)
     batch.step(t, ok, False)
-    assert torch.equal(t.skipped, was.skipped + ~ok)
+    assert torch.equal(t.skipped, was.skipped + ~finite)
     for name in ("params", "buffers", "residuals"):
         pairs = zip(batch.blocks(getattr(t, name)), batch.blocks(getattr(was, name)), strict=True)
         assert [same_bits(*pair) for pair in pairs] == [False, True, False], name
@@ -637,36 +666,35 @@ def test_without_memory_for_a_workspace_nothing_changes(sides, clip, cached):
         assert len(failures) >= 3
 
 
-def test_a_gradient_s_new_place_is_seen_and_an_old_one_costs_no_copy(monkeypatch):
-    copied = []
-    on_device = launches._on_device
-    monkeypatch.setattr(launches, "_on_device", lambda *args: copied.append(args) or on_device(*args))
+@pytest.fixture
+def no_tables(monkeypatch):
+    """No table is kept from earlier tests, whose tensors may have lain at the same addresses."""
+    for name in ("_tables", "_block_tables", "_tensor_tables"):
+        monkeypatch.setattr(launches, name, type(launches._tables)())
+
+
+def test_a_gradient_s_new_place_is_seen_and_an_old_one_costs_no_copy(no_tables, monkeypatch):
+    copied, copy = [], launches._copied
+    monkeypatch.setattr(launches, "_copied", lambda *args: copied.append(args) or copy(*args))
     batch = Batch(13, 9, PLACES[4])
     t = batch.tensors()
     batch.gather(t)
-    was, copied[:] = len(copied), []
-    assert was == 1
+    assert len(copied) == 1
     for grad in t.grads:
         grad.mul_(2)
     first, _ = batch.gather(t)
-    assert not copied
+    assert len(copied) == 1
     old, t.grads[1] = t.grads[1], t.grads[1].flip(0).contiguous()
     second, _ = batch.gather(t)
-    assert len(copied) == 1
+    assert len(copied) == 2
     assert torch.equal(second[1, :13, :9], t.grads[1][1:].to(BF16)) and torch.equal(second[::2], first[::2])
     t.grads[1] = old
     third, _ = batch.gather(t)
-    assert len(copied) == 1 and torch.equal(third, first)
-    batch.run(t)
-    copied.clear()
-    batch.run(t)
-    assert not copied
+    assert len(copied) == 2 and torch.equal(third, first)
 
 
-def test_tables_do_not_grow_for_ever(monkeypatch):
+def test_tables_do_not_grow_for_ever(no_tables, monkeypatch):
     monkeypatch.setattr(launches, "MAX_TABLES", 3)
-    for name in ("_tables", "_block_tables", "_tensor_tables"):
-        monkeypatch.setattr(launches, name, type(launches._tables)())
     batch = Batch(5, 4)
     kept = [batch.tensors() for _ in range(6)]
     for t in [*kept, *kept]:
@@ -723,13 +751,16 @@ def test_batches_of_more_than_2_31_numbers():
 # ---- arguments -----------------------------------------------------------------------------------------------------
 
 
-def test_the_learning_rate_is_a_number_or_a_tensor_on_the_device():
+def test_the_learning_rate_is_a_number_or_a_tensor_on_the_device(monkeypatch):
     batch = Batch(13, 9)
     expected = batch.run()
-    on_host = SimpleNamespace(device=torch.device("meta"), item=lambda: batch.lr)
-    on_device = [torch.tensor(batch.lr, device=DEVICE, dtype=dtype) for dtype in (FP32, torch.float64)]
-    for lr in (on_host, *on_device):
+    for dtype in (FP32, torch.float64):
+        lr = torch.tensor(batch.lr, dtype=dtype)
         assert_same(replace(batch, lr=lr).run(), expected, "params", "buffers")
+        if DEVICE.type == "cpu":  # where it is read as a number otherwise
+            monkeypatch.setattr(module_of("kron_step"), "split_lr", lambda lr, device: (0.0, lr.to(device, FP32)))
+        assert_same(replace(batch, lr=lr.to(DEVICE)).run(), expected, "params", "buffers")
+        monkeypatch.undo()
 
 
 @pytest.mark.parametrize("scale", [3.0, 2.0**20])
@@ -773,7 +804,7 @@ def test_changing_numbers_never_compile_anything():
 
 
 def test_what_changes_says_so_to_autograd():
-    batch = Batch(13, 9, PLACES[1], param=BF16, rounding="compensated", weight_rounding="compensated")
+    batch = Batch(16, 8, PLACES[1], param=BF16, rounding="compensated", weight_rounding="compensated")
     t = batch.tensors()
     named = {
         f"{name} {index}": x

@@ -226,7 +226,8 @@ class Work(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.split("::")[1]
-        if not func.is_view and not name.startswith(("empty", "new_empty")):
+        host_reads_host = name == "_local_scalar_dense" and args[0].device.type == "cpu"
+        if not func.is_view and not host_reads_host and not name.startswith(("empty", "new_empty")):
             self.notes.append(name)
         return func(*args, **(kwargs or {}))
 
@@ -274,7 +275,8 @@ def test_an_update_is_seven_launches_beside_the_gather_and_another_step_two(num_
         lr = torch.tensor(0.01, device=DEVICE)
         optimizer = IFShampoo(params, **{**OPTIONS, "lr": lr}, precondition_frequency=frequency)
         for step in range(5 if num_layers == 1 else 2):
-            set_gradients(params, step)
+            if step == 0:
+                set_gradients(params, step)
             with backend("triton"), noted_work() as notes:
                 optimizer.step()
             if step == 0:
@@ -299,8 +301,10 @@ def test_numbers_that_change_compile_nothing() -> None:
 
 def test_gradients_that_keep_their_places_cost_no_table(monkeypatch: pytest.MonkeyPatch) -> None:
     copied: list[Any] = []
-    send = launches._on_device
-    monkeypatch.setattr(launches, "_on_device", lambda *args: copied.append(args) or send(*args))
+    copy = launches._copied
+    monkeypatch.setattr(launches, "_copied", lambda *args: copied.append(args) or copy(*args))
+    for name in ("_tables", "_block_tables", "_tensor_tables"):  # addresses of earlier tests may come again
+        monkeypatch.setattr(launches, name, type(launches._tables)())
     params = parameters(start([(9, 5), (9, 5), (6,)]))
     optimizer = IFShampoo(params, **OPTIONS)
     with backend("triton"):
@@ -313,7 +317,7 @@ def test_gradients_that_keep_their_places_cost_no_table(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("optimizer", [IFShampoo, RFRMSProp])
 def test_autograd_is_told_of_everything_that_a_step_changes(optimizer: Any) -> None:
-    params = parameters(start([(9, 5), (6,)], BF16))
+    params = parameters(start([(16, 8), (6,)], BF16))
     optimizer = optimizer(params, **OPTIONS, **COMPENSATED)
 
     def tensors() -> dict[str, Tensor]:

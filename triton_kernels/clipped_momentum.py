@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rootfree_kernels.triton_kernels.common import TRITON_DTYPES, load_masked, pointer_to, round_nearest
 from rootfree_kernels.triton_kernels.configuration import Configuration
-from rootfree_kernels.triton_kernels.launch import constant, kernel, launch, tensor_table
+from rootfree_kernels.triton_kernels.launch import kernel, launch, on_device, tensor_table
 from rootfree_kernels.triton_kernels.memory_order import alike, write_back
 
 MAX_SHARES = 512
@@ -220,7 +220,7 @@ def clipped_momentum(
     sides = tensor_table(tuple(zip(*rows, strict=True)), _num_programs, device)
     sums = torch.empty(sides.num_programs, dtype=torch.float32, device=device)
     clips = torch.empty((len(deltas), num_blocks), dtype=torch.float32, device=device)
-    overflow = constant(0.0, device) if found_inf is None else found_inf.to(device, torch.float32)
+    overflow = on_device(device, found_inf, 0.0)
     numbers = float(riemannian_momentum), 1.0 - riemannian_momentum
     where, m_type = (sides.rows, sides.owners, sums), TRITON_DTYPES[dtype]
     launch(norms_kernel, sides.num_programs, (*where, *numbers), (m_type, clip == "row_sum"), NUM_WARPS)

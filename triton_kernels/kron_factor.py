@@ -32,7 +32,7 @@ from rootfree_kernels.triton_kernels.common import (
 )
 from rootfree_kernels.triton_kernels.configuration import Configuration
 from rootfree_kernels.triton_kernels.kron_gather import MAX_PARTIAL_SUMS, PADDING
-from rootfree_kernels.triton_kernels.launch import constant, kernel, launch
+from rootfree_kernels.triton_kernels.launch import draws, kernel, launch, on_device
 from rootfree_kernels.triton_kernels.products import (
     TILE_CONFIGS,
     make_products,
@@ -185,11 +185,13 @@ def kron_factor_kernel(
     steps_ptr,
     found_inf_ptr,
     ok_ptr,
-    draws,
+    seed_stride,
+    step_stride,
     p,
     d,
     p8,
     d8,
+    step_value,
     beta2,
     clipped,
     BLOCK: tl.constexpr,
@@ -219,7 +221,7 @@ def kron_factor_kernel(
     if t == 0:
         tl.store(ok_ptr + block, ok)
 
-    seed, step = tl.load(seeds_ptr + block * draws), tl.load(steps_ptr + block * draws)
+    seed, step = tl.load(seeds_ptr + block * seed_stride), step_value + tl.load(steps_ptr + block * step_stride)
     key = tl.where(is_c, random_key(seed, step, _SLOT_C), random_key(seed, step, _SLOT_K))
     new_ptr = tl.where(is_c, new_c_ptr, new_k_ptr) + start
     residual_ptr = tl.where(is_c, residual_c_ptr, residual_k_ptr) + start
@@ -252,7 +254,7 @@ def configurations() -> Iterator[Configuration]:
                     kron_factor_kernel,
                     (
                         *(*("*bf16",) * 8, "*i16", "*i16", "*fp32", "*fp32", "*fp32"),
-                        *("*i32", "*fp32", "*fp32", "*i1", *("i32",) * 5, "fp32", "i32"),
+                        *("*i32", "*fp32", "*fp32", "*i1", *("i32",) * 6, "fp32", "fp32", "i32"),
                     ),
                     (block, depth, row_sum, rounding),
                     num_warps,
@@ -304,10 +306,7 @@ def kron_factor(
     products = [product_c, product_k]
     if product_c is None or product_c.shape != c.shape or product_k.shape != k.shape:
         products = [torch.empty_like(c), torch.empty_like(k)]
-    draws = len(seeds) > 0 and len(steps) > 0
-    if draws:
-        steps = steps.to(device, torch.float32, non_blocking=True)
-    zero = constant(0.0, device)
+    drawn = draws(seeds, steps, device)
 
     torch.bmm(c.mT, grad, out=x)
     torch.bmm(x, k, out=a)
@@ -332,9 +331,9 @@ def kron_factor(
             *(c, k, new_m_c, new_m_k, new_c, new_k, m_c, m_k),
             *((new_c, new_k) if lo_c is None else (lo_c, lo_k)),
             *(norms, sums_c, sums_k),
-            *((seeds, steps) if draws else (constant(0, device, torch.int32), zero)),
-            zero if found_inf is None else found_inf,
-            *(ok, int(draws), *sizes, float(beta2), int(clip != "none")),
+            *(drawn.seeds, drawn.steps, on_device(device, found_inf, 0.0), ok),
+            *(drawn.stride, drawn.step_stride, *sizes),
+            *(drawn.step, float(beta2), int(clip != "none")),
         ),
         (config.block, config.depth, row_sum, effective_rounding(c.dtype, rounding)),
         config.num_warps,

@@ -16,7 +16,7 @@ from torch import Tensor
 from rootfree_kernels.blocks import matrix_view, tiles_of_numbers
 from rootfree_kernels.triton_kernels.common import TRITON_DTYPES, round_nearest
 from rootfree_kernels.triton_kernels.configuration import Configuration
-from rootfree_kernels.triton_kernels.launch import block_table, constant, kernel, launch
+from rootfree_kernels.triton_kernels.launch import block_table, kernel, launch, on_device
 
 PADDING = 8
 """Sides of G are padded to a multiple of this."""
@@ -151,7 +151,7 @@ def kron_gather(
         num_blocks * parts,
         (
             *(table.rows, c, k, out, squares),
-            constant(1.0, device) if grad_scale is None else grad_scale.float(),
+            on_device(device, grad_scale, 1.0),
             *(-1.0 if maximize else 1.0, num_blocks, parts),
             *(rows, cols, out.shape[1] // PADDING, out.shape[2] // PADDING),
         ),

@@ -27,7 +27,7 @@ from rootfree_kernels.triton_kernels.common import (
 )
 from rootfree_kernels.triton_kernels.configuration import Configuration
 from rootfree_kernels.triton_kernels.kron_gather import MAX_PARTIAL_SUMS, PADDING
-from rootfree_kernels.triton_kernels.launch import block_table, constant, kernel, launch
+from rootfree_kernels.triton_kernels.launch import block_table, constant, draws, kernel, launch, on_device, split_lr
 from rootfree_kernels.triton_kernels.products import (
     SMALL,
     TILE_CONFIGS,
@@ -66,8 +66,10 @@ def kron_step_kernel(
     steps_ptr,
     lr_ptr,
     lr_value,
-    has_ok,
-    draws,
+    step_value,
+    ok_stride,
+    seed_stride,
+    step_stride,
     num_parts,
     p,
     d,
@@ -97,12 +99,13 @@ def kron_step_kernel(
 
     part = tl.arange(0, _PARTS)
     square = tl.sum(tl.load(squares_ptr + block * num_parts + part, mask=part < num_parts, other=0.0))
-    ok = is_finite(square) & tl.load(ok_ptr + block * has_ok) & (tl.load(found_inf_ptr) == 0.0)
+    ok = is_finite(square) & tl.load(ok_ptr + block * ok_stride) & (tl.load(found_inf_ptr) == 0.0)
     if t == 0:
         tl.store(skipped_ptr + block, tl.load(skipped_ptr + block) + tl.where(ok, 0, 1))
 
-    lr = lr_value + tl.load(lr_ptr).to(tl.float32)
-    key = random_key(tl.load(seeds_ptr + block * draws), tl.load(steps_ptr + block * draws), _SLOT)
+    lr = lr_value + tl.load(lr_ptr)
+    step = step_value + tl.load(steps_ptr + block * step_stride)
+    key = random_key(tl.load(seeds_ptr + block * seed_stride), step, _SLOT)
     if ALIGNED:
         p, d = rows, cols
     for part in tl.static_range(4):
@@ -132,7 +135,7 @@ def configurations() -> Iterator[Configuration]:
                         kron_step_kernel,
                         (
                             *("*bf16", "*bf16", "*i64", "*i32", "*fp32", "*i1", "*fp32", "*i32", "*fp32", "*fp32"),
-                            *("fp32", *("i32",) * 7, "fp32", "fp32", "i32"),
+                            *("fp32", "fp32", *("i32",) * 8, "fp32", "fp32", "i32"),
                         ),
                         (weight, buffer, rounding, aligned, config.block, config.depth),
                         config.num_warps,
@@ -172,11 +175,8 @@ def kron_step(
     table = block_table(tuple(lists), tiles_of_numbers(tiles, p, d), device)
     aligned = table.aligned and p % PADDING == 0 == d % PADDING
     config = tile_config(p, d) if aligned else SMALL
-    draws = len(seeds) > 0 and len(steps) > 0
-    if draws:
-        steps = steps.to(device, torch.float32, non_blocking=True)
-    on_device = lr.device == device
-    zero = constant(0.0, device)
+    drawn = draws(seeds, steps, device)
+    lr_value, lr = split_lr(lr, device)
     if not cached:
         products = torch.empty_like(c), torch.empty_like(k)
         make_products(c, k, *products, kept=None)
@@ -189,10 +189,8 @@ def kron_step(
         (
             *(x, k, table.rows, skipped, squares),
             constant(1.0, device, torch.bool) if ok is None else ok,
-            zero if found_inf is None else found_inf,
-            *((seeds, steps) if draws else (constant(0, device, torch.int32), zero)),
-            *((lr.float(), 0.0) if on_device else (zero, float(lr.item()))),
-            *(int(ok is not None), int(draws), squares.shape[-1]),
+            *(on_device(device, found_inf, 0.0), drawn.seeds, drawn.steps, lr, lr_value, drawn.step),
+            *(int(ok is not None), drawn.stride, drawn.step_stride, squares.shape[-1]),
             *(p, d, grad.shape[1] // PADDING, grad.shape[2] // PADDING),
             *(float(momentum), float(weight_decay), int(decoupled)),
         ),

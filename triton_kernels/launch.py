@@ -47,7 +47,7 @@ def table(rows: Sequence[int], device: torch.device) -> Tensor:
     key = (tuple(rows), device)
     if (kept := _kept(_tables, key, device)) is not None:
         return kept
-    return _keep(_tables, key, device, _on_device(torch.tensor(key[0], dtype=torch.int64), device))
+    return _keep(_tables, key, device, _copied(torch.tensor(key[0], dtype=torch.int64), device))
 
 
 def _kept(tables: OrderedDict[tuple[Any, ...], Any], key: tuple[Any, ...], device: torch.device) -> Any:
@@ -69,7 +69,7 @@ def _keep(tables: OrderedDict[tuple[Any, ...], Any], key: tuple[Any, ...], devic
     return made
 
 
-def _on_device(host: Tensor, device: torch.device) -> Tensor:
+def _copied(host: Tensor, device: torch.device) -> Tensor:
     """A copy of `host` on `device`, without waiting for it."""
     if device.type != "cuda":
         return host.to(device)
@@ -86,7 +86,6 @@ class TensorTable(NamedTuple):
     rows: Tensor  # int64 [n, number of columns + 1]: the columns, and the number of the tensor's first program
     owners: Tensor  # int32 [num_programs]: a tensor's index
     counters: Tensor  # int64 [n]: for a kernel's use, who leaves them 0
-    zeros: Tensor  # FP32 [n]
     num_programs: int
 
 
@@ -109,10 +108,9 @@ def tensor_table(
     numbers = [x for row, first in zip(tensors, firsts, strict=False) for x in (*row, first)]
     owners = torch.arange(len(tensors), dtype=torch.int32).repeat_interleave(torch.tensor(counts, dtype=torch.int64))
     made = TensorTable(
-        _on_device(torch.tensor(numbers, dtype=torch.int64), device),
-        _on_device(owners, device),
+        _copied(torch.tensor(numbers, dtype=torch.int64), device),
+        _copied(owners, device),
         torch.zeros(len(tensors), dtype=torch.int64, device=device),
-        torch.zeros(len(tensors), dtype=torch.float32, device=device),
         firsts[-1],
     )
     return _keep(_tensor_tables, key, device, made)
@@ -158,6 +156,39 @@ def constant(value: float, device: torch.device, dtype: torch.dtype = torch.floa
         if not _is_capturing(device):
             _constants[value, device, dtype] = kept
     return kept
+
+
+def on_device(device: torch.device, scalar: Tensor | None, default: float) -> Tensor:
+    """A one-element tensor as kernels read it, FP32 on `device`; for None a constant that is kept there."""
+    return constant(default, device) if scalar is None else scalar.to(device, torch.float32, non_blocking=True)
+
+
+def split_lr(lr: Tensor, device: torch.device) -> tuple[float, Tensor]:
+    """(number, tensor on `device`) that add up to `lr`. Of a tensor on a GPU, the host never reads the value."""
+    if lr.device.type == "cpu":
+        return float(lr.item()), constant(0.0, device)
+    return 0.0, on_device(device, lr, 0.0)
+
+
+class Draws(NamedTuple):
+    """Where a kernel finds the seed and the step of its random bits: of block (or tensor) i at seeds[i·stride] and
+    step + steps[i·step_stride]."""
+
+    seeds: Tensor
+    steps: Tensor
+    stride: int
+    step_stride: int
+    step: float
+
+
+def draws(seeds: Tensor, steps: Tensor, device: torch.device) -> Draws:
+    """The draws of `seeds` [n], int32 on the device, and `steps` [n], any dtype, anywhere; any bits where these are
+    empty. Steps on the CPU that are one and the same, as they mostly are, go as a number, and nothing is copied."""
+    if not len(seeds) or not len(steps):
+        return Draws(constant(0, device, torch.int32), constant(0.0, device), 0, 0, 0.0)
+    if steps.device.type == "cpu" and len(values := set(steps.tolist())) == 1:
+        return Draws(seeds, constant(0.0, device), 1, 0, float(values.pop()))
+    return Draws(seeds, steps.to(device, torch.float32, non_blocking=True), 1, 1, 0.0)
 
 
 def _is_capturing(device: torch.device) -> bool:

@@ -33,7 +33,7 @@ from rootfree_kernels.triton_kernels.common import (
     store_rounded,
 )
 from rootfree_kernels.triton_kernels.configuration import Configuration
-from rootfree_kernels.triton_kernels.launch import constant, kernel, launch, table, tensor_table
+from rootfree_kernels.triton_kernels.launch import draws, kernel, launch, on_device, split_lr, table, tensor_table
 from rootfree_kernels.triton_kernels.memory_order import alike, write_back
 
 CHUNK, NUM_WARPS = 1024, 4
@@ -106,7 +106,9 @@ def rf_rmsprop_kernel(
     lr_ptr,
     scale_ptr,
     found_inf_ptr,
-    step_value,  # added to what is read, which is 0 where this one is not
+    seed_stride,  # 0 where no bits are drawn
+    step_stride,  # 0 where all steps are `step_value`, which is added to what is read
+    step_value,
     lr_value,
     sign,
     decay,
@@ -139,7 +141,8 @@ def rf_rmsprop_kernel(
     numbers = grad_factor, lr, decay, growth, momentum, damping, weight_decay, lr * decoupled_decay
     keys = tl.full((), 0, tl.uint32), tl.full((), 0, tl.uint32)
     if ROUNDING == "stochastic" or WEIGHT_ROUNDING == "stochastic":
-        seed, step = tl.load(seed_ptr + tensor), step_value + tl.load(step_ptr + tensor)
+        seed = tl.load(seed_ptr + tensor * seed_stride)
+        step = step_value + tl.load(step_ptr + tensor * step_stride)
         keys = random_key(seed, step, _SLOT_SQUARE), random_key(seed, step, _SLOT_WEIGHT)
 
     WIDE: tl.constexpr = (tl.float32 == PARAM) | (tl.float32 == GRAD) | (tl.float32 == SQUARE) | (tl.float32 == BUFFER)
@@ -184,7 +187,7 @@ def _modes(dtype: torch.dtype) -> tuple[str, ...]:
 
 
 def configurations() -> Iterator[Configuration]:
-    arguments = ("*i64", "*i64", "*i32", "*i64", "*i32", *("*fp32",) * 4, *("fp32",) * 9)
+    arguments = ("*i64", "*i64", "*i32", "*i64", "*i32", *("*fp32",) * 4, "i32", "i32", *("fp32",) * 9)
     for param, square, buffer in product(GRAD_DTYPES, STATE_DTYPES, STATE_DTYPES):
         for grad in GRAD_DTYPES[param]:
             dtypes = [TRITON_DTYPES[dtype] for dtype in (param, grad, square, buffer)]
@@ -234,27 +237,6 @@ def _num_programs(row: tuple[int, ...]) -> int:
     return -(-row[-1] // CHUNK)  # the last column is the size
 
 
-def _on(device: torch.device, scalar: Tensor | None, default: float) -> Tensor:
-    """A one-element tensor as the kernel reads it, FP32 on `device`; for None a constant that is kept there."""
-    if scalar is None:
-        return constant(default, device)
-    return scalar.to(device, torch.float32, non_blocking=True)
-
-
-def _split_lr(lr: Tensor, device: torch.device) -> tuple[float, Tensor]:
-    """(number, tensor on `device`) that add up to `lr`. Of a tensor on a GPU, the host never reads the value."""
-    if lr.device.type == "cpu":
-        return float(lr.item()), constant(0.0, device)
-    return 0.0, _on(device, lr, 0.0)
-
-
-def _split_steps(steps: Tensor, zeros: Tensor) -> tuple[float, Tensor]:
-    """(number, tensor [n] on the device) that add up to `steps`; nothing is copied where they are one and the same."""
-    if steps.device.type == "cpu" and len(values := set(steps.tolist())) == 1:
-        return float(values.pop()), zeros
-    return 0.0, steps.to(zeros.device, torch.float32, non_blocking=True)
-
-
 def _launch(
     lists: Lists,
     modes: tuple[str, str],
@@ -272,16 +254,16 @@ def _launch(
     addresses = [tuple(map(Tensor.data_ptr, tensors)) or nothing for tensors in (*state, skipped)]
     sizes = tuple(map(Tensor.numel, lists.params))
     where = tensor_table((*addresses, sizes), _num_programs, device)
-    lr_value, lr = _split_lr(lr, device)
-    step_value, steps = _split_steps(steps, where.zeros) if "stochastic" in modes else (0.0, where.zeros)
+    lr_value, lr = split_lr(lr, device)
+    drawn = draws(seeds, steps, device)
     dtypes = [TRITON_DTYPES[x[0].dtype] for x in (lists.params, grads, lists.squares, lists.buffers)]
     launch(
         rf_rmsprop_kernel,
         where.num_programs,
         (
             *(where.rows, table(tuple(map(Tensor.data_ptr, grads)), device), where.owners, where.counters),
-            *(seeds, steps, lr, _on(device, grad_scale, 1.0), _on(device, found_inf, 0.0)),
-            *(step_value, lr_value, *numbers),
+            *(drawn.seeds, drawn.steps, lr, on_device(device, grad_scale, 1.0), on_device(device, found_inf, 0.0)),
+            *(drawn.stride, drawn.step_stride, drawn.step, lr_value, *numbers),
         ),
         (*dtypes, *modes),
         NUM_WARPS,
