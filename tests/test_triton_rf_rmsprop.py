@@ -307,7 +307,7 @@ def test_grad_scale_divides_and_maximize_negates():
 def test_the_learning_rate_is_a_number_or_a_tensor_on_the_device(monkeypatch):
     call = Call([(17, 130), (5,)], lr=0.125)
     expected = call.run()
-    monkeypatch.setattr(triton_rf_rmsprop, "_split_lr", lambda lr, device: (0.0, lr.to(FP32)))  # also on a CPU
+    monkeypatch.setattr(triton_rf_rmsprop, "split_lr", lambda lr, device: (0.0, lr.to(FP32)))  # also on a CPU
     for dtype in (FP32, torch.float64):
         assert_same(replace(call, lr=torch.tensor(0.125, device=DEVICE, dtype=dtype)).run(), expected)
 

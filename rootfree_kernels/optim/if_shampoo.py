@@ -69,7 +69,9 @@ class IFShampoo(RootFreeOptimizer):
         maximize: ascend.
         foreach: False steps one parameter at a time; None and True all blocks of a shape together.
         fused: True asks for a kernel backend, False for eager PyTorch, None takes the best that is there.
-        capturable: keep the step count on the device, for CUDA graphs; needs T = 1.
+        capturable: keep the step count on the device. The step can then be captured in a CUDA graph, after one that
+            was not, and `torch.compile` makes one graph of it (`fullgraph=True`); pass lr as a Tensor on the device,
+            or its value is built in. Needs T = 1.
 
     State of a matrix: `step`, `momentum_buffer`, and for its n blocks of one shape `factor_c` [n, p, p], `factor_k`
     [n, d, d], `momentum_c`, `momentum_k`, `skipped` [n], and int16 `residual_c`, `residual_k` where rounding is

@@ -37,7 +37,9 @@ class RFRMSProp(RootFreeOptimizer):
         maximize: ascend.
         foreach: False steps one parameter at a time; None and True all of a dtype together.
         fused: True asks for a kernel backend, False for eager PyTorch, None takes the best that is there.
-        capturable: keep the step count on the device, for CUDA graphs.
+        capturable: keep the step count on the device. The step can then be captured in a CUDA graph, after one that
+            was not, and `torch.compile` makes one graph of it (`fullgraph=True`); pass lr as a Tensor on the device,
+            or its value is built in.
 
     State of a parameter: `step`, `square` (s), `momentum_buffer` (m), `skipped` (see `RootFreeOptimizer`), and int16
     `square_residual` and `weight_residual` where rounding is compensated.
