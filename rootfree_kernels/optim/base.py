@@ -23,10 +23,10 @@ def lr_scalar(lr: float | Tensor) -> Tensor:
     return lr.reshape(()) if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64, device="cpu")
 
 
-def without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """No casts by `torch.autocast`, which an operator is not to see."""
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
+def without_autocast(plan: Plan) -> AbstractContextManager[Any]:
+    """No casts by `torch.autocast` in a step on the plan's device."""
+    if plan.knows_autocast and torch.is_autocast_enabled(plan.device.type):
+        return torch.autocast(plan.device.type, enabled=False)
     return nullcontext()
 
 
@@ -113,7 +113,7 @@ class RootFreeOptimizer(PlannedOptimizer):
             )
         reserve(ready.plan for ready in every)
         for group, plan, grads in every:
-            with without_autocast(plan.device.type):
+            with without_autocast(plan):
                 self._step_plan(group, plan, grads)
             plan.note_versions()
 
@@ -142,7 +142,7 @@ class RootFreeOptimizer(PlannedOptimizer):
             guarded: list[Tensor] = []
             self._init_group(group, number, index, guarded)
             for plan in plans:
-                with without_autocast(plan.device.type):
+                with without_autocast(plan):
                     self._step_plan(group, plan, [param.grad for param in plan.params])  # type: ignore[misc]
 
     def _init_group(self, group: Group, number: int, index: int, guarded: list[Tensor]) -> None:
@@ -174,9 +174,9 @@ class RootFreeOptimizer(PlannedOptimizer):
             "skipped": Entry((), torch.int32),
         }
         if is_pair(kept, group["rounding"]):
-            layout["square_residual"] = Entry(shape, torch.int16)
+            layout["square_residual"] = Entry(shape, torch.int16, like_param=True)
         if is_pair(param.dtype, group["weight_rounding"]):
-            layout["weight_residual"] = Entry(shape, torch.int16)
+            layout["weight_residual"] = Entry(shape, torch.int16, like_param=True)
         return layout
 
     def _amp(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:

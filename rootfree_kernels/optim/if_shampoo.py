@@ -218,9 +218,7 @@ class IFShampoo(RootFreeOptimizer):
         shared: Shared,
     ) -> None:
         matrices = part.params
-        if (
-            not part.flat
-        ):  # Only a contiguous weight, or one of two axes, can be cut as it is; others are copied and back.
+        if not part.flat:  # a contiguous weight, or one of two axes, is cut as it is; others are copied and back
             matrices = [p if p.dim() == 2 or p.is_contiguous() else p.contiguous() for p in part.params]
         source = "product" if "product_c" in blocks else "factor"
         ops.run(

@@ -166,6 +166,7 @@ class Plan:
         seed_of: SeedOf,
     ) -> None:
         self.device, self.batches = state.device, state.batches
+        self.knows_autocast = torch.amp.is_autocast_available(self.device.type)
         rows = {param: row for row, param in enumerate(state.params) if grads[row] is not None}
         is_due = {param: due if isinstance(due, bool) else due[row] for param, row in rows.items()}
         matrices = _matrices(state.batches, rows, is_due, states, group)
