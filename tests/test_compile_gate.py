@@ -20,7 +20,8 @@ import triton
 import triton.language as tl
 
 from bench import compile_kernels
-from bench.compile_kernels import TARGETS, Job, Row, count, parse_amdgcn, parse_resource_usage, parse_sass, worst
+from bench.compile_kernels import Job, Row, worst
+from bench.machine_code import TARGETS, count, parse_amdgcn, parse_resource_usage, parse_sass
 from rootfree_kernels.triton_kernels.configuration import Configuration
 
 TESTS = Path(__file__).resolve().parent

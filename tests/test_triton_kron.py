@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton_device import DEVICE, kernel_test, needs_gpu
 
 from rootfree_kernels import ops, triton_kernels
+from rootfree_kernels.blocks import tiles_of_numbers
 from rootfree_kernels.rounding import join_compensated
 from rootfree_kernels.triton_kernels import launch as launches
 
@@ -363,6 +364,7 @@ def numbers_per_program(numbers: int) -> Iterator[None]:
 @given(BATCHES, CALLS, PER_PROGRAM)
 @example(LARGE, direct, 256)
 @example(ALIGNED, direct, 256)
+@example(Batch(5, 4, ((1, 2, 3, 3), (0, 1, 2, 2))), direct, 256)
 @ANY_BATCH
 def test_a_gather_is_the_scaled_blocks_to_the_bit_and_their_squared_norms(batch, call, numbers):
     """Scales are powers of two here, so that only the rounding to the dtype of G is left."""
@@ -701,6 +703,32 @@ def test_tables_do_not_grow_for_ever(no_tables, monkeypatch):
         grad, _ = batch.gather(t)
         assert torch.equal(grad[0, :5, :4], t.grads[0].to(BF16))
     assert (len(launches._tables), len(launches._block_tables)) == (3, 3)
+
+
+@pytest.mark.parametrize(
+    ("sides", "place", "layout", "dtype", "aligned"),
+    [
+        ((16, 8), (0, 2, 0, 2), "whole", BF16, True),
+        ((16, 8), (3, 1, 8, 2), "wide rows", BF16, True),
+        ((16, 8), (0, 1, 4, 1), "wide rows", FP32, True),
+        ((16, 8), (0, 1, 4, 1), "wide rows", BF16, False),
+        ((16, 8), (0, 1, 0, 1), "offset by 1", FP32, False),
+        ((16, 8), (0, 1, 0, 1), "transposed", FP32, False),
+        ((16, 8), (0, 1, 0, 1), "every other", FP32, False),
+        ((16, 4), (0, 1, 0, 3), "whole", FP32, False),
+        ((16, 8), (0, 1, 0, 1), "far apart", BF16, False),
+    ],
+)
+def test_blocks_are_aligned_where_every_row_of_each_begins_on_16_bytes(sides, place, layout, dtype, aligned):
+    """What a kernel takes for granted on a GPU, and the interpreter never needs."""
+    batch = Batch(*sides, (place, place), ["whole" if layout == "far apart" else layout], grad=dtype)
+    grads = batch.tensors().grads
+    if layout == "far apart":  # more than an offset of 32 bits within a tile
+        grads[1] = torch.empty_strided(sides, (launches.MAX_STRIDE, 1), dtype=dtype, device=DEVICE)
+    every_tile = tiles_of_numbers(batch.numbers, *sides)
+    assert launches.block_table((grads,), every_tile, DEVICE).aligned is aligned
+    if not aligned:
+        assert launches.block_table((grads[::-1],), every_tile[::-1], DEVICE).aligned is False
 
 
 @pytest.mark.parametrize("layout", ["rows", "columns"])

@@ -1,0 +1,80 @@
+"""Backends are interchangeable, and say what they do not serve."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+
+from rootfree_kernels import backends, eager, triton_kernels
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+FP32, BF16, FP64 = torch.float32, torch.bfloat16, torch.float64
+
+
+@pytest.mark.parametrize("name", eager.__all__)
+def test_a_function_of_a_backend_takes_what_that_of_eager_pytorch_takes(name: str) -> None:
+    ours, theirs = (inspect.signature(getattr(module, name)) for module in (eager, triton_kernels))
+    assert ours == theirs
+
+
+def test_every_backend_has_every_function() -> None:
+    assert sorted(eager.__all__) == sorted(triton_kernels.__all__)
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine on which Triton compiles for a GPU of the latest generation."""
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.delenv("ROOTFREE_BACKEND", raising=False)
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize(
+    ("device", "dtype", "factors", "expected"),
+    [
+        (CUDA, FP32, None, "triton"),
+        (CUDA, BF16, (BF16, None), "triton"),
+        (CUDA, FP32, (BF16, BF16), "triton"),
+        (CUDA, FP64, None, "eager"),
+        (CUDA, FP32, (FP32, None), "eager"),
+        (CUDA, FP32, (BF16, FP32), "eager"),
+        (CPU, FP32, (BF16, None), "eager"),
+    ],
+    ids=str,
+)
+def test_what_serves_where_nothing_is_asked_for(device, dtype, factors, expected) -> None:
+    assert backends.choose(device, dtype, None, factors) == expected
+    assert backends.choose(device, dtype, False, factors) == "eager"
+
+
+@pytest.mark.usefixtures("compiled")
+def test_fused_true_says_what_stands_in_the_way() -> None:
+    assert backends.choose(CUDA, FP32, True) == "triton"
+    with pytest.raises(RuntimeError, match=r"fused=True .* triton: its arithmetic is FP32"):
+        backends.choose(CUDA, FP64, True)
+    with pytest.raises(RuntimeError, match=r"triton: its matrix products are of BF16, not of torch.float32"):
+        backends.choose(CUDA, FP32, True, (FP32, None))
+
+
+@pytest.mark.usefixtures("compiled")
+def test_an_old_gpu_is_served_by_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    if torch.version.hip:
+        pytest.skip("AMD's GPUs count otherwise")
+    assert backends.choose(CUDA, FP32) == "eager"
+    assert "compute capability 8.0" in str(backends.why_not("triton", CUDA, FP32))
+
+
+def test_a_backend_that_cannot_be_imported_says_so_and_pytorch_serves(monkeypatch, caplog) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(backends, "import_module", lambda name: exec("raise ImportError('no triton here')"))
+    backends._import_problem.cache_clear()
+    try:
+        assert backends.choose(CUDA, FP32) == "eager"
+        assert "no triton here" in str(backends.why_not("triton", CUDA, FP32))
+        assert "backend triton cannot be imported" in caplog.text
+    finally:
+        backends._import_problem.cache_clear()
