@@ -47,7 +47,7 @@ def table(rows: Sequence[int], device: torch.device) -> Tensor:
     key = (tuple(rows), device)
     if (kept := _kept(_tables, key, device)) is not None:
         return kept
-    return _keep(_tables, key, device, _copied(torch.tensor(key[0], dtype=torch.int64), device))
+    return _keep(_tables, key, device, _copied(torch.tensor(key[0], dtype=torch.int64, device="cpu"), device))
 
 
 def _kept(tables: OrderedDict[tuple[Any, ...], Any], key: tuple[Any, ...], device: torch.device) -> Any:
@@ -106,9 +106,10 @@ def tensor_table(
     counts = [programs_of(row) for row in tensors]
     firsts = [0, *accumulate(counts)]
     numbers = [x for row, first in zip(tensors, firsts, strict=False) for x in (*row, first)]
-    owners = torch.arange(len(tensors), dtype=torch.int32).repeat_interleave(torch.tensor(counts, dtype=torch.int64))
+    repeats = torch.tensor(counts, dtype=torch.int64, device="cpu")
+    owners = torch.arange(len(tensors), dtype=torch.int32, device="cpu").repeat_interleave(repeats)
     made = TensorTable(
-        _copied(torch.tensor(numbers, dtype=torch.int64), device),
+        _copied(torch.tensor(numbers, dtype=torch.int64, device="cpu"), device),
         _copied(owners, device),
         torch.zeros(len(tensors), dtype=torch.int64, device=device),
         firsts[-1],

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rootfree_kernels.backends import FactorDtypes, choose, implementation, matmul_dtype
 from rootfree_kernels.blocks import Tile
-from rootfree_kernels.optim.layout import Entry, Group, is_pair
+from rootfree_kernels.optim.layout import Entry, Group, arithmetic_dtype, is_pair
 
 MAX_BATCH_NUMBERS = 1 << 26
 """Numbers of G in a batch. It bounds a step's temporary memory, which is a few times as large."""
@@ -41,7 +41,7 @@ class FactorBatch:
         self.members = list(members)
         param = members[0].param
         self.device, self.block_shape = param.device, members[0].tile.block_shape
-        self.backend = choose(param.device, param.dtype, group["fused"], factor_dtypes(group))
+        self.backend = choose(param.device, arithmetic_dtype(param, group), group["fused"], factor_dtypes(group))
         default = matmul_dtype(group["factor_dtype"], param.device, self.backend)
         self.matmul_dtype: torch.dtype = group["matmul_dtype"] or default
         self.storage: dict[str, Tensor] = {}

@@ -53,3 +53,8 @@ def is_pair(dtype: torch.dtype, rounding: str) -> bool:
 def state_dtype(param: Tensor, group: Group) -> torch.dtype:
     chosen: torch.dtype | None = group["state_dtype"]
     return chosen or torch.promote_types(param.dtype, torch.float32)
+
+
+def arithmetic_dtype(param: Tensor, group: Group) -> torch.dtype:
+    """What a backend is chosen by: FP64 where the parameter or its state is of it, else the parameter's dtype."""
+    return torch.float64 if state_dtype(param, group) == torch.float64 else param.dtype

@@ -21,7 +21,7 @@ from torch import Tensor
 from rootfree_kernels.backends import choose
 from rootfree_kernels.blocks import Tile
 from rootfree_kernels.optim.factor_batch import FactorBatch, make_batches, tile_numbers
-from rootfree_kernels.optim.layout import Group, is_pair, needs_bits, state_dtype
+from rootfree_kernels.optim.layout import Group, arithmetic_dtype, is_pair, needs_bits, state_dtype
 from rootfree_kernels.optim.workspace import workspace
 
 MAX_PLANS = 64
@@ -245,7 +245,7 @@ def _diagonal(params: list[Tensor], rows: Mapping[Tensor, int], states: Any, gro
         entries("square_residual") if is_pair(*stored[0]) else [],
         entries("weight_residual") if is_pair(*stored[1]) else [],
         torch.tensor([seed_of(param, 0) for param in params], dtype=torch.int32, device=first.device),
-        choose(first.device, first.dtype, group["fused"]),
+        choose(first.device, arithmetic_dtype(first, group), group["fused"]),
         [rows[param] for param in params] if any(needs_bits(*kind) for kind in stored) else [],
     )
 

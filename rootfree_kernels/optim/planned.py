@@ -14,7 +14,7 @@ from torch import Tensor
 from rootfree_kernels.backends import FactorDtypes, choose
 from rootfree_kernels.blocks import Tile
 from rootfree_kernels.optim.checkpoint import CheckpointedOptimizer
-from rootfree_kernels.optim.layout import LAYOUT_OPTIONS, Group, difference_of, label_of
+from rootfree_kernels.optim.layout import LAYOUT_OPTIONS, Group, arithmetic_dtype, difference_of, label_of
 from rootfree_kernels.optim.options import RULES, check_lr, check_options, grad_problem
 from rootfree_kernels.optim.plan import Basis, DeviceState, Plan, kinds
 from rootfree_kernels.rounding import block_seed
@@ -145,7 +145,8 @@ class PlannedOptimizer(CheckpointedOptimizer):
 
     def _check_backends(self, params: list[Tensor], group: Group) -> None:
         """Raise where a backend was asked for that cannot serve."""
-        for device, dtype, factors in {(p.device, p.dtype, self._factor_dtypes(p, group)) for p in params}:
+        kinds = {(p.device, arithmetic_dtype(p, group), self._factor_dtypes(p, group)) for p in params}
+        for device, dtype, factors in kinds:
             choose(device, dtype, group["fused"], factors)
 
     # ---- what differs between optimizers --------------------------------------------------------------------------
