@@ -16,7 +16,7 @@ import os
 import pstats
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,25 +24,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bench.gpt2 import GPT2
 from bench.record import provenance
 from rootfree_kernels import IFShampoo, RFRMSProp, backends
 
 SCALE = 16
 COMMON = {"lr": 1e-3, "batch_size": 16}
+MODEL = GPT2(width=768 // SCALE, vocabulary=50257 // SCALE, context=1024 // SCALE)
 BLOCKS = {"max_preconditioner_dim": 1024 // SCALE}
-
-
-def gpt2_shapes() -> Iterator[tuple[int, ...]]:
-    """Of the weights of GPT-2 124M, which shares its head with the embedding."""
-    width = 768 // SCALE
-    yield 50257 // SCALE, width
-    yield 1024 // SCALE, width
-    for _ in range(12):
-        yield from [(width,)] * 2
-        yield from [(3 * width, width), (3 * width,), (width, width), (width,)]
-        yield from [(width,)] * 2
-        yield from [(4 * width, width), (4 * width,), (width, 4 * width), (width,)]
-    yield from [(width,)] * 2
 
 
 def idle_backend() -> Any:
@@ -79,7 +68,7 @@ def idle_backend() -> Any:
 
 
 def make(cls: Any, **options: Any) -> torch.optim.Optimizer:
-    params = [nn.Parameter(torch.zeros(shape)) for shape in gpt2_shapes()]
+    params = [nn.Parameter(torch.zeros(shape)) for shape in MODEL.shapes().values()]
     for param in params:
         param.grad = torch.zeros_like(param)
     optimizer: torch.optim.Optimizer = cls(params, **options)

@@ -70,7 +70,7 @@ def _why_not_triton(device: torch.device, dtype: torch.dtype, factors: FactorDty
     if device.type == "cuda" and interpreted:
         return "TRITON_INTERPRET=1 is set, and the interpreter runs kernels on the CPU"
     if dtype == torch.float64:
-        return "its arithmetic is FP32"
+        return "its arithmetic is FP32, and parameters or state are FP64"
     if factors is not None and (factors[0] != torch.bfloat16 or factors[1] not in (None, torch.bfloat16)):
         return f"its matrix products are of BF16, not of {factors[1] or factors[0]}"
     if problem := _import_problem("triton"):
@@ -121,6 +121,11 @@ def choose(
 def _announced(name: str, device_type: str, dtype: torch.dtype) -> str:
     logger.debug("backend %s serves %s parameters on %s", name, dtype, device_type)
     return name
+
+
+def is_captured(device: torch.device) -> bool:
+    """Whether work for `device` is recorded in a CUDA graph now, to run when that is replayed."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def implementation(backend: str, operator: str) -> Callable[..., Any]:

@@ -17,6 +17,7 @@ import torch
 import triton
 from torch import Tensor
 
+from rootfree_kernels.backends import is_captured
 from rootfree_kernels.blocks import Tile
 
 MAX_TABLES = 512
@@ -55,14 +56,14 @@ def _kept(tables: OrderedDict[tuple[Any, ...], Any], key: tuple[Any, ...], devic
     kept = tables.get(key)
     if kept is not None:
         tables.move_to_end(key)
-        if _is_capturing(device):
+        if is_captured(device):
             _captured.append(kept)
     return kept
 
 
 def _keep(tables: OrderedDict[tuple[Any, ...], Any], key: tuple[Any, ...], device: torch.device, made: Any) -> Any:
     """Keep what was made, unless it was made within a CUDA graph, where it is filled only by a replay."""
-    if not _is_capturing(device):
+    if not is_captured(device):
         tables[key] = made
         if len(tables) > MAX_TABLES:
             tables.popitem(last=False)
@@ -75,7 +76,7 @@ def _copied(host: Tensor, device: torch.device) -> Tensor:
         return host.to(device)
     host = host.pin_memory()
     copy = host.to(device, non_blocking=True)
-    if _is_capturing(device):  # not filled before a replay, which reads `host` every time
+    if is_captured(device):  # not filled before a replay, which reads `host` every time
         _captured.extend((host, copy))
     return copy
 
@@ -154,7 +155,7 @@ def constant(value: float, device: torch.device, dtype: torch.dtype = torch.floa
     kept = _constants.get((value, device, dtype))
     if kept is None:
         kept = torch.full((), value, dtype=dtype, device=device)
-        if not _is_capturing(device):
+        if not is_captured(device):
             _constants[value, device, dtype] = kept
     return kept
 
@@ -190,11 +191,6 @@ def draws(seeds: Tensor, steps: Tensor, device: torch.device) -> Draws:
     if steps.device.type == "cpu" and len(values := set(steps.tolist())) == 1:
         return Draws(seeds, constant(0.0, device), 1, 0, float(values.pop()))
     return Draws(seeds, steps.to(device, torch.float32, non_blocking=True), 1, 1, 0.0)
-
-
-def _is_capturing(device: torch.device) -> bool:
-    """Whether what is launched now runs only later, when a CUDA graph is replayed."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def launch(

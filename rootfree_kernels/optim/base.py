@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from rootfree_kernels import ops
+from rootfree_kernels.backends import is_captured
 from rootfree_kernels.optim.layout import Entry, Group, is_pair, state_dtype
 from rootfree_kernels.optim.options import check_options, check_param
 from rootfree_kernels.optim.plan import Diagonal, Matrices, Plan
-from rootfree_kernels.optim.planned import PlannedOptimizer, is_captured
+from rootfree_kernels.optim.planned import PlannedOptimizer
 from rootfree_kernels.optim.workspace import reserve
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rootfree_kernels.backends import FactorDtypes, choose
+from rootfree_kernels.backends import FactorDtypes, choose, is_captured
 from rootfree_kernels.blocks import Tile
 from rootfree_kernels.optim.checkpoint import CheckpointedOptimizer
 from rootfree_kernels.optim.layout import LAYOUT_OPTIONS, Group, arithmetic_dtype, difference_of, label_of
@@ -20,11 +20,6 @@ from rootfree_kernels.optim.plan import Basis, DeviceState, Plan, kinds
 from rootfree_kernels.rounding import block_seed
 
 _OPTIONS = tuple(name for name in RULES if name != "lr")
-
-
-def is_captured(device: torch.device) -> bool:
-    """Whether work for `device` is recorded in a CUDA graph now, not done."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 class Ready(NamedTuple):
