@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton_device import DEVICE, kernel_test, needs_gpu
 
-from rootfree_kernels import ops, triton_kernels
+from rootfree_kernels import ops, tables, triton_kernels
 from rootfree_kernels.blocks import tiles_of_numbers
 from rootfree_kernels.rounding import join_compensated
 from rootfree_kernels.triton_kernels import launch as launches
@@ -672,12 +672,12 @@ def test_without_memory_for_a_workspace_nothing_changes(sides, clip, cached):
 def no_tables(monkeypatch):
     """No table is kept from earlier tests, whose tensors may have lain at the same addresses."""
     for name in ("_tables", "_block_tables", "_tensor_tables"):
-        monkeypatch.setattr(launches, name, type(launches._tables)())
+        monkeypatch.setattr(tables, name, type(tables._tables)())
 
 
 def test_a_gradient_s_new_place_is_seen_and_an_old_one_costs_no_copy(no_tables, monkeypatch):
-    copied, copy = [], launches._copied
-    monkeypatch.setattr(launches, "_copied", lambda *args: copied.append(args) or copy(*args))
+    copied, copy = [], tables._copied
+    monkeypatch.setattr(tables, "_copied", lambda *args: copied.append(args) or copy(*args))
     batch = Batch(13, 9, PLACES[4])
     t = batch.tensors()
     batch.gather(t)
@@ -696,13 +696,13 @@ def test_a_gradient_s_new_place_is_seen_and_an_old_one_costs_no_copy(no_tables, 
 
 
 def test_tables_do_not_grow_for_ever(no_tables, monkeypatch):
-    monkeypatch.setattr(launches, "MAX_TABLES", 3)
+    monkeypatch.setattr(tables, "MAX_TABLES", 3)
     batch = Batch(5, 4)
     kept = [batch.tensors() for _ in range(6)]
     for t in [*kept, *kept]:
         grad, _ = batch.gather(t)
         assert torch.equal(grad[0, :5, :4], t.grads[0].to(BF16))
-    assert (len(launches._tables), len(launches._block_tables)) == (3, 3)
+    assert (len(tables._tables), len(tables._block_tables)) == (3, 3)
 
 
 @pytest.mark.parametrize(
@@ -724,11 +724,11 @@ def test_blocks_are_aligned_where_every_row_of_each_begins_on_16_bytes(sides, pl
     batch = Batch(*sides, (place, place), ["whole" if layout == "far apart" else layout], grad=dtype)
     grads = batch.tensors().grads
     if layout == "far apart":  # more than an offset of 32 bits within a tile
-        grads[1] = torch.empty_strided(sides, (launches.MAX_STRIDE, 1), dtype=dtype, device=DEVICE)
+        grads[1] = torch.empty_strided(sides, (tables.MAX_STRIDE, 1), dtype=dtype, device=DEVICE)
     every_tile = tiles_of_numbers(batch.numbers, *sides)
-    assert launches.block_table((grads,), every_tile, DEVICE).aligned is aligned
+    assert tables.block_table((grads,), every_tile, DEVICE).aligned is aligned
     if not aligned:
-        assert launches.block_table((grads[::-1],), every_tile[::-1], DEVICE).aligned is False
+        assert tables.block_table((grads[::-1],), every_tile[::-1], DEVICE).aligned is False
 
 
 @pytest.mark.parametrize("layout", ["rows", "columns"])

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton_device import DEVICE, kernel_test
 
-from rootfree_kernels import IFShampoo, RFAdaGrad, RFRMSProp, backends, triton_kernels
+from rootfree_kernels import IFShampoo, RFAdaGrad, RFRMSProp, backends, tables, triton_kernels
 from rootfree_kernels.rounding import join_compensated
 from rootfree_kernels.triton_kernels import launch as launches
 
@@ -38,7 +38,7 @@ def backend(name: str) -> Iterator[None]:
 def no_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     """No table is kept from earlier tests, whose tensors may have lain at the same addresses."""
     for name in ("_tables", "_block_tables", "_tensor_tables"):
-        monkeypatch.setattr(launches, name, type(launches._tables)())
+        monkeypatch.setattr(tables, name, type(tables._tables)())
 
 
 def on_device(x: Tensor) -> Tensor:
@@ -319,8 +319,8 @@ def test_numbers_that_change_compile_nothing() -> None:
 
 def test_gradients_that_keep_their_places_cost_no_table(no_tables: None, monkeypatch: pytest.MonkeyPatch) -> None:
     copied: list[Any] = []
-    copy = launches._copied
-    monkeypatch.setattr(launches, "_copied", lambda *args: copied.append(args) or copy(*args))
+    copy = tables._copied
+    monkeypatch.setattr(tables, "_copied", lambda *args: copied.append(args) or copy(*args))
     params = parameters(start([(9, 5), (9, 5), (6,)]))
     optimizer = IFShampoo(params, **OPTIONS)
     with backend("triton"):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tolerances import RELATIVE_ERROR
 from triton_device import DEVICE, kernel_test, needs_gpu
 
-from rootfree_kernels import eager
+from rootfree_kernels import diagonal, eager
 from rootfree_kernels.rounding import join_compensated
 from rootfree_kernels.triton_kernels.launch import num_compilations
 from rootfree_kernels.triton_kernels.rf_rmsprop import CHUNK, rf_rmsprop
@@ -238,7 +238,7 @@ def test_strides_do_not_change_the_result(layout, rounding):
 
 def test_tensors_that_lie_alike_are_stepped_where_they_are(monkeypatch):
     copied = []
-    monkeypatch.setattr(triton_rf_rmsprop, "write_back", lambda old, new: copied.extend(zip(old, new, strict=True)))
+    monkeypatch.setattr(diagonal, "write_back", lambda old, new: copied.extend(zip(old, new, strict=True)))
     call = Call([(17, 130), (2, 3, 4)], ["transposed"])
     assert_same(call.run(), replace(call, layouts=["whole"]).run())
     assert copied and all(x is y for old, new in copied for x, y in zip(old, new, strict=True))
@@ -307,7 +307,7 @@ def test_grad_scale_divides_and_maximize_negates():
 def test_the_learning_rate_is_a_number_or_a_tensor_on_the_device(monkeypatch):
     call = Call([(17, 130), (5,)], lr=0.125)
     expected = call.run()
-    monkeypatch.setattr(triton_rf_rmsprop, "split_lr", lambda lr, device: (0.0, lr.to(FP32)))  # also on a CPU
+    monkeypatch.setattr(diagonal, "split_lr", lambda lr, device: (0.0, lr.to(FP32)))  # also on a CPU
     for dtype in (FP32, torch.float64):
         assert_same(replace(call, lr=torch.tensor(0.125, device=DEVICE, dtype=dtype)).run(), expected)
 
@@ -386,15 +386,15 @@ def test_offsets_are_64_bits_and_indices_of_random_bits_wrap_around(monkeypatch)
     """The end of a tensor, of which only this end exists: its table begins 2³² numbers earlier."""
     call = ExactCall([(2 * CHUNK - 5,)], ["whole"], BF16, BF16, BF16, BF16, "stochastic", "stochastic")
     expected = call.run()
-    tensor_table, table, missing = triton_rf_rmsprop.tensor_table, triton_rf_rmsprop.table, 2**32
+    tensor_table, table, missing = diagonal.tensor_table, diagonal.table, 2**32
 
     def longer_tensor_table(*args):
         made = tensor_table(*args)
         change = [-2 * missing] * 3 + [0, 0, 0, missing, -missing // CHUNK]
         return made._replace(rows=made.rows + torch.tensor(change, device=DEVICE))
 
-    monkeypatch.setattr(triton_rf_rmsprop, "tensor_table", longer_tensor_table)
-    monkeypatch.setattr(triton_rf_rmsprop, "table", lambda *args: table(*args) - 2 * missing)
+    monkeypatch.setattr(diagonal, "tensor_table", longer_tensor_table)
+    monkeypatch.setattr(diagonal, "table", lambda *args: table(*args) - 2 * missing)
     assert_same({**call.run(), "skipped": []}, {**expected, "skipped": []})
 
 

@@ -16,10 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rootfree_kernels.memory_order import alike, write_back
+from rootfree_kernels.tables import on_device, tensor_table
 from rootfree_kernels.triton_kernels.common import TRITON_DTYPES, load_masked, pointer_to, round_nearest
 from rootfree_kernels.triton_kernels.configuration import Configuration
-from rootfree_kernels.triton_kernels.launch import kernel, launch, on_device, tensor_table
-from rootfree_kernels.triton_kernels.memory_order import alike, write_back
+from rootfree_kernels.triton_kernels.launch import kernel, launch
 
 MAX_SHARES = 512
 """Shares of a block: every program of the second launch reads the sums of all of them."""

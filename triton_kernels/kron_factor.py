@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rootfree_kernels.rounding import SLOT_FACTOR_C, SLOT_FACTOR_K
+from rootfree_kernels.tables import draws, on_device
 from rootfree_kernels.triton_kernels.common import (
     effective_rounding,
     is_finite,
@@ -32,7 +33,7 @@ from rootfree_kernels.triton_kernels.common import (
 )
 from rootfree_kernels.triton_kernels.configuration import Configuration
 from rootfree_kernels.triton_kernels.kron_gather import MAX_PARTIAL_SUMS, PADDING
-from rootfree_kernels.triton_kernels.launch import draws, kernel, launch, on_device
+from rootfree_kernels.triton_kernels.launch import kernel, launch
 from rootfree_kernels.triton_kernels.products import (
     TILE_CONFIGS,
     make_products,

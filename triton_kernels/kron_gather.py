@@ -14,9 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from rootfree_kernels.blocks import matrix_view, tiles_of_numbers
+from rootfree_kernels.tables import block_table, on_device
 from rootfree_kernels.triton_kernels.common import TRITON_DTYPES, round_nearest
 from rootfree_kernels.triton_kernels.configuration import Configuration
-from rootfree_kernels.triton_kernels.launch import block_table, kernel, launch, on_device
+from rootfree_kernels.triton_kernels.launch import kernel, launch
 
 PADDING = 8
 """Sides of G are padded to a multiple of this."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rootfree_kernels.blocks import matrix_view, tiles_of_numbers
 from rootfree_kernels.rounding import SLOT_WEIGHT
+from rootfree_kernels.tables import block_table, constant, draws, on_device, split_lr
 from rootfree_kernels.triton_kernels.common import (
     TRITON_DTYPES,
     effective_rounding,
@@ -27,7 +28,7 @@ from rootfree_kernels.triton_kernels.common import (
 )
 from rootfree_kernels.triton_kernels.configuration import Configuration
 from rootfree_kernels.triton_kernels.kron_gather import MAX_PARTIAL_SUMS, PADDING
-from rootfree_kernels.triton_kernels.launch import block_table, constant, draws, kernel, launch, on_device, split_lr
+from rootfree_kernels.triton_kernels.launch import kernel, launch
 from rootfree_kernels.triton_kernels.products import (
     SMALL,
     TILE_CONFIGS,

@@ -12,10 +12,8 @@ the last is told by a counter that it sets back to 0: the same launch can be rep
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from itertools import chain, product
-from operator import attrgetter
-from typing import NamedTuple
+from collections.abc import Iterator
+from itertools import product
 
 import torch
 import triton
@@ -23,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rootfree_kernels import rounding as rnd
+from rootfree_kernels.diagonal import GRAD_DTYPES, STATE_DTYPES, diagonal_call
 from rootfree_kernels.triton_kernels.common import (
     TRITON_DTYPES,
     is_finite,
@@ -33,8 +32,7 @@ from rootfree_kernels.triton_kernels.common import (
     store_rounded,
 )
 from rootfree_kernels.triton_kernels.configuration import Configuration
-from rootfree_kernels.triton_kernels.launch import draws, kernel, launch, on_device, split_lr, table, tensor_table
-from rootfree_kernels.triton_kernels.memory_order import alike, write_back
+from rootfree_kernels.triton_kernels.launch import kernel, launch
 
 CHUNK, NUM_WARPS = 1024, 4
 """Numbers of a program, eight for each thread: in 40 to 64 registers, with enough bytes on their way for any memory."""
@@ -172,15 +170,6 @@ def rf_rmsprop_kernel(
 
 # ---- configuration -----------------------------------------------------------------------------------------------
 
-GRAD_DTYPES = {
-    torch.float32: (torch.float32, torch.bfloat16),
-    torch.bfloat16: (torch.bfloat16, torch.float32),
-    torch.float16: (torch.float16, torch.float32),
-}
-"""Dtypes of gradients that are read as they are, by dtype of the parameters; others are made FP32 first."""
-
-STATE_DTYPES = (torch.float32, torch.bfloat16)
-
 
 def _modes(dtype: torch.dtype) -> tuple[str, ...]:
     return rnd.ROUNDINGS if dtype == torch.bfloat16 else ("nearest",)
@@ -200,75 +189,8 @@ def configurations() -> Iterator[Configuration]:
 # ---- launcher ----------------------------------------------------------------------------------------------------
 
 
-class Lists(NamedTuple):
-    """The lists of tensors of a call; residuals may be empty."""
-
-    params: Sequence[Tensor]
-    squares: Sequence[Tensor]
-    buffers: Sequence[Tensor]
-    square_residuals: Sequence[Tensor]
-    weight_residuals: Sequence[Tensor]
-    grads: Sequence[Tensor]
-    skipped: Sequence[Tensor]
-
-
-def _dtypes(tensors: Sequence[Tensor]) -> set[torch.dtype]:
-    return set(map(attrgetter("dtype"), tensors))
-
-
-def _dtype_of(name: str, tensors: Sequence[Tensor], allowed: Collection[torch.dtype]) -> torch.dtype:
-    """The one dtype of a list."""
-    dtypes = _dtypes(tensors)
-    dtype = dtypes.pop()
-    if dtypes or dtype not in allowed:
-        found = ", ".join(map(str, (dtype, *dtypes)))
-        raise ValueError(f"{name} of {found}: pass tensors of one dtype, {' or '.join(map(str, allowed))}.")
-    return dtype
-
-
-def _mode(dtype: torch.dtype, residuals: Sequence[Tensor], rounding: str) -> str:
-    """How a tensor is stored; as in eager PyTorch, it is the residuals that make it compensated."""
-    if residuals:
-        return "compensated"
-    return "stochastic" if (dtype, rounding) == (torch.bfloat16, "stochastic") else "nearest"
-
-
 def _num_programs(row: tuple[int, ...]) -> int:
     return -(-row[-1] // CHUNK)  # the last column is the size
-
-
-def _launch(
-    lists: Lists,
-    modes: tuple[str, str],
-    lr: Tensor,
-    seeds: Tensor,
-    steps: Tensor,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    numbers: tuple[float, ...],
-) -> None:
-    """Step tensors that are contiguous, or lie alike in memory, and are of one dtype in each list."""
-    device = lists.params[0].device
-    *state, grads, skipped = lists
-    nothing = (0,) * len(grads)
-    addresses = [tuple(map(Tensor.data_ptr, tensors)) or nothing for tensors in (*state, skipped)]
-    sizes = tuple(map(Tensor.numel, lists.params))
-    where = tensor_table((*addresses, sizes), _num_programs, device)
-    lr_value, lr = split_lr(lr, device)
-    drawn = draws(seeds, steps, device)
-    dtypes = [TRITON_DTYPES[x[0].dtype] for x in (lists.params, grads, lists.squares, lists.buffers)]
-    launch(
-        rf_rmsprop_kernel,
-        where.num_programs,
-        (
-            *(where.rows, table(tuple(map(Tensor.data_ptr, grads)), device), where.owners, where.counters),
-            *(drawn.seeds, drawn.steps, lr, on_device(device, grad_scale, 1.0), on_device(device, found_inf, 0.0)),
-            *(drawn.stride, drawn.step_stride, drawn.step, lr_value, *numbers),
-        ),
-        (*dtypes, *modes),
-        NUM_WARPS,
-    )
-    torch.autograd.graph.increment_version([*chain(*state, skipped)])
 
 
 def rf_rmsprop(
@@ -299,25 +221,27 @@ def rf_rmsprop(
 
         s ← (1 − β₂γ)s + β₂·B·g²,    m ← α₁m + g/(s + λ) + κμ,    μ ← μ − β₁m
 
-    See `rootfree_kernels.eager.rf_rmsprop`, whose results these are. In each list all tensors are of one dtype:
-    parameters FP32, BF16 or FP16, gradients any (copies are made of those in dtypes that no kernel reads, and where
-    they are mixed), s and m FP32 or BF16. `lr`, `grad_scale` and `found_inf` have one element. Tensors that do not lie
-    in memory as their parameter does, or row by row where random bits are drawn, are copied and copied back.
+    See `rootfree_kernels.eager.rf_rmsprop`, whose results these are, and `rootfree_kernels.diagonal.diagonal_call`.
 
     Raises:
         ValueError: dtypes that no kernel serves.
     """
     if not params:
         return
-    lists = Lists(params, squares, buffers, square_residuals, weight_residuals, grads, skipped)
-    param, square = _dtype_of("params", params, GRAD_DTYPES), _dtype_of("squares", squares, STATE_DTYPES)
-    _dtype_of("buffers", buffers, STATE_DTYPES)
-    if _dtypes(grads) not in [{dtype} for dtype in GRAD_DTYPES[param]]:
-        lists = lists._replace(grads=[grad.float() for grad in grads])
-    modes = (_mode(square, square_residuals, rounding), _mode(param, weight_residuals, weight_rounding))
-    decays = (0.0, weight_decay) if decoupled else (weight_decay, 0.0)
-    numbers = map(float, (-1 if maximize else 1, 1 - beta2 * gamma, beta2 * batch_size, momentum, damping, *decays))
-    tensors = lists[:-1]
-    copies = alike(tensors, in_any_order="stochastic" not in modes)
-    _launch(Lists(*copies, skipped), modes, lr, seeds, steps, grad_scale, found_inf, tuple(numbers))
-    write_back(tensors[:-1], copies[:-1])
+    lists = (params, squares, buffers, skipped, square_residuals, weight_residuals, grads)
+    options = (batch_size, beta2, gamma, momentum, damping, weight_decay, decoupled, maximize)
+    call = diagonal_call(
+        *(_num_programs, *lists, lr, seeds, steps, grad_scale, found_inf, *options, rounding, weight_rounding)
+    )
+    launch(
+        rf_rmsprop_kernel,
+        call.where.num_programs,
+        (
+            *(call.where.rows, call.grads, call.where.owners, call.where.counters),
+            *(call.drawn.seeds, call.drawn.steps, call.lr, call.grad_scale, call.found_inf),
+            *(call.drawn.stride, call.drawn.step_stride, call.drawn.step, call.lr_value, *call.numbers),
+        ),
+        (*(TRITON_DTYPES[dtype] for dtype in call.dtypes), *call.modes),
+        NUM_WARPS,
+    )
+    call.finish()

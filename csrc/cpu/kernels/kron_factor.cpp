@@ -1,0 +1,129 @@
+// The loops around the products of a factor update: m and its norm, the factor, the mirror image of a product.
+
+#include "sums.h"
+
+namespace rootfree::cpu::ROOTFREE_ISA {
+
+using Tile = float[tile_size][tile_size];
+
+static void transpose(const Tile& source, Tile& target) {
+  for (int64_t i = 0; i < tile_size; ++i) {
+    for (int64_t j = 0; j < tile_size; ++j) {
+      target[j][i] = source[i][j];
+    }
+  }
+}
+
+// Rows of a tile whose upper left number is `corner`; what lies outside of the matrix stays as it is.
+static void store_tile(const Numbers& x, int64_t corner, int64_t n, int64_t height, int64_t width, const Tile& tile) {
+  for (int64_t i = 0; i < height; ++i) {
+    store(x, corner + i * n, width, tile[i]);
+  }
+}
+
+// Columns right of the diagonal take those below it.
+static void mirror_within(Tile& tile, int64_t size) {
+  for (int64_t i = 0; i < size; ++i) {
+    for (int64_t j = i + 1; j < size; ++j) {
+      tile[i][j] = tile[j][i];
+    }
+  }
+}
+
+static float squares_of(const Tile& tile, int64_t height, int64_t width) {
+  Lanes sums;
+  for (int64_t i = 0; i < height; ++i) {
+    add_squares(sums, tile[i], width);
+  }
+  return sums.total();
+}
+
+static void row_sums_of(const Tile& tile, int64_t height, int64_t width, float* out) {
+  for (int64_t i = 0; i < height; ++i) {
+    Lanes sums;
+    add_magnitudes(sums, tile[i], width);
+    out[i] = sums.total();
+  }
+}
+
+static void new_row(const MomentumUpdate& u, int64_t start, int64_t width, float* ROOTFREE_RESTRICT target) {
+  alignas(64) float buffers[3][tile_size];
+  const float alpha = u.momentum, beta = 1 - alpha;
+  const float a = u.product_factor, t = u.damping_factor;
+  const float* ROOTFREE_RESTRICT product = load(u.product, start, width, buffers[0]);
+  const float* ROOTFREE_RESTRICT old = load(u.old_m, start, width, buffers[1]);
+  if (u.damping.data) {
+    const float* ROOTFREE_RESTRICT damping = load(u.damping, start, width, buffers[2]);
+    for (int64_t j = 0; j < width; ++j) {
+      target[j] = alpha * old[j] + beta * (a * product[j] + t * damping[j]);
+    }
+  } else {
+    for (int64_t j = 0; j < width; ++j) {
+      target[j] = alpha * old[j] + beta * (a * product[j]);
+    }
+  }
+}
+
+float momentum_tile(const MomentumUpdate& u, int64_t tile_row, int64_t tile_col, float* row_sums) {
+  alignas(64) Tile tile, mirrored;
+  const int64_t n = u.n, row = tile_row * tile_size, col = tile_col * tile_size;
+  const int64_t height = smaller(tile_size, n - row), width = smaller(tile_size, n - col);
+  for (int64_t i = 0; i < height; ++i) {
+    new_row(u, (row + i) * n + col, width, tile[i]);
+  }
+  const bool diagonal = tile_row == tile_col;
+  if (diagonal) {
+    for (int64_t i = 0; i < height; ++i) {
+      tile[i][i] -= (1 - u.momentum) * u.diagonal;
+    }
+    mirror_within(tile, height);
+  }
+  store_tile(u.new_m, row * n + col, n, height, width, tile);
+  if (row_sums) {
+    row_sums_of(tile, height, width, row_sums + tile_col * n + row);
+  }
+  const float squares = squares_of(tile, height, width);
+  if (diagonal) {
+    return squares;
+  }
+  transpose(tile, mirrored);
+  store_tile(u.new_m, col * n + row, n, width, height, mirrored);
+  if (row_sums) {
+    row_sums_of(mirrored, width, height, row_sums + tile_row * n + col);
+  }
+  return 2 * squares;
+}
+
+void mirror_tile(const Numbers& matrix, int64_t n, int64_t tile_row, int64_t tile_col) {
+  alignas(64) Tile tile, mirrored;
+  const int64_t row = tile_row * tile_size, col = tile_col * tile_size;
+  const int64_t height = smaller(tile_size, n - row), width = smaller(tile_size, n - col);
+  for (int64_t i = 0; i < height; ++i) {
+    const float* source = load(matrix, (row + i) * n + col, width, tile[i]);
+    if (source != tile[i]) {
+      std::memcpy(tile[i], source, width * sizeof(float));
+    }
+  }
+  if (tile_row == tile_col) {
+    mirror_within(tile, height);
+    store_tile(matrix, row * n + col, n, height, width, tile);
+  } else {
+    transpose(tile, mirrored);
+    store_tile(matrix, col * n + row, n, width, height, mirrored);
+  }
+}
+
+void move_factor(const Stored& factor, const Numbers& product, uint32_t first, int64_t length, float scale) {
+  alignas(64) float factors[piece], products[piece];
+  for (int64_t start = 0; start < length; start += piece) {
+    const int64_t some = smaller(piece, length - start);
+    float* ROOTFREE_RESTRICT c = load(factor, start, some, factors);
+    const float* ROOTFREE_RESTRICT y = load(product, start, some, products);
+    for (int64_t i = 0; i < some; ++i) {
+      c[i] -= scale * y[i];
+    }
+    store(factor, start, some, first + static_cast<uint32_t>(start), c);
+  }
+}
+
+}  // namespace rootfree::cpu::ROOTFREE_ISA

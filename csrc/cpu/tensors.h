@@ -1,0 +1,49 @@
+// From tensors of PyTorch to what kernels take.
+
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include "kernels.h"
+
+namespace rootfree::cpu {
+
+inline Dtype dtype_of(at::ScalarType type) {
+  switch (type) {
+    case at::kFloat:
+      return Dtype::f32;
+    case at::kBFloat16:
+      return Dtype::bf16;
+    case at::kHalf:
+      return Dtype::f16;
+    default:
+      TORCH_CHECK_VALUE(false, "dtype ", type, ": pass float32, bfloat16 or float16 tensors.");
+  }
+}
+
+inline Numbers numbers_of(const at::Tensor& x) { return {x.mutable_data_ptr(), dtype_of(x.scalar_type())}; }
+
+inline Numbers numbers_at(int64_t address, at::ScalarType type) {
+  return {reinterpret_cast<void*>(address), dtype_of(type)};
+}
+
+inline float value_of(const std::optional<at::Tensor>& scalar, float otherwise) {
+  return scalar ? scalar->item<float>() : otherwise;
+}
+
+// As in rootfree_kernels/rounding.py; only BF16 knows modes.
+inline Rounding rounding_of(c10::string_view name, bool has_residual, at::ScalarType type) {
+  if (has_residual) {
+    return Rounding::compensated;
+  }
+  return type == at::kBFloat16 && name == "stochastic" ? Rounding::stochastic : Rounding::nearest;
+}
+
+// Tell autograd that a tensor has changed.
+inline void changed(const at::Tensor& x) {
+  if (!x.is_inference()) {
+    x.unsafeGetTensorImpl()->bump_version();
+  }
+}
+
+}  // namespace rootfree::cpu

@@ -1,0 +1,22 @@
+// The schemas of torch.ops.rootfree_native: what rootfree_kernels/cpp_kernels.py and cuda_kernels.py call, on tables of
+// addresses (rootfree_kernels/tables.py). Each device's kernels register themselves in cpu/ and cuda/.
+//
+// These operators are private. The public ones, torch.ops.rootfree, declare every tensor that they change.
+
+#include <torch/library.h>
+
+TORCH_LIBRARY(rootfree_native, m) {
+  // rows [n, 8] and grads [n]: addresses (csrc/rf_rmsprop.h); owners [programs]: whose tensor a program works on;
+  // counters [n]: zeros, and zeros again afterwards. All else as in rootfree_kernels/eager/rf_rmsprop.py.
+  m.def(
+      "rf_rmsprop(Tensor rows, Tensor grads, Tensor owners, Tensor(a!) counters, Tensor seeds, Tensor steps, "
+      "Tensor lr, Tensor grad_scale, Tensor found_inf, int seed_stride, int step_stride, float step, float lr_value, "
+      "float sign, float decay, float growth, float momentum, float damping, float weight_decay, "
+      "float decoupled_decay, ScalarType param, ScalarType grad, ScalarType square, ScalarType buffer, "
+      "int rounding, int weight_rounding) -> ()");
+  // sides [sides, 8]: addresses of m and delta; numbers of a block, of its last axis, of a share; shares of a block;
+  // number of programs; first program. sums [programs]: for the kernels' use. clips [sides, L]: the result.
+  m.def(
+      "clipped_momentum(Tensor sides, Tensor owners, Tensor(a!) sums, Tensor found_inf, Tensor(b!) clips, "
+      "float riemannian_momentum, ScalarType dtype, int clip) -> ()");
+}
