@@ -19,4 +19,19 @@ TORCH_LIBRARY(rootfree_native, m) {
   m.def(
       "clipped_momentum(Tensor sides, Tensor owners, Tensor(a!) sums, Tensor found_inf, Tensor(b!) clips, "
       "float riemannian_momentum, ScalarType dtype, int clip) -> ()");
+  // These have the arguments of their namesakes in rootfree_kernels/eager/kron_factor.py.
+  m.def(
+      "kron_gather(Tensor[] grads, int[] tiles, int rows, int cols, Tensor[] factors, Tensor? grad_scale, "
+      "ScalarType dtype, bool maximize) -> (Tensor, Tensor)");
+  m.def(
+      "kron_factor(Tensor(a0!) factor_c, Tensor(a1!) factor_k, Tensor(a2!) momentum_c, Tensor(a3!) momentum_k, "
+      "Tensor(a4!)? residual_c, Tensor(a5!)? residual_k, Tensor(a6!)? product_c, Tensor(a7!)? product_k, Tensor grad, "
+      "Tensor squares, Tensor seeds, Tensor steps, Tensor? found_inf, float batch_size, float beta2, "
+      "float riemannian_momentum, float damping, float gamma, str clip, str rounding) -> Tensor");
+  m.def("kron_products(Tensor factor_c, Tensor factor_k, ScalarType dtype) -> (Tensor, Tensor)");
+  m.def(
+      "kron_step(Tensor(a0!)[] params, Tensor(a1!)[] buffers, Tensor(a2!)[] residuals, int[] tiles, "
+      "Tensor(a3!) skipped, Tensor factor_c, Tensor factor_k, Tensor(a4!) grad, Tensor squares, Tensor lr, Tensor? ok, "
+      "Tensor seeds, Tensor steps, Tensor? found_inf, bool cached, float momentum, float weight_decay, bool decoupled, "
+      "str rounding) -> ()");
 }

@@ -35,7 +35,7 @@ ROOTFREE_INLINE DiagonalValues diagonal_step(float grad, DiagonalValues old, con
   const float shrunk = n.shrinkage != 0 ? n.shrinkage * old.weight : 0.0f;
   const float buffer = n.momentum * old.buffer + direction + l2;
   const float weight = old.weight - shrunk - n.lr * buffer;
-  return {keep ? square : old.square, keep ? buffer : old.buffer, keep ? weight : old.weight};
+  return {select(keep, square, old.square), select(keep, buffer, old.buffer), select(keep, weight, old.weight)};
 }
 
 // A row of the table of tensors: addresses, how many numbers they have, and the first program that works on them.

@@ -62,10 +62,14 @@ def _serving(device: torch.device, description: str) -> list[str]:
     for dtype in DTYPES:
         try:
             lines.append(f"  {_short(dtype):9} {choose(device, dtype)}")
-        except RuntimeError as error:
+        except (RuntimeError, ImportError) as error:
             lines.append(f"  {_short(dtype):9} nothing: {error}")
     for name in NAMES:
-        if reason := why_not(name, device, torch.float32):
+        try:
+            reason = why_not(name, device, torch.float32)
+        except ImportError as error:
+            reason = str(error)
+        if reason:
             lines.append(f"  not {name}: {reason}")
     lines.append(f"  bfloat16 factors are multiplied in {_short(matmul_dtype(torch.bfloat16, device))}")
     return lines

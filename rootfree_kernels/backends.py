@@ -1,8 +1,9 @@
-"""Which room runs an operator: eager PyTorch or Triton today; CUDA and C++ as they come.
+"""Which room runs an operator: Triton, CUDA, C++ or eager PyTorch.
 
 A backend is a module with the operators' functions under their own names (see `rootfree_kernels.eager`). It is chosen
-once for a batch, best first: cuda, triton, eager on a GPU; cpp, eager on a CPU. `ROOTFREE_BACKEND` forces one, and one
-that cannot run is an error that says why, never a silent fallback.
+once for a batch, best first: triton, cuda, eager on a GPU; cpp, eager on a CPU. `ROOTFREE_BACKEND` forces one, and one
+that cannot run is an error that says why, never a silent fallback. A compiled extension that was built and cannot be
+imported is an error too.
 """
 
 from __future__ import annotations
@@ -22,13 +23,17 @@ from rootfree_kernels import eager
 
 logger = logging.getLogger(__name__)
 
-PREFERENCE = {"cuda": ("cuda", "triton", "eager"), "cpu": ("cpp", "eager")}
-"""Backends by type of device, best first; any other device is served by eager PyTorch."""
+PREFERENCE = {"cuda": ("triton", "cuda", "eager"), "cpu": ("cpp", "eager")}
+"""Backends by type of device, best first; any other device is served by eager PyTorch. On a GPU Triton comes before CUDA
+until `make gpu` has measured them side by side: its kernels do all that CUDA's do, and more."""
 
 BACKENDS: dict[str, ModuleType] = {"eager": eager}
-"""The backends that were imported; Triton is when it is first asked for."""
+"""The backends that were imported; others are when they are first asked for."""
 
-NAMES = ("cuda", "triton", "cpp", "eager")
+COMPILED = ("cuda", "cpp")
+"""Parts of the extension `rootfree_kernels._C`."""
+
+NAMES = ("triton", *COMPILED, "eager")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Dtypes of the parameters that the optimizers serve."""
@@ -37,6 +42,7 @@ FactorDtypes = tuple[torch.dtype, "torch.dtype | None"]
 """Dtypes in which the factors of a batch are stored and multiplied; None leaves the latter to the backend."""
 
 
+@cache
 def build_record() -> dict[str, Any]:
     """What the installation compiled and what it left out, and why (`_build.json`, written by setup.py)."""
     try:
@@ -44,6 +50,9 @@ def build_record() -> dict[str, Any]:
     except FileNotFoundError:
         reason = "no record of a build: the package was not installed but found on the path"
         return {"extension": False, "left_out": {"cpp": reason, "cuda": reason}}
+
+
+_WIDE = "its arithmetic is FP32, and parameters or state are FP64"
 
 
 def why_not(backend: str, device: torch.device, dtype: torch.dtype, factors: FactorDtypes | None = None) -> str | None:
@@ -56,9 +65,30 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype, factors: Fac
         return _why_not_triton(device, dtype, factors)
     if backend not in PREFERENCE.get(device.type, ("eager",)):
         return f"it does not run on {device.type} devices"
-    if backend not in BACKENDS:
-        return "this version has no kernels for it yet"
+    if backend in COMPILED:
+        return _why_not_compiled(backend, dtype, factors)
     return None
+
+
+def _why_not_compiled(backend: str, dtype: torch.dtype, factors: FactorDtypes | None) -> str | None:
+    if dtype == torch.float64:
+        return _WIDE
+    if backend == "cuda" and factors is not None:
+        return "it has no matrix kernels"
+    if factors is not None and not {*factors} <= {torch.float32, torch.bfloat16, None}:
+        return f"its matrix products are of FP32 and BF16, not of {' and '.join(map(str, factors))}"
+    if reason := build_record()["left_out"][backend]:
+        return f"it was not built: {reason}"
+    if problem := _import_problem(backend):
+        raise ImportError(
+            f"rootfree_kernels._C was built and is broken: {problem}. Reinstall the package against this PyTorch "
+            f"({torch.__version__}), or set ROOTFREE_BACKEND to {' or '.join(_others(backend))}."
+        )
+    return None
+
+
+def _others(backend: str) -> list[str]:
+    return [name for name in NAMES if name not in COMPILED and (backend == "cuda" or name == "eager")]
 
 
 def _why_not_triton(device: torch.device, dtype: torch.dtype, factors: FactorDtypes | None) -> str | None:
@@ -70,7 +100,7 @@ def _why_not_triton(device: torch.device, dtype: torch.dtype, factors: FactorDty
     if device.type == "cuda" and interpreted:
         return "TRITON_INTERPRET=1 is set, and the interpreter runs kernels on the CPU"
     if dtype == torch.float64:
-        return "its arithmetic is FP32, and parameters or state are FP64"
+        return _WIDE
     if factors is not None and (factors[0] != torch.bfloat16 or factors[1] not in (None, torch.bfloat16)):
         return f"its matrix products are of BF16, not of {factors[1] or factors[0]}"
     if problem := _import_problem("triton"):
@@ -139,7 +169,7 @@ def implementation(backend: str, operator: str) -> Callable[..., Any]:
 def makes_products(backend: str) -> bool:
     """Whether an update takes P_C = CCᵀ and P_K = KKᵀ on the way, kept or not: kernels save half their multiplications
     by symmetry, so that P_C·G·P_K takes three quarters of the work of CCᵀ·G·KKᵀ."""
-    return backend in ("cuda", "triton")
+    return backend in ("triton", "cpp")
 
 
 def matmul_dtype(factor_dtype: torch.dtype, device: torch.device, backend: str = "eager") -> torch.dtype:
@@ -149,7 +179,8 @@ def matmul_dtype(factor_dtype: torch.dtype, device: torch.device, backend: str =
     with AVX512_BF16 a BF16 product took a quarter of the time of an FP32 one, and 1.3 times as long with these
     instructions switched off (`python -m bench.cpu_step`, and again under ONEDNN_MAX_CPU_ISA=AVX512_CORE).
     """
-    if backend == "eager" and factor_dtype == torch.bfloat16 and device.type == "cpu" and not _cpu_multiplies_bf16():
+    is_library = backend in ("eager", "cpp") and device.type == "cpu"
+    if is_library and factor_dtype == torch.bfloat16 and not _cpu_multiplies_bf16():
         return torch.float32
     return factor_dtype
 

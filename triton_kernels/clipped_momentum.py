@@ -16,8 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rootfree_kernels.memory_order import alike, write_back
-from rootfree_kernels.tables import on_device, tensor_table
+from rootfree_kernels.momentum import cut, momentum_call
 from rootfree_kernels.triton_kernels.common import TRITON_DTYPES, load_masked, pointer_to, round_nearest
 from rootfree_kernels.triton_kernels.configuration import Configuration
 from rootfree_kernels.triton_kernels.launch import kernel, launch
@@ -186,13 +185,7 @@ def configurations() -> Iterator[Configuration]:
 
 def _shares(numel: int, unit: int) -> tuple[int, int]:
     """(numbers of a share, shares) of a block of `numel` numbers; a share is a multiple of `unit` numbers."""
-    size = max(MIN_SHARE, -(-numel // MAX_SHARES))
-    size = -(-size // unit) * unit
-    return size, max(1, -(-numel // size))
-
-
-def _num_programs(row: tuple[int, ...]) -> int:
-    return row[-1]
+    return cut(numel, max(MIN_SHARE, -(-numel // MAX_SHARES)), unit)
 
 
 def clipped_momentum(
@@ -208,25 +201,13 @@ def clipped_momentum(
     FP32 of the same shapes ([L, n, n] for `clip="row_sum"`), and stay as they are. The result is the same to the bit
     whenever the arguments are.
     """
-    num_blocks, device = deltas[0].shape[0], deltas[0].device
-    mixed = len({m.dtype for m in momenta}) > 1
-    old = momenta, deltas
-    new = alike(([m.float() for m in momenta] if mixed else momenta, deltas), in_any_order=False)
-    dtype = new[0][0].dtype
-    rows = []
-    for m, delta in zip(*new, strict=True):
-        numel, cols = delta[0].numel() if num_blocks else 0, max(1, delta.shape[-1])
-        size, shares = _shares(numel, ROWS * cols if clip == "row_sum" else TILE)
-        rows.append((m.data_ptr(), delta.data_ptr(), numel, cols, size, shares, num_blocks * shares))
-    sides = tensor_table(tuple(zip(*rows, strict=True)), _num_programs, device)
-    sums = torch.empty(sides.num_programs, dtype=torch.float32, device=device)
-    clips = torch.empty((len(deltas), num_blocks), dtype=torch.float32, device=device)
-    overflow = on_device(device, found_inf, 0.0)
+    row_sum = clip == "row_sum"
+    call = momentum_call(
+        lambda numel, cols: _shares(numel, ROWS * cols if row_sum else TILE), momenta, deltas, found_inf
+    )
     numbers = float(riemannian_momentum), 1.0 - riemannian_momentum
-    where, m_type = (sides.rows, sides.owners, sums), TRITON_DTYPES[dtype]
-    launch(norms_kernel, sides.num_programs, (*where, *numbers), (m_type, clip == "row_sum"), NUM_WARPS)
-    arguments = (*where, overflow, clips, *numbers, len(deltas), num_blocks)
-    launch(momentum_kernel, sides.num_programs, arguments, (m_type, clip), NUM_WARPS)
-    torch.autograd.graph.increment_version(new[0])
-    write_back(old[:1], new[:1])
-    return clips
+    where, m_type = (call.where.rows, call.where.owners, call.sums), TRITON_DTYPES[call.dtype]
+    launch(norms_kernel, call.where.num_programs, (*where, *numbers), (m_type, row_sum), NUM_WARPS)
+    arguments = (*where, call.found_inf, call.clips, *numbers, *call.clips.shape)
+    launch(momentum_kernel, call.where.num_programs, arguments, (m_type, clip), NUM_WARPS)
+    return call.finish()

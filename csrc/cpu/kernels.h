@@ -86,6 +86,10 @@ struct Kernels {
   // The mirror image of a tile of a symmetric n x n matrix, of which the lower triangle was there.
   void (*mirror_tile)(const Numbers& matrix, int64_t n, int64_t tile_row, int64_t tile_col);
 
+  // A tile of a rows x cols matrix, transposed, into its place in a cols x rows one; both FP32 or both of 16 bits.
+  void (*transpose_tile)(const Numbers& source, const Numbers& target, int64_t rows, int64_t cols, int64_t tile_row,
+                         int64_t tile_col);
+
   // C <- C - scale * Y
   void (*move_factor)(const Stored& factor, const Numbers& product, uint32_t first, int64_t length, float scale);
 

@@ -14,8 +14,8 @@
 namespace rootfree::cpu {
 namespace {
 
-constexpr int64_t chunk = 8192;
-constexpr int64_t grain = 4 * chunk;  // less is not worth another thread
+constexpr int64_t chunk = 1 << 14;
+constexpr int64_t grain = 1 << 15;  // numbers that are worth another thread
 
 struct Step {
   const DiagonalRow* rows;
@@ -83,7 +83,7 @@ void rf_rmsprop(const at::Tensor& rows, const at::Tensor& grads, const at::Tenso
                 at::ScalarType buffer, int64_t rounding, int64_t weight_rounding) {
   const Step call{static_cast<const DiagonalRow*>(rows.const_data_ptr()),
                   grads.const_data_ptr<int64_t>(),
-                  rows.size(0),
+                  grads.numel(),
                   seeds.const_data_ptr<int32_t>(),
                   steps.const_data_ptr<float>(),
                   seed_stride,

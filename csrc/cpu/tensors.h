@@ -4,6 +4,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <vector>
+
 #include "kernels.h"
 
 namespace rootfree::cpu {
@@ -38,6 +40,29 @@ inline Rounding rounding_of(c10::string_view name, bool has_residual, at::Scalar
   }
   return type == at::kBFloat16 && name == "stochastic" ? Rounding::stochastic : Rounding::nearest;
 }
+
+// Sums of shares, added up in order.
+inline float total_of(const float* shares, int64_t length) {
+  double total = 0;
+  for (int64_t i = 0; i < length; ++i) {
+    total += shares[i];
+  }
+  return static_cast<float>(total);
+}
+
+// The seeds and steps [L] of the random bits of blocks; any numbers where none are drawn, and so none are given.
+class Draws {
+ public:
+  Draws(const at::Tensor& seeds, const at::Tensor& steps, int64_t num_blocks)
+      : seeds_(seeds), steps_(steps.to(at::kFloat)), none_(steps.numel() == num_blocks ? 0 : num_blocks) {}
+
+  const int32_t* seeds() const { return seeds_.const_data_ptr<int32_t>(); }
+  const float* steps() const { return none_.empty() ? steps_.const_data_ptr<float>() : none_.data(); }
+
+ private:
+  at::Tensor seeds_, steps_;
+  std::vector<float> none_;
+};
 
 // Tell autograd that a tensor has changed.
 inline void changed(const at::Tensor& x) {

@@ -10,10 +10,22 @@
 
 #include "rf_rmsprop.h"
 
+#include "stored.h"
+
 namespace rootfree::cuda {
 namespace {
 
 constexpr int kThreads = 256;
+
+// A thread takes 4 numbers at a time where FP32 is stored, else 8: 128 bits of what is stored widest, so that
+// neighbouring threads store without gaps. FP32 gradients next to 8 narrow numbers are read in two halves.
+template <Dtype... STORED>
+constexpr int kVector = ((STORED == Dtype::fp32) || ...) ? 4 : 8;
+
+// Programs that share a multiprocessor, at least: 64 registers a thread, or 80 where it holds 8 numbers. Either way
+// 40 KiB or more are on their way, several times what the memory's latency needs.
+template <Dtype... STORED>
+constexpr int kMinPrograms = kVector<STORED...> == 4 ? 4 : 3;
 
 // ---- kernel ---------------------------------------------------------------------------------------------------------
 
@@ -114,10 +126,8 @@ __device__ __forceinline__ Program program_of(const DiagonalArguments& arguments
   const float lr = arguments.lr_value + *arguments.lr;
   // Where GradScaler found an overflow, gradients count as NaN, so that no number steps.
   const float grad_factor = *arguments.found_inf != 0 ? float_of(0x7FC00000u) : arguments.sign / *arguments.grad_scale;
-  program.numbers = {grad_factor,        lr,
-                     arguments.decay,    arguments.growth,
-                     arguments.momentum, arguments.damping,
-                     arguments.weight_decay, lr * arguments.decoupled_decay};
+  program.numbers = {grad_factor,        lr,                arguments.decay,        arguments.growth,
+                     arguments.momentum, arguments.damping, arguments.weight_decay, lr * arguments.decoupled_decay};
   if (arguments.rounding == Rounding::stochastic || arguments.weight_rounding == Rounding::stochastic) {
     const int32_t seed = arguments.seeds[tensor * arguments.seed_stride];
     const float step = arguments.step + arguments.steps[tensor * arguments.step_stride];
@@ -136,17 +146,14 @@ __device__ __forceinline__ bool is_aligned(const DiagonalRow& row, int64_t grad)
 // Step a chunk of `length` numbers from `start` on; whether this thread left any out.
 template <Dtype PARAM, Dtype GRAD, Dtype SQUARE, Dtype BUFFER>
 __device__ __forceinline__ bool step_chunk(const Program& program, int64_t start, int length) {
-  // 128 bits of what is stored narrowest, unless FP32 is stored as well: neighbouring threads then store it without
-  // gaps. FP32 gradients may have gaps: the other half of what is read comes with the next instruction.
-  constexpr bool kWide = PARAM == Dtype::fp32 || SQUARE == Dtype::fp32 || BUFFER == Dtype::fp32;
-  constexpr int kVector = kWide ? 4 : 8;
-  const int whole = is_aligned(program.row, program.grad) ? length / kVector * kVector : 0;
+  constexpr int N = kVector<PARAM, SQUARE, BUFFER>;
+  const int whole = is_aligned(program.row, program.grad) ? length / N * N : 0;
   const int thread = static_cast<int>(threadIdx.x);
   bool all_finite = true;
 
 #pragma unroll 1
-  for (int i = thread * kVector; i < whole; i += kThreads * kVector) {
-    Numbers<PARAM, GRAD, SQUARE, BUFFER, kVector> several;
+  for (int i = thread * N; i < whole; i += kThreads * N) {
+    Numbers<PARAM, GRAD, SQUARE, BUFFER, N> several;
     several.load(program, start + i);
     all_finite &= several.step(program, start + i);
   }
@@ -170,7 +177,8 @@ __device__ __forceinline__ void finish(unsigned long long* counter, const Diagon
 }
 
 template <Dtype PARAM, Dtype GRAD, Dtype SQUARE, Dtype BUFFER>
-__global__ void __launch_bounds__(kThreads, 3) rf_rmsprop_kernel(const DiagonalArguments arguments) {
+__global__ void __launch_bounds__(kThreads, kMinPrograms<PARAM, SQUARE, BUFFER>)
+    rf_rmsprop_kernel(const DiagonalArguments arguments) {
   const int32_t tensor = arguments.owners[blockIdx.x];
   const Program program = program_of(arguments, tensor);
   const int64_t start = (blockIdx.x - program.row.first_program) * kDiagonalChunk;

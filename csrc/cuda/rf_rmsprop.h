@@ -3,7 +3,7 @@
 #pragma once
 
 #include "../rf_rmsprop.h"
-#include "stored.h"
+#include "dtypes.h"
 
 namespace rootfree::cuda {
 

@@ -1,4 +1,4 @@
-// Numbers as they lie in a GPU's memory: their dtypes, and several of them in one access.
+// Numbers as they lie in a GPU's memory: their dtypes, and several of them in one access. Kernels alone include this.
 
 #pragma once
 
@@ -9,10 +9,9 @@
 #include <type_traits>
 
 #include "../rounding.h"
+#include "dtypes.h"
 
 namespace rootfree::cuda {
-
-enum class Dtype : int { fp32 = 0, bf16 = 1, fp16 = 2 };
 
 template <Dtype DTYPE>
 using Storage = std::conditional_t<DTYPE == Dtype::fp32, float, uint16_t>;

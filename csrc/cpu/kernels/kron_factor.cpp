@@ -113,6 +113,32 @@ void mirror_tile(const Numbers& matrix, int64_t n, int64_t tile_row, int64_t til
   }
 }
 
+template <typename T>
+static void transpose_numbers(const T* source, T* target, int64_t rows, int64_t cols, int64_t row, int64_t col) {
+  T tile[tile_size][tile_size];
+  const int64_t height = smaller(tile_size, rows - row), width = smaller(tile_size, cols - col);
+  for (int64_t i = 0; i < height; ++i) {
+    std::memcpy(tile[i], source + (row + i) * cols + col, width * sizeof(T));
+  }
+  for (int64_t j = 0; j < width; ++j) {
+    T* ROOTFREE_RESTRICT to = target + (col + j) * rows + row;
+    for (int64_t i = 0; i < height; ++i) {
+      to[i] = tile[i][j];
+    }
+  }
+}
+
+void transpose_tile(const Numbers& source, const Numbers& target, int64_t rows, int64_t cols, int64_t tile_row,
+                    int64_t tile_col) {
+  const int64_t row = tile_row * tile_size, col = tile_col * tile_size;
+  if (source.dtype == Dtype::f32) {
+    transpose_numbers(static_cast<const float*>(source.data), static_cast<float*>(target.data), rows, cols, row, col);
+  } else {
+    transpose_numbers(static_cast<const uint16_t*>(source.data), static_cast<uint16_t*>(target.data), rows, cols, row,
+                      col);
+  }
+}
+
 void move_factor(const Stored& factor, const Numbers& product, uint32_t first, int64_t length, float scale) {
   alignas(64) float factors[piece], products[piece];
   for (int64_t start = 0; start < length; start += piece) {

@@ -4,11 +4,17 @@
 
 namespace rootfree::cpu::ROOTFREE_ISA {
 
+static bool is_all_f32(const DiagonalPiece& p) {
+  return p.grad.dtype == Dtype::f32 && p.square.value.dtype == Dtype::f32 && p.buffer.dtype == Dtype::f32 &&
+         p.param.value.dtype == Dtype::f32;
+}
+
 bool rf_rmsprop(const DiagonalPiece& p, const DiagonalNumbers& numbers) {
   alignas(64) float grads[piece], squares[piece], buffers[piece], params[piece];
   uint32_t left_out = 0;
-  for (int64_t start = 0; start < p.length; start += piece) {
-    const int64_t length = smaller(piece, p.length - start);
+  const int64_t step = is_all_f32(p) ? p.length : piece;  // in place, nothing has to fit a cache
+  for (int64_t start = 0; start < p.length; start += step) {
+    const int64_t length = smaller(step, p.length - start);
     const float* ROOTFREE_RESTRICT g = load(p.grad, start, length, grads);
     float* ROOTFREE_RESTRICT s = load(p.square, start, length, squares);
     float* ROOTFREE_RESTRICT m = load(p.buffer, start, length, buffers);
