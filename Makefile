@@ -10,7 +10,7 @@ VENV := .venv
 VPY := $(VENV)/bin/python
 PIP := $(VPY) -m pip --disable-pip-version-check --quiet
 STAMP := $(VENV)/.installed
-BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
+BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
 .DEFAULT_GOAL := help
 .PHONY: help install test kernels gpu demo lint clean
@@ -36,6 +36,7 @@ test: $(STAMP)
 
 kernels: $(STAMP)
 	@$(VPY) -m bench.compile_kernels $(KERNEL_ARGS)
+	@$(VPY) -m bench.compile_cuda $(KERNEL_ARGS)
 
 # No .venv here: PYTHON is the one that has PyTorch and Triton for the GPU, and nothing is fetched.
 gpu:

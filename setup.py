@@ -56,6 +56,8 @@ CXX_FLAGS = [] if os.name == "nt" else ["-O3", "-g0", "-fvisibility=hidden"]
 # instruction set where none fuses products with sums.
 VECTORIZED_FLAGS = [] if os.name == "nt" else ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 
+NVCC_FLAGS = ["-O3", "-fmad=false"]  # likewise: the same results on every GPU, and as on a CPU
+
 LEFT_OUT = {"cpp": None, "cuda": None}  # part -> why it is not built, None where it is
 
 
@@ -127,7 +129,7 @@ def make_extension(with_cuda):
         CPU_SOURCES + (CUDA_SOURCES if with_cuda else []),
         include_dirs=pybind11_include(),
         define_macros=macros + ([("ROOTFREE_WITH_CUDA", "1")] if with_cuda else []),
-        extra_compile_args={"cxx": CXX_FLAGS + openmp_flags(), "nvcc": ["-O3"]},
+        extra_compile_args={"cxx": CXX_FLAGS + openmp_flags(), "nvcc": NVCC_FLAGS},
     )
 
 

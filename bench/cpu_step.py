@@ -1,27 +1,35 @@
-"""The eager step on one CPU thread against a straightforward implementation of the same formulas.
+"""Steps on a CPU against PyTorch's own optimizers, a straightforward implementation, and the authors' sirfshampoo.
 
-    python -m bench.cpu_step [--repeats N] [--json FILE]
+    python -m bench.cpu_step [--repeats N] [--only diagonal|factors] [--json FILE]
 
-Both take turns step by step in one process; medians are compared. The last rows compare BF16 with FP32 products on this
-processor, which is what `rootfree_kernels.backends.matmul_dtype` decides by.
+Whatever is compared takes turns step by step in one process, and medians are compared: ours over theirs, so that below
+1 is faster. The diagonal step runs on two threads, the factors on one. sirfshampoo takes part where it is installed, or
+where a checkout of it lies in .peers/sirfshampoo. On processors where FP32 products go to oneDNN, the rows of the
+factors are measured a second time with ROOTFREE_ONEDNN=0, which leaves all products to the BLAS that PyTorch uses.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
 
 from bench.naive import NaiveIFShampoo
 from bench.record import provenance
-from rootfree_kernels import IFShampoo
-from rootfree_kernels.backends import matmul_dtype
+from rootfree_kernels import IFShampoo, RFRMSProp
+from rootfree_kernels.backends import choose, matmul_dtype
 
 COMMON = {
     "lr": 1e-3,
@@ -31,6 +39,12 @@ COMMON = {
     "riemannian_momentum": 0.5,
     "damping": 1e-4,
 }
+PEERS = Path(__file__).parent.parent / ".peers"
+LARGE = 20_000_000
+BYTES = 28
+"""A number of FP32 in the diagonal step with momentum: weight, gradient, s and m read, all but the gradient written."""
+
+Row = dict[str, Any]
 
 
 def seconds(run: Callable[[], Any]) -> float:
@@ -39,47 +53,161 @@ def seconds(run: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def make(cls: type, num: int, size: int, **options: Any) -> torch.optim.Optimizer:
-    """An optimizer over `num` weights of `size`² with fixed random gradients."""
+def taking_turns(calls: Mapping[str, Callable[[], Any]], repeats: int, warmups: int = 2) -> dict[str, list[float]]:
+    """Seconds of every repeat of each call."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for repeat in range(warmups + repeats):
+        for name, call in calls.items():
+            taken = seconds(call)
+            if repeat >= warmups:
+                times[name].append(taken)
+    return times
+
+
+def row(case: str, ours: float, theirs: float, target: float | None = None) -> Row:
+    return {"case": case, "ours": ours, "theirs": theirs, "ratio": ours / theirs, "target": target}
+
+
+def parameters(num: int, *shape: int) -> list[torch.nn.Parameter]:
+    """`num` weights with fixed random gradients."""
     generator = torch.Generator().manual_seed(0)
-    params = [torch.nn.Parameter(torch.randn(size, size, generator=generator)) for _ in range(num)]
+    params = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for _ in range(num)]
     for param in params:
-        param.grad = torch.randn(size, size, generator=generator) * 0.1
-    optimizer: torch.optim.Optimizer = cls(params, **COMMON, **options)
+        param.grad = torch.randn(shape, generator=generator) * 0.1
+    return params
+
+
+# ---- the diagonal step -------------------------------------------------------------------------------------------
+
+
+def diagonal_optimizers(num: int, size: int) -> dict[str, Optimizer]:
+    def ours(**options: Any) -> Optimizer:
+        return RFRMSProp(parameters(num, size), lr=1e-4, batch_size=16, **options)
+
+    return {
+        "FP32": ours(),
+        "AdamW": torch.optim.AdamW(parameters(num, size), lr=1e-4, fused=True),
+        "RMSprop": torch.optim.RMSprop(parameters(num, size), lr=1e-4, foreach=True, momentum=0.9),
+        "BF16 state": ours(state_dtype=torch.bfloat16),
+        "BF16 state, compensated": ours(state_dtype=torch.bfloat16, rounding="compensated"),
+        "eager": ours(fused=False),
+    }
+
+
+def diagonal_rows(repeats: int) -> list[Row]:
+    large = diagonal_optimizers(1, LARGE)
+    copy = partial(torch.empty(LARGE).copy_, torch.randn(LARGE))
+    calls = {**{name: opt.step for name, opt in large.items()}, "copy": copy}
+    time_of = {name: statistics.median(times) for name, times in taking_turns(calls, repeats).items()}
+    name = "RFRMSProp, 20M FP32 numbers"
+    rows = [
+        row(f"{name}: fused AdamW", time_of["FP32"], time_of["AdamW"], 1.0),
+        row(f"{name}: foreach RMSprop with momentum", time_of["FP32"], time_of["RMSprop"], 1 / 2.8),
+        row(
+            f"{name}: {BYTES} bytes a number at the rate of a copy", time_of["FP32"], time_of["copy"] * BYTES / 8, 1.25
+        ),
+        row("the same with BF16 state: FP32 state", time_of["BF16 state"], time_of["FP32"], 1.0),
+        row("BF16 state, compensated: FP32 state", time_of["BF16 state, compensated"], time_of["FP32"], 1.0),
+        row(f"{name}: eager backend", time_of["FP32"], time_of["eager"]),
+    ]
+    del large, calls, copy
+    small = {name: opt.step for name, opt in diagonal_optimizers(1000, 1000).items()}
+    time_of = {name: statistics.median(times) for name, times in taking_turns(small, 3 * repeats).items()}
+    name = "RFRMSProp, 1,000 tensors of 1,000"
+    return [
+        *rows,
+        row(f"{name}: foreach RMSprop with momentum", time_of["FP32"], time_of["RMSprop"], 1 / 3),
+        row(f"{name}: fused AdamW", time_of["FP32"], time_of["AdamW"]),
+        row(f"{name}, BF16 state: FP32 state", time_of["BF16 state"], time_of["FP32"], 1.0),
+    ]
+
+
+# ---- the factors -------------------------------------------------------------------------------------------------
+
+
+def find_sirfshampoo() -> Any:
+    """The authors' package, None where it is not there."""
+    if (PEERS / "sirfshampoo").is_dir():
+        sys.path.insert(0, str(PEERS / "sirfshampoo"))
+    try:
+        return import_module("sirfshampoo")
+    except ImportError:
+        return None
+
+
+def make_sirfshampoo(package: Any, num: int, size: int, frequency: int) -> Optimizer:
+    model = torch.nn.ParameterList(parameters(num, size, size))
+    options = {"lr": COMMON["lr"], "beta2": COMMON["beta2"], "alpha1": COMMON["momentum"], "lam": COMMON["damping"]}
+    options |= {"alpha2": COMMON["riemannian_momentum"], "batch_size": COMMON["batch_size"], "T": frequency}
+    optimizer: Optimizer = package.SIRFShampoo(model, **options)
     return optimizer
 
 
 def step_times(num: int, size: int, frequency: int, cycles: int) -> dict[str, dict[str, float]]:
-    """Median seconds of an update, of another step and of a mean step of `frequency`, of both, taking turns."""
-    ours = make(IFShampoo, num, size, precondition_frequency=frequency, factor_dtype=torch.float32)
+    """Median seconds of an update, of another step and of a mean step of `frequency`, of all, taking turns."""
+
+    def make(cls: Callable[..., Optimizer], **options: Any) -> Optimizer:
+        return cls(parameters(num, size, size), **COMMON, precondition_frequency=frequency, **options)
+
     contestants = {
-        "naive": make(NaiveIFShampoo, num, size, precondition_frequency=frequency),
-        "rootfree": ours,
+        "naive": make(NaiveIFShampoo),
+        "ours": make(IFShampoo, factor_dtype=torch.float32),
+        "BF16": make(IFShampoo, factor_dtype=torch.bfloat16),
+        "eager": make(IFShampoo, factor_dtype=torch.float32, fused=False),
     }
-    times: dict[str, list[list[float]]] = {name: [] for name in contestants}
-    for cycle in range(cycles + 1):
-        steps = [[seconds(opt.step) for opt in contestants.values()] for _ in range(frequency)]
-        if cycle:  # the first warms up
-            for name, column in zip(contestants, zip(*steps, strict=True), strict=True):
-                times[name].append(list(column))
+    if package := find_sirfshampoo():
+        contestants["sirfshampoo"] = make_sirfshampoo(package, num, size, frequency)
+    steps = {name: opt.step for name, opt in contestants.items()}
+    every = taking_turns(steps, cycles * frequency, warmups=frequency)
+    return {name: summary(times, frequency) for name, times in every.items()}
+
+
+def summary(times: list[float], frequency: int) -> dict[str, float]:
+    cycles = [times[i : i + frequency] for i in range(0, len(times), frequency)]
     return {
-        name: {
-            "update": statistics.median(cycle[0] for cycle in cycles_),
-            "other": statistics.median(step for cycle in cycles_ for step in cycle[1:]),
-            "mean": statistics.median(statistics.mean(cycle) for cycle in cycles_),
-        }
-        for name, cycles_ in times.items()
+        "update": statistics.median(cycle[0] for cycle in cycles),
+        "other step": statistics.median(step for cycle in cycles for step in cycle[1:]),
+        "mean step": statistics.median(map(statistics.mean, cycles)),
     }
 
 
-def product_times(size: int, repeats: int) -> dict[str, float]:
-    """Median seconds of a product of `size`² matrices in BF16 and FP32, taking turns."""
-    operands = {dtype: torch.randn(1, size, size, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)}
-    times: dict[torch.dtype, list[float]] = {dtype: [] for dtype in operands}
-    for _ in range(repeats + 1):
-        for dtype, x in operands.items():
-            times[dtype].append(seconds(lambda x=x: torch.bmm(x, x)))  # type: ignore[misc]
-    return {str(dtype): statistics.median(values[1:]) for dtype, values in times.items()}
+def factor_rows(repeats: int, note: str = "") -> list[Row]:
+    rows = []
+    big = step_times(1, 1024, frequency=2, cycles=repeats)
+    targets = {"update": (0.82, 0.85), "other step": (0.55, 0.5)}
+    for kind, (of_naive, of_sirf) in targets.items():
+        case, ours = f"IFShampoo{note}, FP32, 1024², {kind}", big["ours"][kind]
+        rows.append(row(f"{case}: naive", ours, big["naive"][kind], of_naive))
+        if "sirfshampoo" in big:
+            rows.append(row(f"{case}: sirfshampoo", ours, big["sirfshampoo"][kind], of_sirf))
+        rows.append(row(f"{case}: eager backend", ours, big["eager"][kind]))
+        rows.append(row(f"IFShampoo{note}, 1024², {kind}, BF16 factors: FP32", big["BF16"][kind], ours, 1.0))
+    small = step_times(12, 256, frequency=10, cycles=repeats)
+    case, ours = f"IFShampoo{note}, FP32, 12 × 256², mean step at T=10", small["ours"]["mean step"]
+    rows.append(row(f"{case}: naive", ours, small["naive"]["mean step"], 0.7))
+    rows.append(row(f"{case}: eager backend", ours, small["eager"]["mean step"]))
+    return rows
+
+
+def blas_rows(repeats: int) -> list[Row]:
+    """The rows of the factors without oneDNN, from a process of its own: the choice is made once in each."""
+    command = [sys.executable, "-m", "bench.cpu_step", "--repeats", str(repeats), "--only", "blas"]
+    environment = {**os.environ, "ROOTFREE_ONEDNN": "0"}
+    printed = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+    rows: list[Row] = json.loads(printed.splitlines()[-1])
+    return rows
+
+
+def product_row(size: int, repeats: int) -> Row:
+    """BF16 against FP32 products of PyTorch, which is what `rootfree_kernels.backends.matmul_dtype` decides by."""
+    bf16, fp32 = (torch.randn(1, size, size, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
+    calls = {"bf16": lambda: torch.bmm(bf16, bf16), "fp32": lambda: torch.bmm(fp32, fp32)}
+    times = {name: statistics.median(every) for name, every in taking_turns(calls, repeats).items()}
+    chosen = str(matmul_dtype(torch.bfloat16, torch.device("cpu"))).removeprefix("torch.")
+    return row(f"torch.bmm, {size}², BF16 (chosen: {chosen}): FP32", times["bf16"], times["fp32"])
+
+
+# ---- command line ------------------------------------------------------------------------------------------------
 
 
 def settle_allocator() -> None:
@@ -88,52 +216,37 @@ def settle_allocator() -> None:
     torch.zeros(7 << 20)
 
 
-def report(rows: list[dict[str, Any]]) -> None:
-    print(f"{'case':44} {'ours ms':>9} {'other ms':>9} {'ratio':>6}  target")
-    for row in rows:
-        target = f"≤ {row['target']}" if row["target"] else ""
-        print(f"{row['case']:44} {row['ours'] * 1e3:9.2f} {row['theirs'] * 1e3:9.2f} {row['ratio']:6.2f}  {target}")
-
-
-def measure(repeats: int) -> list[dict[str, Any]]:
-    def row(case: str, ours: float, theirs: float, target: float | None) -> dict[str, Any]:
-        return {"case": case, "ours": ours, "theirs": theirs, "ratio": ours / theirs, "target": target}
-
-    big = step_times(1, 1024, frequency=2, cycles=repeats)
-    small = step_times(12, 256, frequency=10, cycles=repeats)
-    product = product_times(1024, repeats)
-    chosen = matmul_dtype(torch.bfloat16, torch.device("cpu"))
-    return [
-        row("1 × 1024², update, against naive", big["rootfree"]["update"], big["naive"]["update"], 1.05),
-        row("1 × 1024², other step, against naive", big["rootfree"]["other"], big["naive"]["other"], 0.6),
-        row(
-            "12 × 256², mean step at T=10, against naive",
-            small["rootfree"]["mean"],
-            small["naive"]["mean"],
-            0.7,
-        ),
-        row(
-            f"product 1024², BF16 against FP32 (chosen: {str(chosen).removeprefix('torch.')})",
-            product["torch.bfloat16"],
-            product["torch.float32"],
-            None,
-        ),
-    ]
+def report(rows: list[Row]) -> None:
+    print(f"{'ours: theirs':70} {'ours ms':>9} {'theirs ms':>9} {'ratio':>6}  target")
+    for each in rows:
+        target = f"≤ {each['target']:.3g}" if each["target"] else ""
+        print(f"{each['case']:70} {each['ours'] * 1e3:9.2f} {each['theirs'] * 1e3:9.2f} {each['ratio']:6.2f}  {target}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--repeats", type=int, default=15, help="cycles that are measured")
+    parser.add_argument("--only", choices=("diagonal", "factors", "blas"), help="some of the rows")
     parser.add_argument("--json", type=Path, help="write the rows to this file as well")
     args = parser.parse_args()
-    torch.set_num_threads(1)
     settle_allocator()
-    rows = measure(args.repeats)
+    if args.only == "blas":
+        torch.set_num_threads(1)
+        print(json.dumps(factor_rows(args.repeats, ", BLAS alone")))
+        return
+    rows: list[Row] = []
+    if args.only != "factors":
+        torch.set_num_threads(2)
+        rows += diagonal_rows(args.repeats)
+    record = provenance("python -m bench.cpu_step")
+    if args.only != "diagonal":
+        torch.set_num_threads(1)
+        rows += [*factor_rows(args.repeats), *blas_rows(args.repeats), product_row(1024, args.repeats)]
     report(rows)
     if args.json:
-        record = {**provenance("python -m bench.cpu_step"), "rows": rows}
+        record = {**record, "backend": choose(torch.device("cpu"), torch.float32), "rows": rows}
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
+        args.json.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ from rootfree_kernels import eager
 logger = logging.getLogger(__name__)
 
 PREFERENCE = {"cuda": ("triton", "cuda", "eager"), "cpu": ("cpp", "eager")}
-"""Backends by type of device, best first; any other device is served by eager PyTorch. On a GPU Triton comes before CUDA
-until `make gpu` has measured them side by side: its kernels do all that CUDA's do, and more."""
+"""Backends by type of device, best first; any other device is served by eager PyTorch. On a GPU Triton comes before
+CUDA, which has the diagonal step alone, as long as `make gpu` has not measured them side by side."""
 
 BACKENDS: dict[str, ModuleType] = {"eager": eager}
 """The backends that were imported; others are when they are first asked for."""

@@ -40,8 +40,8 @@ def _one(row: tuple[int, ...]) -> int:
     return 1  # threads share the numbers of a list among themselves
 
 
-def _shares(numel: int, cols: int) -> tuple[int, int]:
-    return cut(numel, SHARE, cols)
+def _shares(numel: int, unit: int) -> tuple[int, int]:
+    return cut(numel, SHARE, unit)
 
 
 def _like(function: Callable[..., Any]) -> Callable[..., Any]:

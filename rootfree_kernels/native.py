@@ -43,13 +43,15 @@ def rf_rmsprop_with(programs_of: Callable[[tuple[int, ...]], int]) -> Callable[.
 
 
 def clipped_momentum_with(shares_of: Callable[[int, int], tuple[int, int]]) -> Callable[..., Tensor]:
-    """`clipped_momentum` where `shares_of` cuts blocks into shares; see `momentum_call`."""
+    """`clipped_momentum` where `shares_of` says how many numbers a share has and how many shares a block, from the
+    block's numbers and those that a share is to hold a multiple of."""
 
     @wraps(eager.clipped_momentum)
     def clipped_momentum(
         momenta: list[Tensor], deltas: list[Tensor], found_inf: Tensor | None, riemannian_momentum: float, clip: str
     ) -> Tensor:
-        call = momentum_call(shares_of, momenta, deltas, found_inf)
+        by_rows = clip == "row_sum"  # of which a share must not hold a part
+        call = momentum_call(lambda numel, cols: shares_of(numel, cols if by_rows else 1), momenta, deltas, found_inf)
         torch.ops.rootfree_native.clipped_momentum(
             *(call.where.rows, call.where.owners, call.sums, call.found_inf, call.clips),
             *(riemannian_momentum, call.dtype, CLIPS.index(clip)),

@@ -151,10 +151,11 @@ def on_device(device: torch.device, scalar: Tensor | None, default: float) -> Te
 
 
 def split_lr(lr: Tensor, device: torch.device) -> tuple[float, Tensor]:
-    """(number, tensor on `device`) that add up to `lr`. Of a tensor on a GPU, the host never reads the value."""
-    if lr.device.type == "cpu":
-        return float(lr.item()), constant(0.0, device)
-    return 0.0, on_device(device, lr, 0.0)
+    """(number, tensor on `device`) that add up to `lr`. The host reads it only where that is no wait: a number for a
+    GPU, which PyTorch keeps on the CPU."""
+    if lr.device.type == device.type:
+        return 0.0, on_device(device, lr, 0.0)
+    return float(lr.item()), constant(0.0, device)
 
 
 class Draws(NamedTuple):
@@ -170,9 +171,9 @@ class Draws(NamedTuple):
 
 def draws(seeds: Tensor, steps: Tensor, device: torch.device) -> Draws:
     """The draws of `seeds` [n], int32 on the device, and `steps` [n], any dtype, anywhere; any bits where these are
-    empty. Steps on the CPU that are one and the same, as they mostly are, go as a number, and nothing is copied."""
+    empty. Steps on the CPU that are one and the same, as they mostly are, go to a GPU as a number: nothing is copied."""
     if not len(seeds) or not len(steps):
         return Draws(constant(0, device, torch.int32), constant(0.0, device), 0, 0, 0.0)
-    if steps.device.type == "cpu" and len(values := set(steps.tolist())) == 1:
+    if steps.device.type != device.type and len(values := set(steps.tolist())) == 1:
         return Draws(seeds, constant(0.0, device), 1, 0, float(values.pop()))
     return Draws(seeds, steps.to(device, torch.float32, non_blocking=True), 1, 1, 0.0)

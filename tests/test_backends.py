@@ -31,7 +31,15 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ROOTFREE_BACKEND", raising=False)
 
 
-@pytest.mark.usefixtures("compiled")
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The C++ part of the extension, not the CUDA part."""
+    left_out = {"cpp": None, "cuda": "no CUDA toolkit"}
+    monkeypatch.setattr(backends, "build_record", lambda: {"extension": True, "left_out": left_out})
+    monkeypatch.setitem(backends.BACKENDS, "cpp", eager)
+
+
+@pytest.mark.usefixtures("compiled", "built")
 @pytest.mark.parametrize(
     ("device", "dtype", "factors", "expected"),
     [
@@ -41,7 +49,10 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
         (CUDA, FP64, None, "eager"),
         (CUDA, FP32, (FP32, None), "eager"),
         (CUDA, FP32, (BF16, FP32), "eager"),
-        (CPU, FP32, (BF16, None), "eager"),
+        (CPU, FP32, (BF16, None), "cpp"),
+        (CPU, BF16, (FP32, BF16), "cpp"),
+        (CPU, FP64, None, "eager"),
+        (CPU, FP32, (FP64, None), "eager"),
     ],
     ids=str,
 )

@@ -368,8 +368,11 @@ def test_a_state_dict_of_a_model_is_refused(case: Case) -> None:
 
 
 def test_fused_is_refused_when_the_optimizer_is_made(case: Case) -> None:
-    with pytest.raises(RuntimeError, match=r"fused=True .* no kernels"):
-        case.start(fused=True)
+    model = Model(torch.float64)
+    with pytest.raises(
+        RuntimeError, match=r"fused=True .* cpp: its arithmetic is FP32.* eager: it has no fused kernels"
+    ):
+        case.make(model.parameters(), fused=True)
 
 
 def test_a_bad_gradient_names_its_parameter(case: Case) -> None:

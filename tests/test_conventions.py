@@ -331,13 +331,15 @@ def test_foreach_agrees_at_larger_sizes(case: Case) -> None:
     torch.testing.assert_close(run(True), run(False), rtol=1e-12, atol=1e-12)
 
 
-def test_fused_false_is_eager_pytorch(case: Case) -> None:
-    assert_same_bits(results(case, fused=False), results(case))
+def test_fused_false_is_eager_pytorch(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    not_fused = results(case, fused=False)
+    monkeypatch.setenv("ROOTFREE_BACKEND", "eager")
+    assert_same_bits(not_fused, results(case))
 
 
 def test_fused_true_says_why_it_cannot_be_served(case: Case) -> None:
-    """No kernels exist for the CPU yet; once they do, this test goes."""
-    model = Model(case.dtype)
+    """Kernels compute in FP32."""
+    model = Model(torch.float64)
     params = list(model.parameters())
     optimizer = case.make([{"params": params[:2]}, {"params": params[2:]}])
     for steps in ((), BEFORE):  # without state and with it
@@ -736,7 +738,11 @@ def no_reads() -> Iterator[None]:
 
 @pytest.mark.parametrize("capturable", [False, True], ids=["default", "capturable"])
 @pytest.mark.parametrize("case", [case for case in CASES if "T3" not in case.name], ids=lambda case: case.name)
-def test_a_step_with_t_1_reads_no_tensor(case: Case, capturable: bool) -> None:
+@pytest.mark.parametrize("backend", ["", "eager"], ids=["best backend", "eager"])
+def test_a_step_with_t_1_reads_no_tensor(
+    case: Case, capturable: bool, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ROOTFREE_BACKEND", backend)
     model, optimizer = case.start(lr=torch.tensor(0.01), capturable=capturable)
     optimizer.grad_scale, optimizer.found_inf = torch.tensor(8.0), torch.tensor(0.0)
     for step in BEFORE:
