@@ -17,6 +17,7 @@ import subprocess
 import sys
 import sysconfig
 import textwrap
+from functools import cache
 from glob import glob
 from pathlib import Path
 
@@ -95,13 +96,14 @@ def why_no_cuda():
     return None
 
 
-def why_no_compiler():
-    """Why the C++ compiler cannot compile the simplest extension, in one line, or None."""
+@cache
+def why_no_compiler(*flags):
+    """Why the C++ compiler cannot compile the simplest extension, with these flags, in one line, or None."""
     if os.name == "nt":
         return None  # setuptools searches for MSVC itself, and says what it found
     compiler = os.environ.get("CXX") or "c++"
     includes = [f"-I{sysconfig.get_path(name)}" for name in ("include", "platinclude")]
-    command = [*shlex.split(compiler), "-x", "c++", "-fsyntax-only", *includes, "-"]
+    command = [*shlex.split(compiler), *flags, "-x", "c++", "-fsyntax-only", *includes, "-"]
     program = "#include <memory>\n#include <Python.h>\n"
     english = {**os.environ, "LC_ALL": "C"}
     try:
@@ -117,12 +119,14 @@ def why_no_compiler():
 
 def instruction_sets():
     """Those that are compiled for here."""
-    return list(INSTRUCTION_SETS) if HAS_AVX else ["default"]
+    return [name for name, flags in INSTRUCTION_SETS.items() if not flags or (HAS_AVX and not why_no_compiler(*flags))]
 
 
 def make_extension(with_cuda):
     """The extension rootfree_kernels._C, with the CUDA sources or without."""
     kind = cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension
+    if with_cuda and not torch.cuda.device_count():  # PyTorch compiles for the GPUs that it sees, and fails without any
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
     macros = [(f"ROOTFREE_WITH_{name.upper()}", "1") for name in instruction_sets()[1:]]
     return kind(
         f"{PACKAGE}._C",
@@ -220,8 +224,10 @@ class BuildRecord(Command):
             print(f"rootfree-kernels: compiled extension left out: {LEFT_OUT['cpp']}", flush=True)
             stale = self.folder() / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
             stale.unlink(missing_ok=True)  # an earlier build's would be packed, or imported, all the same
-        elif LEFT_OUT["cuda"]:
-            print(f"rootfree-kernels: CUDA part left out: {LEFT_OUT['cuda']}", flush=True)
+        else:
+            parts = f"built for {', '.join(instruction_sets())} instructions"
+            cuda = f"CUDA part left out: {LEFT_OUT['cuda']}" if LEFT_OUT["cuda"] else "with CUDA"
+            print(f"rootfree-kernels: compiled extension {parts}; {cuda}", flush=True)
         version = None if torch is None else str(torch.__version__)
         record = {"extension": LEFT_OUT["cpp"] is None, "left_out": LEFT_OUT, "torch": version}
         (self.folder() / "_build.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

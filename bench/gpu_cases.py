@@ -15,6 +15,7 @@ from torch import Tensor
 from bench.gpt2 import GPT2, Ceilings, Work
 from bench.gpu_report import Row
 from bench.gpu_timing import Timer, Timing
+from rootfree_kernels.backends import why_not
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,9 @@ class Sizes:
     product: int = 8192
     """Side of the BF16 product that gives the rate."""
 
+    small: int = 1000
+    """Tensors of the list of small ones, and numbers of each."""
+
     squares: tuple[tuple[int, int], ...] = ((48, 768), (24, 1024), (6, 2048), (2, 4096))
     """(L, n) of symmetric products: a batch has L of each side."""
 
@@ -40,7 +44,7 @@ class Sizes:
 
 
 QUICK = Sizes(blocks=((48, 768, 768), (2, 4096, 4096)), squares=((48, 768), (2, 4096)))
-TINY = Sizes(3000, 100, 32, ((1, 16),), ((1, 16, 24),), GPT2(1, 8, 50, 4))
+TINY = Sizes(3000, 100, 32, 10, ((1, 16),), ((1, 16, 24),), GPT2(1, 8, 50, 4))
 
 
 @dataclass
@@ -52,6 +56,11 @@ class Context:
     timer: Timer
     ceilings: Ceilings | None = None
     backend: str = "triton"
+
+    def compiled_backend(self) -> str | None:
+        """The backend of the compiled extension for this device, None where it cannot serve."""
+        name = "cuda" if self.device.type == "cuda" else "cpp"
+        return None if why_not(name, self.device, torch.float32) else name
 
     def fraction(self, work: Work, timing: Timing) -> float | None:
         """The least time of the work over the measured one; None where the ceilings were not measured."""

@@ -22,8 +22,9 @@ NUM_LARGE = 16
 
 NOTES = {
     DIAGONAL: "Bytes: each tensor read once, each but the gradient written once. Of copy: those bytes over the time, "
-    "as a fraction of the copy bandwidth. Ratios are times of the other over ours on the same list; fused AdamW in "
-    "FP32 moves 28 bytes a number, so that its bytes over ours is the most that the ratio to it can be.",
+    "as a fraction of the copy bandwidth. Ours is Triton's step; ratios are times of the other (cuda: this library's "
+    "kernels in CUDA) over ours on the same list; fused AdamW in FP32 moves 28 bytes a number, so that its bytes over "
+    "ours is the most that the ratio to it can be.",
     MOMENTUM: "BF16 m, FP32 Δ. Of copy: m and Δ read once and m written once, 8 bytes a number, over the time. The "
     "norm must be known before m may change, hence two passes, which read 6 bytes more.",
 }
@@ -76,14 +77,14 @@ class DiagonalLists:
         ops.rf_rmsprop(*every, *numbers, False, False, "stochastic", "stochastic", backend)
 
 
-def check_diagonal(shapes: Sequence[Shape], precision: Precision, context: Context) -> float:
+def check_diagonal(shapes: Sequence[Shape], precision: Precision, context: Context, backend: str) -> float:
     """The largest relative error of weights, s and m against FP64; the weights are of a step as large as they are."""
     lists = DiagonalLists(shapes, precision, context.device)
     expected = lists.in_double()
     lists.step("eager", 0.1, expected)
     for skipped in lists.skipped:
         skipped.zero_()
-    lists.step(context.backend, 0.1)
+    lists.step(backend, 0.1)
     names = ("weights", "s", "m")
     errors = [check(name, x, y) for name, x, y in zip(names, lists.changed(), expected, strict=False)]
     if any(int(x) for x in lists.skipped):
@@ -109,23 +110,28 @@ def peers(shapes: Sequence[Shape], device: torch.device) -> dict[str, Callable[[
     }
 
 
-def diagonal_targets(precision: Precision, of_copy: float) -> dict[str, Target]:
-    targets = {"of copy": Target("≥", of_copy)} if precision is FP32 else {}
+def diagonal_targets(precision: Precision, of_copy: float | None) -> dict[str, Target]:
+    targets = {"of copy": Target("≥", of_copy)} if precision is FP32 and of_copy else {}
     return {**targets, "AdamW / ours": Target("≥", 1.0 if precision is FP32 else 1.7)}
 
 
-def diagonal_rows(name: str, shapes: Sequence[Shape], of_copy: float, context: Context) -> list[Row]:
+def variant(precision: Precision, backend: str | None, context: Context) -> str:
+    return precision.name if backend == context.backend else f"{precision.name}, {backend}"
+
+
+def diagonal_rows(name: str, shapes: Sequence[Shape], of_copy: float | None, context: Context) -> list[Row]:
     """Every precision on one list of tensors, and the peers, in turn."""
     rows: list[Row] = []
     numbers = sum(map(prod, shapes))
     variants: dict[str, Sequence[Call]] = {}
     for precision in PRECISIONS:
-        case = f"{name}, {precision.name}"
-        error = attempt(rows, DIAGONAL, case, partial(check_diagonal, shapes, precision, context))
-        if error is not None:
-            sets = num_inputs(numbers * precision.bytes, context.device)
-            lists = [DiagonalLists(shapes, precision, context.device) for _ in range(sets)]
-            variants[precision.name] = [partial(x.step, context.backend) for x in lists]
+        sets = num_inputs(numbers * precision.bytes, context.device)
+        lists = [DiagonalLists(shapes, precision, context.device) for _ in range(sets)]
+        for backend in filter(None, (context.backend, context.compiled_backend())):
+            case = f"{name}, {variant(precision, backend, context)}"
+            error = attempt(rows, DIAGONAL, case, partial(check_diagonal, shapes, precision, context, backend))
+            if error is not None:
+                variants[variant(precision, backend, context)] = [partial(x.step, backend) for x in lists]
     for peer, make in peers(shapes, context.device).items():
         if step := attempt(rows, DIAGONAL, f"{name}, {peer}", make):
             variants[peer] = [step]
@@ -140,7 +146,12 @@ def diagonal_rows(name: str, shapes: Sequence[Shape], of_copy: float, context: C
 
 
 def _diagonal_row(
-    name: str, numbers: int, precision: Precision, of_copy: float, measured: dict[str, Measured], context: Context
+    name: str,
+    numbers: int,
+    precision: Precision,
+    of_copy: float | None,
+    measured: dict[str, Measured],
+    context: Context,
 ) -> Row:
     moved, ours = numbers * precision.bytes, measured[precision.name].total
     cells: dict[str, Any] = {
@@ -153,13 +164,21 @@ def _diagonal_row(
     for peer, column in columns.items():
         if peer in measured:
             cells[column] = ratio(measured[peer].total, ours)
+    backend = context.compiled_backend()
+    if (compiled := measured.get(variant(precision, backend, context))) and backend:
+        cells[f"{backend} / ours"] = ratio(compiled.total, ours)
     cells["AdamW's bytes / ours"] = FP32.bytes / precision.bytes
     return Row(DIAGONAL, f"{name}, {precision.name}", cells, diagonal_targets(precision, of_copy))
 
 
 def diagonal_cases(context: Context) -> list[Case]:
     large = [(context.sizes.numbers // NUM_LARGE,)] * NUM_LARGE
-    lists = {"1 GB": (large, 0.92), "GPT-2 124M": ([*context.sizes.model.shapes().values()], 0.85)}
+    small = [(context.sizes.small,)] * context.sizes.small
+    lists = {
+        "1 GB": (large, 0.92),
+        "GPT-2 124M": ([*context.sizes.model.shapes().values()], 0.85),
+        f"{len(small)} tensors of {len(small)}": (small, None),
+    }
     return [
         Case(DIAGONAL, name, partial(diagonal_rows, name, shapes, of_copy, context))
         for name, (shapes, of_copy) in lists.items()
@@ -202,13 +221,13 @@ def check_momentum(sides: MomentumSides, backend: str) -> float:
 
 
 def momentum_rows(name: str, batches: Sequence[Sequence[tuple[int, int]]], context: Context) -> list[Row]:
-    check_momentum(MomentumSides(batches, context.device), context.backend)
+    backends = [*filter(None, (context.backend, context.compiled_backend())), "eager"]
+    for backend in backends[:-1]:
+        check_momentum(MomentumSides(batches, context.device), backend)
     sides = MomentumSides(batches, context.device)
     moved, twice = (sides.numbers() * momentum_bytes(torch.bfloat16, passes) for passes in (1, 2))
     every = [sides, *(MomentumSides(batches, context.device) for _ in range(num_inputs(moved, context.device) - 1))]
-    measured = context.timer.measure(
-        {backend: [partial(x.step, backend) for x in every] for backend in (context.backend, "eager")}
-    )
+    measured = context.timer.measure({backend: [partial(x.step, backend) for x in every] for backend in backends})
     ours, eager = measured[context.backend].total, measured["eager"].total
     cells = {
         "µs": ours,
@@ -218,6 +237,8 @@ def momentum_rows(name: str, batches: Sequence[Sequence[tuple[int, int]]], conte
         "eager µs": eager,
         "eager / ours": ratio(eager, ours),
     }
+    if compiled := context.compiled_backend():
+        cells[f"{compiled} / ours"] = ratio(measured[compiled].total, ours)
     return [Row(MOMENTUM, name, cells)]
 
 

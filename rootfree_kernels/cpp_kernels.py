@@ -12,10 +12,8 @@ from typing import Any
 
 import torch
 
-from rootfree_kernels import (
-    _C,  # noqa: F401  registers the operators
-    eager,
-)
+import rootfree_kernels._C  # noqa: F401  registers the operators
+from rootfree_kernels import eager
 from rootfree_kernels.momentum import cut
 from rootfree_kernels.native import clipped_momentum_with, rf_rmsprop_with
 

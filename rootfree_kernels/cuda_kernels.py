@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from rootfree_kernels import _C  # noqa: F401  registers the operators
+import rootfree_kernels._C  # noqa: F401  registers the operators
 from rootfree_kernels.momentum import cut
 from rootfree_kernels.native import clipped_momentum_with, rf_rmsprop_with
 

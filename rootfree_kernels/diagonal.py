@@ -104,7 +104,7 @@ def diagonal_call(
     numbers = (-1 if maximize else 1, 1 - beta2 * gamma, beta2 * batch_size, momentum, damping, *decays)
 
     lists = Lists(params, squares, buffers, square_residuals, weight_residuals, grads, skipped)
-    copies = Lists(*alike(lists[:-1], in_any_order="stochastic" not in modes), skipped)
+    copies = Lists._make([*alike(lists[:-1], in_any_order="stochastic" not in modes), skipped])
     nothing = (0,) * len(params)
     *state, grads_alike, _ = copies
     addresses = [tuple(map(Tensor.data_ptr, tensors)) or nothing for tensors in (*state, skipped)]

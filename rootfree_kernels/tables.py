@@ -171,7 +171,7 @@ class Draws(NamedTuple):
 
 def draws(seeds: Tensor, steps: Tensor, device: torch.device) -> Draws:
     """The draws of `seeds` [n], int32 on the device, and `steps` [n], any dtype, anywhere; any bits where these are
-    empty. Steps on the CPU that are one and the same, as they mostly are, go to a GPU as a number: nothing is copied."""
+    empty. Steps on the CPU that are all the same, as they mostly are, go to a GPU as a number: nothing is copied."""
     if not len(seeds) or not len(steps):
         return Draws(constant(0, device, torch.int32), constant(0.0, device), 0, 0, 0.0)
     if steps.device.type != device.type and len(values := set(steps.tolist())) == 1:

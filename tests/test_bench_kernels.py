@@ -295,11 +295,14 @@ def test_ceilings_are_the_first_ones_measured(context: Context):
 def test_diagonal_steps(context: Context):
     context = Context(DEVICE, TINY, context.timer, context.ceilings, backend_of("rf_rmsprop"))
     rows = rows_of(gpu_diagonal.diagonal_cases(context), context)
-    assert len(rows) == 2 * (3 + 3)  # lists × (precisions and peers)
+    assert len(rows) == 3 * (3 + 3)  # lists × (precisions and peers)
     by_case = {row.case: row for row in rows}
-    for name, of_copy in (("1 GB", 0.92), ("GPT-2 124M", 0.85)):
+    compiled = context.compiled_backend()
+    for name, of_copy in (("1 GB", 0.92), ("GPT-2 124M", 0.85), ("10 tensors of 10", None)):
         fp32 = by_case[f"{name}, FP32"]
-        assert fp32.targets == {"of copy": Target("≥", of_copy), "AdamW / ours": Target("≥", 1.0)}
+        of_copy_target = {"of copy": Target("≥", of_copy)} if of_copy else {}
+        assert fp32.targets == {**of_copy_target, "AdamW / ours": Target("≥", 1.0)}
+        assert (f"{compiled} / ours" in fp32.cells) is (compiled is not None)
         narrow = [by_case[f"{name}, {precision.name}"] for precision in (gpu_diagonal.MIXED, gpu_diagonal.BF16)]
         assert [row.targets for row in narrow] == [{"AdamW / ours": Target("≥", 1.7)}] * 2
         assert [row.cells["bytes a number"] for row in (fp32, *narrow)] == [28, 22, 14]
@@ -326,6 +329,8 @@ def test_clipped_momentum(context: Context):
     context = Context(DEVICE, TINY, context.timer, context.ceilings, backend_of("clipped_momentum"))
     rows = rows_of(gpu_diagonal.momentum_cases(context), context)
     assert len(rows) == 2 and all({"µs", "of copy", "eager / ours"} <= set(row.cells) for row in rows)
+    if compiled := context.compiled_backend():
+        assert all(f"{compiled} / ours" in row.cells for row in rows)
 
 
 def test_symmetric_products(context: Context):
