@@ -13,20 +13,21 @@ STAMP := $(VENV)/.installed
 BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
 .DEFAULT_GOAL := help
-.PHONY: help install test kernels gpu demo lint clean
+.PHONY: help install test kernels sanitize gpu demo lint clean
 
 help:
 	@echo "make install   set up $(VENV): pinned dependencies and this package, editable"
 	@echo "make test      all tests; PYTEST_ARGS='-k packaging' chooses some"
-	@echo "make kernels   compile every Triton kernel for sm_80, sm_90, sm_100 and gfx942 and check the machine code;"
-	@echo "               needs no GPU; KERNEL_ARGS='--only rf_rmsprop --all' chooses some"
+	@echo "make kernels   compile every kernel, Triton's for sm_80, sm_90, sm_100 and gfx942, CUDA's where there is nvcc, and"
+	@echo "               check the machine code; needs no GPU; KERNEL_ARGS='--only rf_rmsprop --all' chooses some"
+	@echo "make sanitize  run the tests of the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make gpu       on a machine with a GPU, in \$$(PYTHON)'s own environment: install this package in place, run the"
 	@echo "               tests that need a GPU, then measure every kernel; GPU_ARGS='--quick --only graphs' chooses"
 	@echo "make demo      train a small language model with AdamW, RFRMSProp and IFShampoo"
 	@echo "make lint      ruff and mypy"
 	@echo "make clean     remove $(VENV), builds and caches"
 	@echo
-	@echo "test, kernels, demo and lint run install first where it is due. PYTHON=python3.12 chooses the interpreter,"
+	@echo "test, kernels, sanitize, demo and lint run install first where it is due. PYTHON=python3.12 chooses the interpreter,"
 	@echo "ROOTFREE_BUILD=none|cpu|cuda what is compiled (make clean before a change of either)."
 
 install: $(STAMP)
@@ -37,6 +38,9 @@ test: $(STAMP)
 kernels: $(STAMP)
 	@$(VPY) -m bench.compile_kernels $(KERNEL_ARGS)
 	@$(VPY) -m bench.compile_cuda $(KERNEL_ARGS)
+
+sanitize: $(STAMP)
+	@.ci/sanitize
 
 # No .venv here: PYTHON is the one that has PyTorch and Triton for the GPU, and nothing is fetched.
 gpu:

@@ -66,11 +66,13 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype, factors: Fac
     if backend not in PREFERENCE.get(device.type, ("eager",)):
         return f"it does not run on {device.type} devices"
     if backend in COMPILED:
-        return _why_not_compiled(backend, dtype, factors)
+        return _why_not_compiled(backend, device, dtype, factors)
     return None
 
 
-def _why_not_compiled(backend: str, dtype: torch.dtype, factors: FactorDtypes | None) -> str | None:
+def _why_not_compiled(
+    backend: str, device: torch.device, dtype: torch.dtype, factors: FactorDtypes | None
+) -> str | None:
     if dtype == torch.float64:
         return _WIDE
     if backend == "cuda" and factors is not None:
@@ -82,13 +84,15 @@ def _why_not_compiled(backend: str, dtype: torch.dtype, factors: FactorDtypes | 
     if problem := _import_problem(backend):
         raise ImportError(
             f"rootfree_kernels._C was built and is broken: {problem}. Reinstall the package against this PyTorch "
-            f"({torch.__version__}), or set ROOTFREE_BACKEND to {' or '.join(_others(backend))}."
+            f"({torch.__version__}), or do without: ROOTFREE_BACKEND=eager."
         )
+    return _why_not_gpu(device)
+
+
+def _why_not_gpu(device: torch.device) -> str | None:
+    if device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
+        return "it needs a GPU of compute capability 8.0 (A100) or later"
     return None
-
-
-def _others(backend: str) -> list[str]:
-    return [name for name in NAMES if name not in COMPILED and (backend == "cuda" or name == "eager")]
 
 
 def _why_not_triton(device: torch.device, dtype: torch.dtype, factors: FactorDtypes | None) -> str | None:
@@ -105,9 +109,7 @@ def _why_not_triton(device: torch.device, dtype: torch.dtype, factors: FactorDty
         return f"its matrix products are of BF16, not of {factors[1] or factors[0]}"
     if problem := _import_problem("triton"):
         return problem
-    if device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
-        return "it needs a GPU of compute capability 8.0 (A100) or later"
-    return None
+    return _why_not_gpu(device)
 
 
 @cache
