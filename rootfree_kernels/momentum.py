@@ -24,6 +24,7 @@ class MomentumCall(NamedTuple):
     found_inf: Tensor
     dtype: torch.dtype  # of m
     momenta: Sequence[Tensor]
+    deltas: Sequence[Tensor]  # what the kernels read, kept so that copies live until they have run
     copies: Sequence[Tensor]  # what the kernels work on: the same tensors, but for those that lie otherwise
 
     def finish(self) -> Tensor:
@@ -60,6 +61,7 @@ def momentum_call(
         on_device(device, found_inf, 0.0),
         copies[0][0].dtype,
         momenta,
+        copies[1],
         copies[0],
     )
 

@@ -176,4 +176,4 @@ def draws(seeds: Tensor, steps: Tensor, device: torch.device) -> Draws:
         return Draws(constant(0, device, torch.int32), constant(0.0, device), 0, 0, 0.0)
     if steps.device.type != device.type and len(values := set(steps.tolist())) == 1:
         return Draws(seeds, constant(0.0, device), 1, 0, float(values.pop()))
-    return Draws(seeds, steps.to(device, torch.float32, non_blocking=True), 1, 1, 0.0)
+    return Draws(seeds, steps.to(device, torch.float32, non_blocking=True).contiguous(), 1, 1, 0.0)

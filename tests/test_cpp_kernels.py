@@ -1,109 +1,51 @@
-"""The diagonal step and the normalised momentum in C++: against the FP64 reference, and to the bit against FP32
-arithmetic in PyTorch, whatever the strides, the number of threads and the instruction set."""
+"""The diagonal step in C++: against the FP64 reference, and to the bit against FP32 arithmetic in PyTorch, whatever the
+strides, the number of threads and the instruction set."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from itertools import product
-from math import prod
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import same_bits
-from cuda_on_cpu import calls, sides
-from cuda_on_cpu.calls import BF16, FILL, FP16, FP32, OPTIONS, assert_equal, counts, fp32_step
+from cpp_calls import (
+    LAYOUTS,
+    Call,
+    assert_memory_around_is_untouched,
+    bits,
+    cpp,
+    flat,
+    needs_cpp,
+    step,
+    threads,
+    under_other_instruction_sets,
+    whole_numbers,
+)
+from cuda_on_cpu import calls
+from cuda_on_cpu.calls import BF16, FP16, FP32, OPTIONS, assert_equal, counts, fp32_step
 from cuda_on_cpu.sides import clones
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from rootfree_kernels import eager
-from rootfree_kernels.backends import build_record, implementation
 from rootfree_kernels.rounding import join_compensated, split_compensated
 
-LEFT_OUT = build_record()["left_out"]["cpp"]
-pytestmark = pytest.mark.skipif(bool(LEFT_OUT), reason=f"the extension was not built: {LEFT_OUT}")
+pytestmark = needs_cpp
 
 FP64 = torch.float64
 PIECE, CHUNK = 512, 1 << 14
 """Numbers that a kernel works on at a time, and that a thread takes at a time."""
 
-LISTS = ("param", "square", "buffer", "grad", "square_residual", "weight_residual")
 ROUNDINGS = ("nearest", "stochastic", "compensated")
 CLIPS = ("frobenius", "row_sum", "none")
-LAYOUTS = ("whole", "offset by 1", "offset by 3", "channels last", "transposed", "every other")
 SHAPES = [
     *[(), (0,), (1,), (3, 0, 2), (13,), (PIECE - 1,), (PIECE,), (PIECE + 1,), (1031,)],
     *[(CHUNK - 1,), (CHUNK,), (CHUNK + 1,), (17, 130), (2, 3, 4), (6, 5, 3, 7), (2, CHUNK + 3)],
 ]
-
-
-def cpp(stem: str, *args: Any) -> Any:
-    return implementation("cpp", stem)(*args)
-
-
-def step(*args: Any) -> None:
-    cpp("rf_rmsprop", *args)
-
-
-@contextmanager
-def threads(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    yield
-    torch.set_num_threads(before)
-
-
-# ---- calls of the diagonal step ------------------------------------------------------------------------------------
-
-
-def strides(shape: tuple[int, ...], layout: str) -> list[int]:
-    """Of a tensor of four axes that is "channels last" (others are whole), say."""
-    order = list(range(len(shape)))
-    if layout == "transposed":
-        order.reverse()
-    elif layout == "channels last" and len(shape) == 4:
-        order = [0, 2, 3, 1]
-    result, stride = [0] * len(shape), 2 if layout == "every other" else 1
-    for axis in reversed(order):
-        result[axis] = stride
-        stride *= max(1, shape[axis])
-    return result
-
-
-def whole_numbers(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Below 2²⁰ in magnitude: unlike normal ones they are the same under every instruction set."""
-    return torch.randint(-(2**20) + 1, 2**20, shape, generator=generator).float()
-
-
-@dataclass
-class Call(calls.Call):
-    """A call on tensors of any shapes, in layouts that take turns over the tensors and over the lists."""
-
-    shapes: list[tuple[int, ...]] = field(default_factory=list)
-    layouts: tuple[str, ...] = ("whole",)
-
-    def __post_init__(self) -> None:
-        self.shapes = self.shapes or [(size,) for size in self.sizes]
-        self.sizes = [prod(shape) for shape in self.shapes]
-
-    def draw(self, name: str, size: int, generator: torch.Generator) -> Tensor:
-        value = whole_numbers((size,), generator) / 2**19
-        return value.abs() + 0.5 if name == "square" else value
-
-    def placed(self, name: str, index: int, value: Tensor) -> tuple[Tensor, Tensor]:
-        shape, layout = self.shapes[index], self.layouts[(index + LISTS.index(name)) % len(self.layouts)]
-        memory = torch.full((2 * value.numel() + 32,), FILL, dtype=value.dtype)
-        offset = {"offset by 1": 1, "offset by 3": 3}.get(layout, 8)
-        return memory.as_strided(shape, strides(shape, layout), offset).copy_(value.view(shape)), memory
 
 
 @dataclass
@@ -113,22 +55,6 @@ class ExactCall(Call):
     options: dict[str, Any] = field(default_factory=lambda: calls.EXACT)
     lr: Any = 2.0**-11
     draw = calls.ExactCall.draw
-
-
-def flat(lists: calls.Lists) -> calls.Lists:
-    """Copies, every tensor as a vector of its numbers in row-major order."""
-    return {name: [x.reshape(-1).clone() for x in tensors] for name, tensors in lists.items()}
-
-
-def bits(lists: calls.Lists) -> dict[str, list[bytes]]:
-    return {name: [x.view(torch.uint8).numpy().tobytes() for x in tensors] for name, tensors in flat(lists).items()}
-
-
-def assert_memory_around_is_untouched(memory: Iterable[tuple[Tensor, Tensor]]) -> None:
-    for x, around in memory:
-        inside = torch.zeros(around.shape, dtype=torch.bool)
-        inside.as_strided(x.shape, x.stride(), x.storage_offset()).fill_(True)
-        assert (around[~inside] == int(FILL)).all()
 
 
 # ---- the formula ---------------------------------------------------------------------------------------------------
@@ -367,6 +293,17 @@ def test_no_damping_and_no_curvature_leaves_a_number_out():
     assert lists["param"][0][7] == weight and counts(lists) == [1]
 
 
+@pytest.mark.parametrize("zero", [0.0, -0.0])
+def test_what_is_left_of_another_weight_is_dropped_where_one_was_set_to_0(zero):
+    """A negative remainder of ±0 would be NaN."""
+    call = Call([5], param=BF16, weight_rounding="compensated", options={"weight_decay": 0.0}, lr=0.0)
+    lists = call.tensors()[0]
+    lists["param"][0].fill_(zero)
+    lists["weight_residual"][0].fill_(-5)
+    call.run(step, lists)
+    assert not lists["param"][0].any() and not lists["weight_residual"][0].any()
+
+
 @pytest.mark.parametrize("decoupled", [False, True])
 def test_a_weight_that_is_not_finite_poisons_nothing_without_weight_decay(decoupled):
     call = Call([5], options={"weight_decay": 0.0, "decoupled": decoupled})
@@ -403,116 +340,8 @@ def test_inference_tensors_are_stepped_like_others():
     call = Call(shapes=[(17, 130), (6, 5, 3, 7)], layouts=LAYOUTS)
     with torch.inference_mode():
         lists = call.run(step)
-        momenta, deltas = sides.sides(2, [(5, 5)])
-        cpp("clipped_momentum", momenta, deltas, None, 0.5, "frobenius")
-    assert lists["param"][0].is_inference() and momenta[0].is_inference()
+    assert lists["param"][0].is_inference()
     assert_equal(lists, call.run(step))
-
-
-# ---- the momentum --------------------------------------------------------------------------------------------------
-
-
-def momentum(*args: Any) -> Tensor:
-    return cpp("clipped_momentum", *args)
-
-
-@given(
-    st.integers(1, 3),
-    st.lists(st.sampled_from([1, 2, 13, 64, 67, 130, PIECE + 9]), min_size=1, max_size=3),
-    st.sampled_from([FP32, BF16]),
-    st.sampled_from(CLIPS),
-    st.sampled_from([0.0, 0.3, 0.9]),
-    st.sampled_from([1e-3, 0.1, 10.0]),
-    st.sampled_from([(0, 0), (1, 1), (0, 3), (3, 0)]),
-)
-@example(2, [PIECE + 9, 130], FP32, "row_sum", 0.5, 1.0, (0, 0))
-@example(2, [PIECE + 9, 130], BF16, "frobenius", 0.5, 1.0, (1, 3))
-@settings(max_examples=40, deadline=None)
-def test_momentum_and_clip_are_the_reference_s(num_blocks, sizes, dtype, clip, alpha, scale, offsets):
-    momenta, deltas = sides.sides(num_blocks, [(n, n) for n in sizes], dtype, scale, offsets)
-    old, given_deltas = clones(momenta), clones(deltas)
-    clips = momentum(momenta, deltas, None, alpha, clip)
-    assert clips.dtype == FP32 and clips.shape == (len(sizes), num_blocks)
-    sides.assert_is_the_reference_s(momenta, deltas, old, clips, alpha, clip)
-    for m, before, delta in zip(momenta, old, given_deltas, strict=True):
-        assert torch.equal(m, (before.float() * alpha + delta * (1 - torch.tensor(alpha))).to(dtype))
-    wanted = eager.clipped_momentum(old, given_deltas, None, alpha, clip)
-    torch.testing.assert_close(clips, wanted, rtol=1e-5, atol=0)
-    for x in (*momenta, *deltas):
-        around = x.as_strided((x.numel() + 24,), (1,), 0)
-        assert_memory_around_is_untouched([(x, around)])
-
-
-@pytest.mark.parametrize("clip", ["frobenius", "none"])
-@pytest.mark.parametrize("shape", [(1,), (17,), (3 * CHUNK + 5,), (2, 3, 5)], ids=str)
-def test_blocks_may_have_any_number_of_axes(shape, clip):
-    """Diagonals, say; the norm is that of all their numbers."""
-    momenta, deltas = sides.sides(3, [shape, (7,)])
-    old = clones(momenta)
-    clips = momentum(momenta, deltas, None, 0.5, clip)
-    flat_sides = [[x.flatten(1) for x in tensors] for tensors in (momenta, deltas, old)]
-    sides.assert_is_the_reference_s(*flat_sides, clips, 0.5, clip)
-
-
-@pytest.mark.parametrize("clip", CLIPS)
-@pytest.mark.parametrize("bad", [float("nan"), -float("inf"), 1e38])
-@pytest.mark.parametrize("place", [(0, 0), (129, 129), (40, 5)], ids=str)
-def test_a_block_that_is_not_finite_stays_on_every_side(clip, bad, place):
-    """1e38 is finite; its square is not, nor is the sum of a row of it."""
-    for side in (0, 1):
-        momenta, deltas = sides.sides(3, [(130, 130), (130, 130)], BF16)
-        if bad == 1e38 and clip == "row_sum":
-            deltas[side][1, place[0]] = bad
-        deltas[side][1][place] = bad
-        before = clones(momenta)
-        clips = momentum(momenta, deltas, None, 0.5, clip)
-        for m, old, factors in zip(momenta, before, clips, strict=True):
-            assert same_bits(m[1], old[1]) and not torch.equal(m[0], old[0]) and not torch.equal(m[2], old[2])
-            assert factors[1] == 0 and (factors[[0, 2]] > 0).all()
-
-
-def test_found_inf_skips_every_block():
-    for found_inf in (1.0, torch.nan):
-        momenta, deltas = sides.sides(2, [(5, 5), (3, 3)])
-        before = clones(momenta)
-        assert not momentum(momenta, deltas, torch.tensor([found_inf]), 0.5, "frobenius").any()
-        assert all(map(same_bits, momenta, before))
-    assert momentum(momenta, deltas, torch.tensor(0.0), 0.5, "frobenius").all()
-
-
-@pytest.mark.parametrize("clip", CLIPS)
-@pytest.mark.parametrize("shape", [(0, 5, 5), (2, 0, 0)], ids=str)
-def test_nothing_has_no_norm(shape, clip):
-    empty = torch.empty(shape)
-    assert torch.equal(momentum([empty], [empty.clone()], None, 0.5, clip), torch.ones((1, shape[0])))
-
-
-def test_sides_of_several_dtypes_and_any_strides_are_served():
-    momenta, deltas = sides.sides(2, [(9, 9), (30, 30)])
-    narrow = [momenta[0], momenta[1].bfloat16()]
-    expected, given_deltas = clones(narrow), clones(deltas)
-    clips = eager.clipped_momentum(expected, clones(deltas), None, 0.5, "frobenius")
-    strided = [m.mT.contiguous().mT for m in narrow], [torch.stack([x, x], -1)[..., 0] for x in deltas]
-    torch.testing.assert_close(momentum(*strided, None, 0.5, "frobenius"), clips, rtol=1e-5, atol=0)
-    assert all(map(torch.equal, strided[0], expected)) and all(map(torch.equal, strided[1], given_deltas))
-
-
-def test_momenta_say_to_autograd_that_they_changed():
-    momenta, deltas = sides.sides(2, [(3, 3), (5, 5)])
-    before = [m._version for m in momenta]
-    momentum(momenta, deltas, None, 0.5, "frobenius")
-    assert all(m._version > old for m, old in zip(momenta, before, strict=True))
-
-
-@pytest.mark.parametrize("clip", CLIPS)
-def test_the_number_of_threads_changes_no_bit_of_a_momentum_or_clip(clip):
-    momenta, deltas = sides.sides(3, [(200, 200), (67, 67)], BF16)
-    runs = []
-    for number in (1, 2, 3):
-        again = clones(momenta)
-        with threads(number):
-            runs.append([momentum(again, deltas, None, 0.5, clip), *again])
-    assert all(map(same_bits, runs[0], runs[1])) and all(map(same_bits, runs[0], runs[2]))
 
 
 # ---- instruction sets ----------------------------------------------------------------------------------------------
@@ -539,24 +368,9 @@ def digest() -> str:
         generator = torch.Generator().manual_seed(0)
         drawn = [whole_numbers((2, n, n), generator) / 2**20 for n in (130, 67, 130, 67)]
         momenta, deltas = [x.to(dtype) for x in drawn[:2]], drawn[2:]
-        clips = momentum(momenta, deltas, None, 0.3, clip)
+        clips = cpp("clipped_momentum", momenta, deltas, None, 0.3, clip)
         results.append(bits({"m": momenta, "clips": [clips]}))
     return sha256(repr(results).encode()).hexdigest()
-
-
-def under_other_instruction_sets(module: str, expression: str) -> dict[str, str]:
-    """What an expression about a test module gives where PyTorch is told to use lesser instruction sets, by set."""
-    names = {"DEFAULT": True, "AVX2": torch.cpu._is_avx2_supported(), "AVX512": torch.cpu._is_avx512_supported()}
-    here = torch.backends.cpu.get_cpu_capability()
-    program = f"import torch, {module}; print(torch.backends.cpu.get_cpu_capability(), {module}.{expression})"
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    runs = []
-    for name in [name for name, is_there in names.items() if is_there and name != here]:
-        environment = {**os.environ, "PYTHONPATH": path, "ATEN_CPU_CAPABILITY": name.lower()}
-        runs.append(subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE))
-    outputs = [run.communicate()[0].decode().split() for run in runs]
-    assert [run.returncode for run in runs] == [0] * len(runs)
-    return dict(outputs)
 
 
 def test_the_instruction_set_changes_no_bit():

@@ -112,7 +112,7 @@ at::Tensor new_momentum(const Side& side, const at::Tensor& a, const at::Tensor&
 
 // C <- C - scale C m of the blocks that are not left out, and their m; then CC'.
 void move(const Side& side, const at::Tensor& momentum, const std::vector<float>& scales, const bool* ok,
-          const int32_t* seeds, const float* steps, at::ScalarType dtype, c10::string_view rounding) {
+          const Draws& draws, int64_t first_block, at::ScalarType dtype, c10::string_view rounding) {
   const Kernels& k = kernels();
   const int64_t n = side.factor.size(-1), size = n * n;
   const at::Tensor y = product(side.factor.to(dtype), momentum.to(dtype));
@@ -129,7 +129,7 @@ void move(const Side& side, const at::Tensor& momentum, const std::vector<float>
       if (!ok[block]) {
         continue;
       }
-      const uint32_t key = mode == Rounding::stochastic ? random_key(seeds[block], steps[block], side.slot) : 0;
+      const uint32_t key = mode == Rounding::stochastic ? draws.key(first_block + block, side.slot) : 0;
       const Stored factor{factors.from(start), residuals ? residuals + start : nullptr, mode, key};
       k.move_factor(factor, products.from(start), static_cast<uint32_t>(first), length, scales[block]);
       std::memcpy(old.from(start).data, fresh.from(start).data, length * side.momentum.element_size());
@@ -142,9 +142,9 @@ void move(const Side& side, const at::Tensor& momentum, const std::vector<float>
   }
 }
 
-// The update of some blocks; squares [2, L] are the squared norms of C and K.
+// The update of blocks from `first` on; `squares` [L] are the squared norms of C and K.
 void update(const Side& c, const Side& k, const at::Tensor& grad, const float* squares_c, const float* squares_k,
-            bool* ok, const int32_t* seeds, const float* steps, const Options& o) {
+            bool* ok, const Draws& draws, int64_t first, const Options& o) {
   const at::ScalarType dtype = grad.scalar_type();
   const at::Tensor factor_c = c.factor.to(dtype), factor_k = k.factor.to(dtype);
   const at::Tensor a = product(product(factor_c.mT(), grad), factor_k);
@@ -157,8 +157,8 @@ void update(const Side& c, const Side& k, const at::Tensor& grad, const float* s
       *norm = o.beta2 / (o.clips ? std::max(*norm, 1.0f) : 1.0f);  // from here on the scale of a step
     }
   }
-  move(c, momentum_c, norms_c, ok, seeds, steps, dtype, o.rounding);
-  move(k, momentum_k, norms_k, ok, seeds, steps, dtype, o.rounding);
+  move(c, momentum_c, norms_c, ok, draws, first, dtype, o.rounding);
+  move(k, momentum_k, norms_k, ok, draws, first, dtype, o.rounding);
 }
 
 // Sums of shares [L, shares], added up.
@@ -193,13 +193,13 @@ at::Tensor kron_factor(const at::Tensor& factor_c, const at::Tensor& factor_k, c
   const std::vector<float> nothing(num_blocks);
   const std::vector<float> squares_c = damps ? added_up(squares[1]) : nothing;
   const std::vector<float> squares_k = damps ? added_up(squares[2]) : nothing;
-  const Draws draws(seeds, steps, num_blocks);
+  const Draws draws(seeds, steps);
   const at::Tensor ok = at::empty({num_blocks}, grad.options().dtype(at::kBool));
   auto* oks = ok.mutable_data_ptr<bool>();
 
   for_slices(num_blocks, grad.size(1), grad.size(2), [&](int64_t first, int64_t length) {
     update(c.narrow(first, length), k.narrow(first, length), grad.narrow(0, first, length), squares_c.data() + first,
-           squares_k.data() + first, oks + first, draws.seeds() + first, draws.steps() + first, options);
+           squares_k.data() + first, oks + first, draws, first, options);
   });
   for (const OptionalTensor& x : {OptionalTensor(factor_c), OptionalTensor(factor_k), OptionalTensor(momentum_c),
                                   OptionalTensor(momentum_k), residual_c, residual_k, product_c, product_k}) {

@@ -69,7 +69,7 @@ void kron_step(at::TensorList params, at::TensorList buffers, at::TensorList res
   const WeightStep numbers{rate, static_cast<float>(momentum), decoupled ? 0 : decay, decoupled ? rate * decay : 0};
   const Lists lists{matrices_of(params), matrices_of(buffers), residuals_of(residuals), blocks_of(tiles, rows, cols),
                     rounding_of(rounding, !residuals.empty(), params[0].scalar_type())};
-  const Draws draws(seeds, steps, num_blocks);
+  const Draws draws(seeds, steps);
   const bool overflow = value_of(found_inf, 0.0f) != 0;
   const auto* sums = squares.const_data_ptr<float>();
   auto* skips = skipped.mutable_data_ptr<int32_t>();
@@ -90,7 +90,7 @@ void kron_step(at::TensorList params, at::TensorList buffers, at::TensorList res
       for (int64_t i = begin; i < end; ++i) {
         const int64_t block = first + i / rows;
         if (takes_part[i / rows]) {
-          const uint32_t key = random_key(draws.seeds()[block], draws.steps()[block], slot_weight);
+          const uint32_t key = lists.rounding == Rounding::stochastic ? draws.key(block, slot_weight) : 0;
           kernel.weight_row(lists.row(block, i % rows, key, directions.from(i * cols), cols), numbers);
         }
       }

@@ -4,8 +4,6 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <vector>
-
 #include "kernels.h"
 
 namespace rootfree::cpu {
@@ -50,18 +48,20 @@ inline float total_of(const float* shares, int64_t length) {
   return static_cast<float>(total);
 }
 
-// The seeds and steps [L] of the random bits of blocks; any numbers where none are drawn, and so none are given.
+// The random bits of blocks: `seeds` [L], int32, and `steps` [L] or one for all. Both may be anything where no bits are
+// drawn.
 class Draws {
  public:
-  Draws(const at::Tensor& seeds, const at::Tensor& steps, int64_t num_blocks)
-      : seeds_(seeds), steps_(steps.to(at::kFloat)), none_(steps.numel() == num_blocks ? 0 : num_blocks) {}
+  Draws(const at::Tensor& seeds, const at::Tensor& steps)
+      : seeds_(seeds.contiguous()), steps_(steps.to(at::kFloat).contiguous()) {}
 
-  const int32_t* seeds() const { return seeds_.const_data_ptr<int32_t>(); }
-  const float* steps() const { return none_.empty() ? steps_.const_data_ptr<float>() : none_.data(); }
+  uint32_t key(int64_t block, Slot slot) const {
+    const float* steps = steps_.const_data_ptr<float>();
+    return random_key(seeds_.const_data_ptr<int32_t>()[block], steps[steps_.numel() == 1 ? 0 : block], slot);
+  }
 
  private:
   at::Tensor seeds_, steps_;
-  std::vector<float> none_;
 };
 
 // Tell autograd that a tensor has changed.
