@@ -15,7 +15,7 @@ import torch
 import rootfree_kernels._C  # noqa: F401  registers the operators
 from rootfree_kernels import eager
 from rootfree_kernels.momentum import cut
-from rootfree_kernels.native import clipped_momentum_with, rf_rmsprop_with
+from rootfree_kernels.native import clipped_momentum_with
 
 SHARE = 1 << 14
 """Numbers of a block of the clipped momentum that are summed up at a time."""
@@ -34,10 +34,6 @@ def num_partial_sums(rows: int, cols: int) -> int:
     return -(-max(rows, cols) // SHARE_ROWS)
 
 
-def _one(row: tuple[int, ...]) -> int:
-    return 1  # threads share the numbers of a list among themselves
-
-
 def _shares(numel: int, unit: int) -> tuple[int, int]:
     return cut(numel, SHARE, unit)
 
@@ -53,7 +49,7 @@ def _like(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-rf_rmsprop = rf_rmsprop_with(_one)
+rf_rmsprop = _like(eager.rf_rmsprop)
 clipped_momentum = clipped_momentum_with(_shares)
 kron_gather = _like(eager.kron_gather)
 kron_factor = _like(eager.kron_factor)

@@ -1,8 +1,5 @@
-"""The operators of the compiled extension, under the names and with the signatures of `rootfree_kernels.eager`.
-
-`torch.ops.rootfree_native` (csrc/operators.cpp) works on tables of addresses for lists of tensors; CPU and CUDA differ
-in how they share work out, and in nothing that shows here.
-"""
+"""Operators of the compiled extension that work on tables of addresses, with the signatures of `rootfree_kernels.eager`
+(`torch.ops.rootfree_native`, see csrc/operators.cpp)."""
 
 from __future__ import annotations
 
@@ -31,7 +28,7 @@ def rf_rmsprop_with(programs_of: Callable[[tuple[int, ...]], int]) -> Callable[.
         if not params:
             return
         call = diagonal_call(programs_of, params, *arguments)
-        torch.ops.rootfree_native.rf_rmsprop(
+        torch.ops.rootfree_native.rf_rmsprop_table(
             *(call.where.rows, call.grads, call.where.owners, call.where.counters),
             *(call.drawn.seeds, call.drawn.steps, call.lr, call.grad_scale, call.found_inf),
             *(call.drawn.stride, call.drawn.step_stride, call.drawn.step, call.lr_value, *call.numbers),

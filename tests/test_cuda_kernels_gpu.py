@@ -40,7 +40,7 @@ def cuda():
         pytest.skip("needs a GPU that PyTorch can use")
     try:
         import_module("rootfree_kernels._C")
-        served = torch._C._dispatch_has_kernel_for_dispatch_key("rootfree_native::rf_rmsprop", "CUDA")
+        served = torch._C._dispatch_has_kernel_for_dispatch_key("rootfree_native::rf_rmsprop_table", "CUDA")
     except (ImportError, RuntimeError):
         served = False
     if not served:

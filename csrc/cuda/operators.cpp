@@ -123,7 +123,7 @@ void clipped_momentum_cuda(const Tensor& sides, const Tensor& owners, const Tens
 }  // namespace rootfree::cuda
 
 TORCH_LIBRARY_IMPL(rootfree_native, CUDA, m) {
-  m.impl("rf_rmsprop", &rootfree::cuda::rf_rmsprop_cuda);
+  m.impl("rf_rmsprop_table", &rootfree::cuda::rf_rmsprop_cuda);
   m.impl("clipped_momentum", &rootfree::cuda::clipped_momentum_cuda);
 }
 

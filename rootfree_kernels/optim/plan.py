@@ -183,6 +183,7 @@ class Plan:
         self._sizes = [len(part.owners) for part in self.parts]
         owners = [row for part in self.parts for row in part.owners]
         self._owners = torch.tensor(owners, dtype=torch.int64, device=self._counts.device)
+        self._no_steps = None if owners else [torch.empty(0, device=self.device)] * len(self.parts)
         steps = [float(grad is not None) for grad in grads]
         self._increment = torch.tensor(steps, dtype=torch.float32, device=self._counts.device)
 
@@ -196,6 +197,8 @@ class Plan:
 
     def steps(self) -> list[Tensor]:
         """For each part the counts of steps that its random bits depend on."""
+        if self._no_steps is not None:
+            return self._no_steps
         counts = self._counts.index_select(0, self._owners).to(self.device, non_blocking=True)
         return list(counts.split(self._sizes))
 
@@ -210,7 +213,7 @@ class Plan:
 
     def tensors(self) -> list[Tensor]:
         """All that the plan keeps and no state holds."""
-        own = [self._counts, self._owners, self._increment]
+        own = [self._counts, self._owners, self._increment, *(self._no_steps or ())]
         for part in self.parts:
             if isinstance(part, Diagonal):
                 own.append(part.seeds)
