@@ -54,14 +54,19 @@ def seconds(run: Callable[[], Any]) -> float:
 
 
 def taking_turns(calls: Mapping[str, Callable[[], Any]], repeats: int, warmups: int = 2) -> dict[str, list[float]]:
-    """Seconds of every repeat of each call."""
+    """Seconds of every repeat of each call. The order is turned round every time: a call that comes after another one
+    finds its data in the caches, and has its writes to wait for."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for repeat in range(warmups + repeats):
-        for name, call in calls.items():
-            taken = seconds(call)
+        for name in list(calls)[:: 1 if repeat % 2 else -1]:
+            taken = seconds(calls[name])
             if repeat >= warmups:
                 times[name].append(taken)
     return times
+
+
+def medians(times: Mapping[str, list[float]]) -> dict[str, float]:
+    return {name: statistics.median(every) for name, every in times.items()}
 
 
 def row(case: str, ours: float, theirs: float, target: float | None = None) -> Row:
@@ -95,10 +100,11 @@ def diagonal_optimizers(num: int, size: int) -> dict[str, Optimizer]:
 
 
 def diagonal_rows(repeats: int) -> list[Row]:
-    large = diagonal_optimizers(1, LARGE)
+    large = {name: opt.step for name, opt in diagonal_optimizers(1, LARGE).items()}
     copy = partial(torch.empty(LARGE).copy_, torch.randn(LARGE))
-    calls = {**{name: opt.step for name, opt in large.items()}, "copy": copy}
-    time_of = {name: statistics.median(times) for name, times in taking_turns(calls, repeats).items()}
+    slow = {name: large.pop(name) for name in ("RMSprop", "eager")}
+    time_of = medians(taking_turns({**large, "copy": copy}, 3 * repeats))
+    time_of |= medians(taking_turns(slow, repeats))
     name = "RFRMSProp, 20M FP32 numbers"
     rows = [
         row(f"{name}: fused AdamW", time_of["FP32"], time_of["AdamW"], 1.0),
@@ -110,9 +116,9 @@ def diagonal_rows(repeats: int) -> list[Row]:
         row("BF16 state, compensated: FP32 state", time_of["BF16 state, compensated"], time_of["FP32"], 1.0),
         row(f"{name}: eager backend", time_of["FP32"], time_of["eager"]),
     ]
-    del large, calls, copy
+    del large, slow, copy
     small = {name: opt.step for name, opt in diagonal_optimizers(1000, 1000).items()}
-    time_of = {name: statistics.median(times) for name, times in taking_turns(small, 3 * repeats).items()}
+    time_of = medians(taking_turns(small, 3 * repeats))
     name = "RFRMSProp, 1,000 tensors of 1,000"
     return [
         *rows,
@@ -202,7 +208,7 @@ def product_row(size: int, repeats: int) -> Row:
     """BF16 against FP32 products of PyTorch, which is what `rootfree_kernels.backends.matmul_dtype` decides by."""
     bf16, fp32 = (torch.randn(1, size, size, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
     calls = {"bf16": lambda: torch.bmm(bf16, bf16), "fp32": lambda: torch.bmm(fp32, fp32)}
-    times = {name: statistics.median(every) for name, every in taking_turns(calls, repeats).items()}
+    times = medians(taking_turns(calls, repeats))
     chosen = str(matmul_dtype(torch.bfloat16, torch.device("cpu"))).removeprefix("torch.")
     return row(f"torch.bmm, {size}², BF16 (chosen: {chosen}): FP32", times["bf16"], times["fp32"])
 
