@@ -57,7 +57,15 @@ CXX_FLAGS = [] if os.name == "nt" else ["-O3", "-g0", "-fvisibility=hidden"]
 # instruction set where none fuses products with sums.
 VECTORIZED_FLAGS = [] if os.name == "nt" else ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 
-NVCC_FLAGS = ["-O3", "-fmad=false"]  # likewise: the same results on every GPU, and as on a CPU
+NVCC_FLAGS = ["-O3", "-fmad=false"]  # likewise: the same results on every GPU
+
+# A program that loads the extension from a file.
+LOAD = f"""
+import sys, torch
+from importlib.util import module_from_spec, spec_from_file_location
+spec = spec_from_file_location("{PACKAGE}._C", sys.argv[1])
+spec.loader.exec_module(module_from_spec(spec))
+"""
 
 LEFT_OUT = {"cpp": None, "cuda": None}  # part -> why it is not built, None where it is
 
@@ -96,15 +104,19 @@ def why_no_cuda():
     return None
 
 
+SIMPLEST = "#include <memory>\n#include <Python.h>\n"
+CLANG = "#ifndef __clang__\n#error another compiler\n#endif\n"
+
+
 @cache
-def why_no_compiler(*flags):
-    """Why the C++ compiler cannot compile the simplest extension, with these flags, in one line, or None."""
+def why_no_compiler(*flags, program=SIMPLEST):
+    """Why the C++ compiler cannot compile a program, that of the simplest extension, with these flags, in one line, or
+    None."""
     if os.name == "nt":
         return None  # setuptools searches for MSVC itself, and says what it found
     compiler = os.environ.get("CXX") or "c++"
     includes = [f"-I{sysconfig.get_path(name)}" for name in ("include", "platinclude")]
     command = [*shlex.split(compiler), *flags, "-x", "c++", "-fsyntax-only", *includes, "-"]
-    program = "#include <memory>\n#include <Python.h>\n"
     english = {**os.environ, "LC_ALL": "C"}
     try:
         run = subprocess.run(command, input=program, capture_output=True, text=True, env=english)
@@ -136,14 +148,16 @@ def make_extension(with_cuda):
         include_dirs=pybind11_include(),
         define_macros=macros + ([("ROOTFREE_WITH_CUDA", "1")] if with_cuda else []),
         extra_compile_args={"cxx": CXX_FLAGS + openmp_flags(), "nvcc": NVCC_FLAGS},
+        depends=sorted(glob("csrc/**/*.*", root_dir=ROOT, recursive=True)),
     )
 
 
 def openmp_flags():
-    """So that loops run on PyTorch's threads. Nothing is linked: the OpenMP that PyTorch has loaded is found when the
-    extension is, whereas a second one would keep threads of its own spinning."""
-    linux = platform.system() == "Linux"
-    return ["-fopenmp"] if linux and torch.backends.openmp.is_available() else []
+    """So that loops run on PyTorch's threads, on Linux and by GCC; elsewhere they run on one. Nothing is linked: GCC's
+    OpenMP, which PyTorch has loaded, is found when the extension is, whereas a second one would keep threads of its own
+    spinning. Code of Clang's wants Clang's."""
+    is_gcc = platform.system() == "Linux" and not why_no_compiler("-fopenmp") and bool(why_no_compiler(program=CLANG))
+    return ["-fopenmp"] if is_gcc and torch.backends.openmp.is_available() else []
 
 
 def pybind11_include():
@@ -200,7 +214,18 @@ def tolerant_build_ext():
             except Exception as error:
                 what = textwrap.shorten(f"{type(error).__name__}: {error}", 80, placeholder=" ...")
                 return f"the compile failed ({what}); `pip install -v` shows the compiler's words"
-            return None
+            return self.why_not_loaded()
+
+        def why_not_loaded(self):
+            """Why Python cannot load what was compiled, in one line, or None."""
+            command = [sys.executable, "-c", LOAD, self.get_ext_fullpath(f"{PACKAGE}._C")]
+            run = subprocess.run(command, capture_output=True, text=True)
+            if run.returncode == 0:
+                return None
+            last = (run.stderr.strip().splitlines() or [f"exit status {run.returncode}"])[-1]
+            return (
+                f"the extension was compiled and cannot be loaded ({textwrap.shorten(last, 160, placeholder=' ...')})"
+            )
 
         def retry_without_cuda(self, problem):
             leave_out("cuda", problem)

@@ -6,8 +6,8 @@
 #include <torch/library.h>
 
 TORCH_LIBRARY(rootfree_native, m) {
-  // Tables of addresses (rootfree_kernels/tables.py), which a GPU reads from its own memory. rows [n, 8] and grads [n]:
-  // see csrc/rf_rmsprop.h; owners [programs]: whose tensor a program works on; counters [n]: zeros, and zeros again
+  // Tables of addresses (rootfree_kernels/tables.py), for GPUs, which read them from their own memory. rows [n, 8] and
+  // grads [n]: see csrc/rf_rmsprop.h; owners [programs]: whose tensor a program works on; counters [n]: zeros, and zeros again
   // afterwards. All else as in rootfree_kernels/eager/rf_rmsprop.py.
   m.def(
       "rf_rmsprop_table(Tensor rows, Tensor grads, Tensor owners, Tensor(a!) counters, Tensor seeds, Tensor steps, "
@@ -15,7 +15,7 @@ TORCH_LIBRARY(rootfree_native, m) {
       "float sign, float decay, float growth, float momentum, float damping, float weight_decay, "
       "float decoupled_decay, ScalarType param, ScalarType grad, ScalarType square, ScalarType buffer, "
       "int rounding, int weight_rounding) -> ()");
-  // sides [sides, 8]: addresses of m and delta; numbers of a block, of its last axis, of a share; shares of a block;
+  // The same for both, CPUs too: sides [sides, 8]: addresses of m and delta; numbers of a block, of its last axis, of a share; shares of a block;
   // number of programs; first program. sums [programs]: for the kernels' use. clips [sides, L]: the result.
   m.def(
       "clipped_momentum(Tensor sides, Tensor owners, Tensor(a!) sums, Tensor found_inf, Tensor(b!) clips, "

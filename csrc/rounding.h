@@ -12,7 +12,7 @@
 #if defined(__CUDACC__) || defined(__HIPCC__)
 #define ROOTFREE_INLINE __host__ __device__ __forceinline__
 #else
-#define ROOTFREE_INLINE inline
+#define ROOTFREE_INLINE static inline  // every file its own: some are compiled for other instruction sets
 #endif
 
 namespace rootfree {

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 PREFERENCE = {"cuda": ("triton", "cuda", "eager"), "cpu": ("cpp", "eager")}
 """Backends by type of device, best first; any other device is served by eager PyTorch. On a GPU Triton comes before
-CUDA, which has the diagonal step alone, as long as `make gpu` has not measured them side by side."""
+CUDA, which has no matrix kernels, as long as `make gpu` has not measured them side by side."""
 
 BACKENDS: dict[str, ModuleType] = {"eager": eager}
 """The backends that were imported; others are when they are first asked for."""
@@ -117,7 +117,7 @@ def _import_problem(backend: str) -> str | None:
     """Import a backend; why that failed, or None."""
     try:
         BACKENDS.setdefault(backend, import_module(f"rootfree_kernels.{backend}_kernels"))
-    except Exception as error:  # a broken install raises anything, and eager PyTorch still serves
+    except Exception as error:  # a broken install raises anything
         logger.warning("backend %s cannot be imported: %s: %s", backend, type(error).__name__, error)
         return f"it cannot be imported: {type(error).__name__}: {error}"
     return None
@@ -133,6 +133,7 @@ def choose(
 
     Raises:
         RuntimeError: the backend that was asked for cannot run; the message says why.
+        ImportError: the compiled extension was built and cannot be imported.
     """
     forced = "eager" if fused is False else os.environ.get("ROOTFREE_BACKEND") or None
     candidates = (forced,) if forced else PREFERENCE.get(device.type, ("eager",))

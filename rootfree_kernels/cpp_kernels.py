@@ -1,7 +1,7 @@
 """The C++ room: the operators of `rootfree_kernels.eager` on a CPU (csrc/cpu).
 
-A pass over memory each for the diagonal step, the momentum, the gather, the epilogues of an update and the step of the
-weights, on all threads, by the widest instructions of the processor; matrix products are the libraries' of PyTorch.
+A pass over memory each for the diagonal step, the gather, the epilogues of an update and the step of the weights, by
+the widest instructions of the processor; matrix products are those of PyTorch's libraries.
 """
 
 from __future__ import annotations

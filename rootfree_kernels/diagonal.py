@@ -1,5 +1,5 @@
-"""What every kernel of the diagonal step is handed, by Triton, CUDA and C++ alike: a table of tensors that lie alike in
-memory, numbers, dtypes and modes of rounding."""
+"""What the kernels of the diagonal step on a GPU are handed, Triton's and CUDA's: a table of tensors that lie alike in
+memory, numbers, dtypes and modes of rounding. (C++ takes the tensors themselves.)"""
 
 from __future__ import annotations
 

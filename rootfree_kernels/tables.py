@@ -1,7 +1,7 @@
 """Tables of addresses that stay on the device, for kernels that work on lists of tensors.
 
-A kernel takes a list of tensors as a table of addresses and sizes in device memory. A table is copied there once and
-kept by its content: it is made anew when an address changes (which is seen by `data_ptr`), and only then.
+A kernel takes a list of tensors as a table of addresses and sizes in the memory of its device. A table is copied there
+once and kept by its content: it is made anew when an address changes (which is seen by `data_ptr`), and only then.
 """
 
 from __future__ import annotations

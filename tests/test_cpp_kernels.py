@@ -377,3 +377,29 @@ def test_the_instruction_set_changes_no_bit():
     others = under_other_instruction_sets("test_cpp_kernels", "digest()")
     assert others or torch.backends.cpu.get_cpu_capability() == "DEFAULT"
     assert set(others.values()) <= {digest()}, others
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("squares", lambda x: [x[0][:2]]),
+        ("grads", lambda x: []),
+        ("skipped", lambda x: [x[0].long()]),
+        ("square_residuals", lambda x: [torch.zeros(3, dtype=torch.int16)] * 2),
+    ],
+    ids=["shape", "length", "dtype", "residuals"],
+)
+def test_lists_that_do_not_fit_are_an_error_before_anything_changes(name, wrong):
+    lists = {x: [torch.ones(4)] for x in ("params", "squares", "buffers")}
+    lists |= {"skipped": [torch.zeros((), dtype=torch.int32)], "square_residuals": [], "weight_residuals": []}
+    lists["grads"] = [torch.ones(4)]
+    before = lists["params"][0].clone()
+    lists[name] = wrong(lists[name])
+    scalars = (torch.tensor(0.1), torch.zeros(1, dtype=torch.int32), torch.zeros(1), None, None)
+    numbers = (1.0, 0.1, 1.0, 0.9, 0.1, 0.0, False, False, "nearest", "nearest")
+    params = lists["params"]
+    with pytest.raises(
+        (ValueError, RuntimeError), match=r"pass (tensors of one shape|one for each)|expected scalar type"
+    ):
+        step(*lists.values(), *scalars, *numbers)
+    assert torch.equal(params[0], before)

@@ -402,3 +402,14 @@ def test_a_number_of_u_that_is_not_finite_counts_as_0():
     buffer = t.buffers[0].clone()
     batch.step(t, None, False)
     assert torch.equal(t.buffers[0][1], buffer[1] * 0.5) and t.skipped.item() == 0
+
+
+def test_factors_with_gaps_are_an_error():
+    """They would be read as if they had none."""
+    batch = torch.eye(5).expand(2, 5, 5).contiguous()
+    with pytest.raises(ValueError, match="not contiguous: pass a contiguous tensor"):
+        torch.ops.rootfree_native.kron_factor(
+            *(batch[:, :4, :4], batch, batch, batch, None, None, None, None, torch.ones(2, 4, 5)),
+            *(torch.ones(3, 2, 1), torch.zeros(2, dtype=torch.int32), torch.zeros(2), None),
+            *(1.0, 0.1, 0.5, 0.1, 1.0, "frobenius", "nearest"),
+        )

@@ -136,9 +136,7 @@ void move(const Side& side, const at::Tensor& momentum, const std::vector<float>
     }
   });
   if (side.product) {
-    const at::Tensor p = symmetric_product(side.factor.to(side.product->scalar_type()));
-    at::Tensor(*side.product).copy_(p);
-    mirror(*side.product);
+    symmetric_product(side.factor.to(side.product->scalar_type()), *side.product);
   }
 }
 
@@ -153,12 +151,15 @@ void update(const Side& c, const Side& k, const at::Tensor& grad, const float* s
   const at::Tensor momentum_k = new_momentum(k, a.mT(), factor_k, squares_c, o, norms_k);
   for (size_t block = 0; block < norms_c.size(); ++block) {
     ok[block] = !o.overflow && is_finite(norms_c[block]) && is_finite(norms_k[block]);
-    for (float* norm : {&norms_c[block], &norms_k[block]}) {
-      *norm = o.beta2 / (o.clips ? std::max(*norm, 1.0f) : 1.0f);  // from here on the scale of a step
-    }
   }
-  move(c, momentum_c, norms_c, ok, draws, first, dtype, o.rounding);
-  move(k, momentum_k, norms_k, ok, draws, first, dtype, o.rounding);
+  const auto scales = [&](std::vector<float> norms) {
+    for (float& norm : norms) {
+      norm = o.beta2 / (o.clips ? std::max(norm, 1.0f) : 1.0f);
+    }
+    return norms;
+  };
+  move(c, momentum_c, scales(norms_c), ok, draws, first, dtype, o.rounding);
+  move(k, momentum_k, scales(norms_k), ok, draws, first, dtype, o.rounding);
 }
 
 // Sums of shares [L, shares], added up.
@@ -177,6 +178,12 @@ at::Tensor kron_factor(const at::Tensor& factor_c, const at::Tensor& factor_k, c
                        const at::Tensor& seeds, const at::Tensor& steps, const OptionalTensor& found_inf,
                        double batch_size, double beta2, double riemannian_momentum, double damping, double gamma,
                        c10::string_view clip, c10::string_view rounding) {
+  const OptionalTensor state[] = {factor_c,   factor_k,   momentum_c, momentum_k,
+                                  residual_c, residual_k, product_c,  product_k};
+  for (const OptionalTensor& x : state) {
+    check_contiguous("the state of a factor", x);
+  }
+  check_contiguous("squares", squares);
   const int64_t num_blocks = grad.size(0);
   const Options options{static_cast<float>(batch_size),
                         static_cast<float>(beta2),
@@ -201,8 +208,7 @@ at::Tensor kron_factor(const at::Tensor& factor_c, const at::Tensor& factor_k, c
     update(c.narrow(first, length), k.narrow(first, length), grad.narrow(0, first, length), squares_c.data() + first,
            squares_k.data() + first, oks + first, draws, first, options);
   });
-  for (const OptionalTensor& x : {OptionalTensor(factor_c), OptionalTensor(factor_k), OptionalTensor(momentum_c),
-                                  OptionalTensor(momentum_k), residual_c, residual_k, product_c, product_k}) {
+  for (const OptionalTensor& x : state) {
     if (x) {
       changed(*x);
     }
@@ -217,9 +223,7 @@ std::tuple<at::Tensor, at::Tensor> kron_products(const at::Tensor& factor_c, con
   const at::Tensor product_k = at::empty_like(factor_k, factor_k.options().dtype(dtype));
   for_slices(factor_c.size(0), factor_c.size(-1), factor_k.size(-1), [&](int64_t first, int64_t length) {
     for (const auto& [factor, product] : {std::pair(factor_c, product_c), std::pair(factor_k, product_k)}) {
-      const at::Tensor part = product.narrow(0, first, length);
-      part.copy_(symmetric_product(factor.narrow(0, first, length).to(dtype)));
-      mirror(part);
+      symmetric_product(factor.narrow(0, first, length).to(dtype), product.narrow(0, first, length));
     }
   });
   return {product_c, product_k};

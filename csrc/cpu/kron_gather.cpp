@@ -19,6 +19,10 @@ constexpr int64_t share_rows = 64;  // rows that are summed up at a time
 std::tuple<at::Tensor, at::Tensor> kron_gather(at::TensorList grads, at::IntArrayRef tiles, int64_t rows, int64_t cols,
                                                at::TensorList factors, const std::optional<at::Tensor>& grad_scale,
                                                at::ScalarType dtype, bool maximize) {
+  TORCH_CHECK_VALUE(!grads.empty(), "no gradients: pass one at least.");
+  for (const at::Tensor& x : factors) {
+    check_contiguous("a factor", x);
+  }
   const Kernels& k = kernels();
   const std::vector<Block> blocks = blocks_of(tiles, rows, cols);
   const auto num_blocks = static_cast<int64_t>(blocks.size());

@@ -62,6 +62,16 @@ void kron_step(at::TensorList params, at::TensorList buffers, at::TensorList res
                const at::Tensor& grad, const at::Tensor& squares, const at::Tensor& lr, const OptionalTensor& ok,
                const at::Tensor& seeds, const at::Tensor& steps, const OptionalTensor& found_inf, bool cached,
                double momentum, double weight_decay, bool decoupled, c10::string_view rounding) {
+  TORCH_CHECK_VALUE(!params.empty(), "no parameters: pass one at least.");
+  for (const at::TensorList& tensors : {params, buffers, residuals}) {
+    for (const at::Tensor& x : tensors) {
+      TORCH_CHECK_VALUE(x.dim() == 2 || x.is_contiguous(), "a tensor of shape ", x.sizes(), " and strides ",
+                        x.strides(), ": pass a contiguous one, or one of two axes.");
+      TORCH_CHECK_VALUE(x.scalar_type() == tensors[0].scalar_type(), "tensors of several dtypes: pass one dtype.");
+    }
+  }
+  check_contiguous("squares", squares);
+  check_contiguous("skipped", skipped);
   const Kernels& kernel = kernels();
   const int64_t num_blocks = grad.size(0), rows = grad.size(1), cols = grad.size(2), shares = squares.size(2);
   const auto rate = lr.item<float>();

@@ -4,6 +4,7 @@
 
 #include "products.h"
 
+#include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
 #include <ATen/ops/bmm.h>
@@ -42,7 +43,7 @@ bool find_onednn() {
 
 bool multiply_by_onednn(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out) {
   static const bool there = find_onednn();
-  if (!there || a.scalar_type() != at::kFloat || a.size(-2) * a.size(-1) * b.size(-1) < onednn_min) {
+  if (!there || !at::globalContext().userEnabledMkldnn() || a.scalar_type() != at::kFloat || a.size(-2) * a.size(-1) * b.size(-1) < onednn_min) {
     return false;
   }
   at::native::mkldnn_matmul(a, b, out, 0.0f, 1.0f);
@@ -87,27 +88,18 @@ void lower_product(const at::Tensor& a, const at::Tensor& out) {
   lower_product(lower, bottom.narrow(1, half, rows - half));
 }
 
-}  // namespace
-
-at::Tensor product(const at::Tensor& a, const at::Tensor& b) {
-  const at::Tensor out = at::empty({a.size(0), a.size(1), b.size(2)}, a.options());
-  multiply(a, b, out);
-  return out;
-}
-
-at::Tensor symmetric_product(const at::Tensor& a) {
-  const at::Tensor out = at::empty({a.size(0), a.size(1), a.size(1)}, a.options());
+// The lower triangles, at least, of A A' into `out`.
+void lower_products(const at::Tensor& a, const at::Tensor& out) {
   if (a.size(1) <= largest_whole(a)) {
-    multiply(a, a.mT(), out);
-    return out;
+    return multiply(a, a.mT(), out);
   }
   const at::Tensor x = a.is_contiguous() ? a : transposed(a.mT());
   for (int64_t block = 0; block < a.size(0); ++block) {
     lower_product(x[block], out[block]);
   }
-  return out;
 }
 
+// Write the mirror image of the lower triangles of X [L, n, n] into their upper ones.
 void mirror(const at::Tensor& x) {
   const Kernels& k = kernels();
   const int64_t n = x.size(-1), tiles = num_tiles(n);
@@ -120,6 +112,25 @@ void mirror(const at::Tensor& x) {
       }
     }
   });
+}
+
+}  // namespace
+
+at::Tensor product(const at::Tensor& a, const at::Tensor& b) {
+  const at::Tensor out = at::empty({a.size(0), a.size(1), b.size(2)}, a.options());
+  multiply(a, b, out);
+  return out;
+}
+
+at::Tensor symmetric_product(const at::Tensor& a) {
+  const at::Tensor out = at::empty({a.size(0), a.size(1), a.size(1)}, a.options());
+  lower_products(a, out);
+  return out;
+}
+
+void symmetric_product(const at::Tensor& a, const at::Tensor& out) {
+  lower_products(a, out);
+  mirror(out);
 }
 
 }  // namespace rootfree::cpu

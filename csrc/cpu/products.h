@@ -12,7 +12,7 @@ at::Tensor product(const at::Tensor& a, const at::Tensor& b);
 // The lower triangle, at least, of A A' [L, m, m] of A [L, m, k]; what is above may be anything.
 at::Tensor symmetric_product(const at::Tensor& a);
 
-// Write the mirror image of the lower triangles of X [L, n, n] into their upper ones.
-void mirror(const at::Tensor& x);
+// All of A A' into `out` [L, m, m], symmetric to the bit.
+void symmetric_product(const at::Tensor& a, const at::Tensor& out);
 
 }  // namespace rootfree::cpu

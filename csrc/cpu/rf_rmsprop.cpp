@@ -46,6 +46,11 @@ void check_dtypes(const char* name, at::TensorList tensors, bool may_be_f16) {
   }
 }
 
+void check_length(const char* name, at::TensorList tensors, at::TensorList params, bool may_be_empty) {
+  TORCH_CHECK_VALUE(tensors.size() == params.size() || (may_be_empty && tensors.empty()), tensors.size(), " ", name,
+                    " for ", params.size(), " parameters: pass one for each.");
+}
+
 // What a parameter is stepped with; residuals may be undefined.
 struct Member {
   at::Tensor param, square, buffer, square_residual, weight_residual, grad;
@@ -63,6 +68,13 @@ struct Member {
       }
     }
     return true;
+  }
+
+  void check_shapes() const {
+    for (const at::Tensor* x : {&square, &buffer, &square_residual, &weight_residual, &grad}) {
+      TORCH_CHECK_VALUE(!x->defined() || x->sizes() == param.sizes(), "a tensor of shape ", x->sizes(),
+                        " next to a parameter of shape ", param.sizes(), ": pass tensors of one shape.");
+    }
   }
 
   Member contiguous() const {
@@ -124,7 +136,9 @@ void step_chunks(const std::vector<DiagonalPiece>& tensors, const DiagonalNumber
   }
 }
 
-void step_all(const std::vector<DiagonalPiece>& tensors, const DiagonalNumbers& numbers, at::TensorList skipped) {
+// Step all tensors; `skipped` are their counts of steps that left a number out.
+void step_all(const std::vector<DiagonalPiece>& tensors, const DiagonalNumbers& numbers,
+              const std::vector<int32_t*>& skipped) {
   std::vector<int64_t> starts{0};
   starts.reserve(tensors.size() + 1);
   for (const DiagonalPiece& tensor : tensors) {
@@ -135,7 +149,7 @@ void step_all(const std::vector<DiagonalPiece>& tensors, const DiagonalNumbers& 
     step_chunks(tensors, numbers, starts, begin, end, left_out);
   });
   for (size_t t = 0; t < tensors.size(); ++t) {
-    *skipped[t].mutable_data_ptr<int32_t>() += left_out[t];
+    *skipped[t] += left_out[t];
   }
 }
 
@@ -148,6 +162,12 @@ void rf_rmsprop(at::TensorList params, at::TensorList squares, at::TensorList bu
   if (params.empty()) {
     return;
   }
+  for (const auto& [name, tensors] : {std::pair("squares", squares), std::pair("buffers", buffers),
+                                      std::pair("skipped", skipped), std::pair("grads", grads)}) {
+    check_length(name, tensors, params, false);
+  }
+  check_length("square_residuals", square_residuals, params, true);
+  check_length("weight_residuals", weight_residuals, params, true);
   check_dtypes("params", params, true);
   check_dtypes("squares", squares, false);
   check_dtypes("buffers", buffers, false);
@@ -168,6 +188,7 @@ void rf_rmsprop(at::TensorList params, at::TensorList squares, at::TensorList bu
   std::vector<Member> members;
   std::vector<std::pair<size_t, Member>> copied;  // the originals of those that are copies
   std::vector<DiagonalPiece> pieces;
+  std::vector<int32_t*> counts;
   members.reserve(params.size());
   pieces.reserve(params.size());
   for (size_t t = 0; t < params.size(); ++t) {
@@ -176,6 +197,8 @@ void rf_rmsprop(at::TensorList params, at::TensorList squares, at::TensorList bu
     members.push_back({params[t], squares[t], buffers[t], square_residuals.empty() ? none : square_residuals[t],
                        weight_residuals.empty() ? none : weight_residuals[t],
                        is_double ? grads[t].to(at::kFloat) : grads[t]});
+    members[t].check_shapes();
+    counts.push_back(skipped[t].mutable_data_ptr<int32_t>());
     if (!members[t].lies_alike(!modes.is_stochastic())) {
       copied.emplace_back(t, members[t]);
       members[t] = members[t].contiguous();
@@ -183,7 +206,7 @@ void rf_rmsprop(at::TensorList params, at::TensorList squares, at::TensorList bu
     const auto key = [&](Rounding mode, Slot slot) { return mode == Rounding::stochastic ? draws.key(t, slot) : 0u; };
     pieces.push_back(members[t].piece(modes, key(modes.weight, slot_weight), key(modes.square, slot_square)));
   }
-  step_all(pieces, numbers, skipped);
+  step_all(pieces, numbers, counts);
   for (const auto& [t, original] : copied) {
     members[t].write_back(original);
   }

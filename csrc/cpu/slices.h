@@ -26,10 +26,12 @@ void for_slices(int64_t num_blocks, int64_t rows, int64_t cols, const F& f) {
   const int64_t length = slice_length(num_blocks, rows, cols);
   const int64_t slices = (num_blocks + length - 1) / length, threads = at::get_num_threads();
   const int64_t shared = threads > 1 ? slices / threads * threads : 0;
-  const auto run = [&](int64_t slice) { f(slice * length, std::min(length, num_blocks - slice * length)); };
-  at::parallel_for(0, shared, 1, [&](int64_t begin, int64_t end) {
-    const at::NoGradGuard no_grad;
+  const auto run = [&](int64_t slice) {
+    const at::NoGradGuard no_grad;  // which a thread does not take over from the one that calls it
     const c10::impl::ExcludeDispatchKeyGuard below(c10::autograd_dispatch_keyset_with_ADInplaceOrView);
+    f(slice * length, std::min(length, num_blocks - slice * length));
+  };
+  at::parallel_for(0, shared, 1, [&](int64_t begin, int64_t end) {
     for (int64_t slice = begin; slice < end; ++slice) {
       run(slice);
     }

@@ -33,10 +33,20 @@ inline float value_of(const std::optional<at::Tensor>& scalar, float otherwise) 
 
 // As in rootfree_kernels/rounding.py; only BF16 knows modes.
 inline Rounding rounding_of(c10::string_view name, bool has_residual, at::ScalarType type) {
-  if (has_residual) {
-    return Rounding::compensated;
+  if (type != at::kBFloat16) {
+    return Rounding::nearest;
   }
-  return type == at::kBFloat16 && name == "stochastic" ? Rounding::stochastic : Rounding::nearest;
+  return has_residual ? Rounding::compensated : name == "stochastic" ? Rounding::stochastic : Rounding::nearest;
+}
+
+inline void check_contiguous(const char* name, const at::Tensor& x) {
+  TORCH_CHECK_VALUE(x.is_contiguous(), name, " is not contiguous: pass a contiguous tensor.");
+}
+
+inline void check_contiguous(const char* name, const std::optional<at::Tensor>& x) {
+  if (x) {
+    check_contiguous(name, *x);
+  }
 }
 
 // Sums of shares, added up in order.

@@ -31,7 +31,7 @@ class Packed {
   Packed(void* data, int64_t stride, int64_t size, int64_t length)
       : data_(data), stride_(stride), size_(size), length_(length) {
     if (stride_ != 1) {
-      size_ == 4 ? copy_strided<float>(data_, stride_, packed_, 1, length_) : copy_strided<uint16_t>(data_, stride_, packed_, 1, length_);
+      copy(data_, stride_, packed_, 1);
     }
   }
 
@@ -39,11 +39,19 @@ class Packed {
 
   void put_back() const {
     if (stride_ != 1) {
-      size_ == 4 ? copy_strided<float>(packed_, 1, data_, stride_, length_) : copy_strided<uint16_t>(packed_, 1, data_, stride_, length_);
+      copy(packed_, 1, data_, stride_);
     }
   }
 
  private:
+  void copy(const void* source, int64_t source_stride, void* target, int64_t target_stride) const {
+    if (size_ == 4) {
+      copy_strided<float>(source, source_stride, target, target_stride, length_);
+    } else {
+      copy_strided<uint16_t>(source, source_stride, target, target_stride, length_);
+    }
+  }
+
   alignas(64) float packed_[piece];
   void* data_;
   int64_t stride_, size_, length_;

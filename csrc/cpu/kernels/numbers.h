@@ -13,8 +13,8 @@
 #define ROOTFREE_RESTRICT __restrict__
 #endif
 
-// All that is compiled for several instruction sets lies in a namespace of its set, so that the linker, which keeps one
-// copy of an inline function, never mixes them up. `static` where a shared header's function is inlined.
+// What is compiled for several instruction sets lies in a namespace of its set, or is static, so that the linker, which
+// keeps one copy of an inline function, never mixes them up.
 namespace rootfree::cpu::ROOTFREE_ISA {
 
 constexpr int64_t piece = 512;  // numbers that are worked on at a time: 2 KiB of each tensor
