@@ -7,7 +7,7 @@
 
 TORCH_LIBRARY(rootfree_native, m) {
   // Tables of addresses (rootfree_kernels/tables.py), for GPUs, which read them from their own memory. rows [n, 8] and
-  // grads [n]: see csrc/rf_rmsprop.h; owners [programs]: whose tensor a program works on; counters [n]: zeros, and zeros again
+  // grads [n]: see csrc/cuda/rf_rmsprop.h; owners [programs]: whose tensor a program works on; counters [n]: zeros, and zeros again
   // afterwards. All else as in rootfree_kernels/eager/rf_rmsprop.py.
   m.def(
       "rf_rmsprop_table(Tensor rows, Tensor grads, Tensor owners, Tensor(a!) counters, Tensor seeds, Tensor steps, "

@@ -38,9 +38,4 @@ ROOTFREE_INLINE DiagonalValues diagonal_step(float grad, DiagonalValues old, con
   return {select(keep, square, old.square), select(keep, buffer, old.buffer), select(keep, weight, old.weight)};
 }
 
-// A row of the table of tensors: addresses, how many numbers they have, and the first program that works on them.
-struct DiagonalRow {
-  int64_t param, square, buffer, square_residual, weight_residual, skipped, size, first_program;
-};
-
 }  // namespace rootfree

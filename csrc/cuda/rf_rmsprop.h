@@ -7,6 +7,11 @@
 
 namespace rootfree::cuda {
 
+// A row of the table of tensors: addresses, how many numbers they have, and the first program that works on them.
+struct DiagonalRow {
+  int64_t param, square, buffer, square_residual, weight_residual, skipped, size, first_program;
+};
+
 // Numbers of one tensor that a program works on.
 constexpr int kDiagonalChunk = 2048;
 

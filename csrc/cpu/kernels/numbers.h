@@ -79,7 +79,8 @@ static inline float* load(const Stored& x, int64_t start, int64_t length, float*
 
 // target[i * target_stride] = source[i * source_stride]
 template <typename T>
-static inline void copy_strided(const void* source, int64_t source_stride, void* target, int64_t target_stride, int64_t length) {
+static inline void copy_strided(const void* source, int64_t source_stride, void* target, int64_t target_stride,
+                                int64_t length) {
   const T* from = static_cast<const T*>(source);
   T* to = static_cast<T*>(target);
   for (int64_t i = 0; i < length; ++i) {
