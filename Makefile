@@ -1,10 +1,11 @@
-# `make test` and `make demo` need Python 3.10 or later and, for the compiled extension, a C++ compiler. The rest they
+# `make test`, `make demo` and `make bench` need Python 3.10 or later and, for the compiled extension, a C++ compiler. The rest they
 # install into .venv, once.
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
 KERNEL_ARGS ?=
 GPU_ARGS ?=
+BENCH_ARGS ?=
 
 VENV := .venv
 VPY := $(VENV)/bin/python
@@ -13,7 +14,7 @@ STAMP := $(VENV)/.installed
 BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
 .DEFAULT_GOAL := help
-.PHONY: help install test kernels sanitize gpu demo lint clean
+.PHONY: help install test kernels sanitize gpu demo peers bench gpu-bench bench-pytest lint clean
 
 help:
 	@echo "make install   set up $(VENV): pinned dependencies and this package, editable"
@@ -24,10 +25,15 @@ help:
 	@echo "make gpu       on a machine with a GPU, in \$$(PYTHON)'s own environment: install this package in place, run the"
 	@echo "               tests that need a GPU, then measure every kernel; GPU_ARGS='--quick --only graphs' chooses"
 	@echo "make demo      train a small language model with AdamW, RFRMSProp and IFShampoo"
+	@echo "make peers     install what a package index offers of the optimizers to compare with, and say which are there"
+	@echo "make bench     every optimizer side by side on this machine, in under 10 minutes: a page, JSON and plots in"
+	@echo "               bench/results/; BENCH_ARGS='--only 1024 --optimizers Shampoo --sections steps' chooses"
+	@echo "make gpu-bench the same on a machine with a GPU, in \$$(PYTHON)'s own environment"
+	@echo "make bench-pytest  benchmarks that hold steps to a reference operation, by pytest-benchmark"
 	@echo "make lint      ruff and mypy"
 	@echo "make clean     remove $(VENV), builds and caches"
 	@echo
-	@echo "test, kernels, sanitize, demo and lint run install first where it is due. PYTHON=python3.12 chooses the interpreter,"
+	@echo "All but gpu, gpu-bench and clean run install first where it is due. PYTHON=python3.12 chooses the interpreter,"
 	@echo "ROOTFREE_BUILD=none|cpu|cuda what is compiled (make clean before a change of either)."
 
 install: $(STAMP)
@@ -50,6 +56,19 @@ gpu:
 
 demo: $(STAMP)
 	@$(VPY) -m bench.demo
+
+peers: $(STAMP)
+	@$(VPY) -m bench.peers --install
+
+bench: $(STAMP)
+	@$(VPY) -m bench.run $(BENCH_ARGS)
+
+gpu-bench:
+	@$(PYTHON) -m bench.gpu_machine
+	@$(PYTHON) -m bench.run --device cuda $(BENCH_ARGS)
+
+bench-pytest: $(STAMP)
+	@$(VPY) -m pytest bench/benchmarks --benchmark-autosave $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	@$(VPY) -m ruff check .

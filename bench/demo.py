@@ -1,4 +1,4 @@
-"""Train a small byte-level GPT on Python's own standard library with three optimizers, side by side.
+"""Train a small byte-level GPT on Python's own standard library with several optimizers, side by side.
 
     python -m bench.demo [--steps N] [--seed N] [--out DIR] [--optimizers adamw ifshampoo ...]
 
@@ -29,6 +29,8 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
+from bench.demo_peers import PEER_METHODS
+from bench.memory import state_bytes
 from bench.record import provenance
 from rootfree_kernels import IFShampoo, RFRMSProp
 
@@ -182,6 +184,8 @@ class GPT(nn.Module):
 
 def make_optimizer(method: str, model: nn.Module, task: Task, **settings: Any) -> torch.optim.Optimizer:
     """``method`` on all of the model's weights. The root-free methods count a sequence as one loss term."""
+    if method in PEER_METHODS:
+        return PEER_METHODS[method](model, **settings)
     if method != "adamw":
         settings["batch_size"] = task.batch
     return METHODS[method](model.parameters(), **settings)
@@ -200,14 +204,6 @@ def evaluate(model: GPT, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
     """The mean loss over ``batches``."""
     losses = [model.loss(*batch).item() for batch in batches]
     return sum(losses) / len(losses)
-
-
-def tensor_bytes(state: Any) -> int:
-    """The bytes of all tensors in a (nested) optimizer state."""
-    if isinstance(state, Tensor):
-        return state.numel() * state.element_size()
-    values = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
-    return sum(map(tensor_bytes, values))
 
 
 def train(
@@ -236,7 +232,7 @@ def train(
         report(step, loss)
         if step == task.steps or step % math.ceil(task.steps / evaluations) == 0:
             run.held_out[step] = evaluate(model, held_out)
-    run.state_bytes = tensor_bytes(dict(optimizer.state))
+    run.state_bytes = state_bytes(optimizer, model.parameters())
     return run, model
 
 
@@ -313,7 +309,7 @@ def write_summary(path: Path, runs: dict[str, Run], task: Task, data: tuple[Tens
 def parse() -> tuple[argparse.Namespace, Task]:
     """The command line's options, and the task they describe."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--optimizers", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME")
+    parser.add_argument("--optimizers", nargs="+", choices=CHOSEN, default=list(METHODS), metavar="NAME")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
     for name, default in asdict(Task()).items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")

@@ -111,27 +111,27 @@ def momentum_bytes(momentum: torch.dtype, passes: int = 1) -> int:
     return passes * (momentum.itemsize + 4) + momentum.itemsize
 
 
-def update_stages(p: int, d: int, grad_bytes: int = 4) -> dict[str, Work]:
+def update_stages(p: int, d: int, grad_bytes: int = 4, factor_bytes: int = 2) -> dict[str, Work]:
     """The launches of one update of a p × d block with BF16 factors, each reading its inputs and writing its outputs
     once; symmetric products count half. Without the gather 3pd(p+d) + 4(p³+d³) operations, which is 14n³."""
-    pd, squares, cubes = p * d, p * p + d * d, p**3 + d**3
+    pd, squares, cubes, size = p * d, p * p + d * d, p**3 + d**3, factor_bytes
     return {
-        "gather": Work(0, grad_bytes * pd + 2 * pd + 2 * squares),  # ‖C‖ and ‖K‖ are taken on the way
-        "CᵀG": Work(2 * p * pd, 2 * (p * p + 2 * pd)),
-        "·K": Work(2 * d * pd, 2 * (d * d + 2 * pd)),
-        "momentum": Work(pd * (p + d) + cubes, 2 * pd + 6 * squares),  # A, C, K, m, new m
-        "factor": Work(2 * cubes, 8 * squares),  # old and new factor, new m, m
-        "products": Work(cubes, 6 * squares),  # new factor, product, factor
+        "gather": Work(0, grad_bytes * pd + size * (pd + squares)),  # ‖C‖ and ‖K‖ are taken on the way
+        "CᵀG": Work(2 * p * pd, size * (p * p + 2 * pd)),
+        "·K": Work(2 * d * pd, size * (d * d + 2 * pd)),
+        "momentum": Work(pd * (p + d) + cubes, size * (pd + 3 * squares)),  # A, C, K, m, new m
+        "factor": Work(2 * cubes, 4 * size * squares),  # old and new factor, new m, m
+        "products": Work(cubes, 3 * size * squares),  # new factor, product, factor
     }
 
 
-def step_stages(p: int, d: int, grad_bytes: int = 4, weight_bytes: int = 4) -> dict[str, Work]:
+def step_stages(p: int, d: int, grad_bytes: int = 4, weight_bytes: int = 4, factor_bytes: int = 2) -> dict[str, Work]:
     """The launches of a step of a p × d block whose P_C and P_K are kept, gather included: 2pd(p+d) operations."""
-    pd = p * d
+    pd, size = p * d, factor_bytes
     return {
-        "gather": Work(0, grad_bytes * pd + 2 * pd),
-        "P_C·G": Work(2 * p * pd, 2 * (p * p + 2 * pd)),
-        "step": Work(2 * d * pd, 2 * (pd + d * d) + 2 * weight_bytes * pd + 8 * pd),  # weight and FP32 momentum
+        "gather": Work(0, (grad_bytes + size) * pd),
+        "P_C·G": Work(2 * p * pd, size * (p * p + 2 * pd)),
+        "step": Work(2 * d * pd, size * (pd + d * d) + 2 * weight_bytes * pd + 8 * pd),  # weight and FP32 momentum
     }
 
 

@@ -1,6 +1,6 @@
 """Tune each of the demo's optimizers with the same small budget.
 
-    python -m bench.tune_demo --method adamw|rfrmsprop|ifshampoo [--trials 12] [--finalists 3]
+    python -m bench.tune_demo --method adamw|rfrmsprop|ifshampoo|shampoo|soap|muon [--trials 12] [--finalists 3]
 
 Each method gets the same number of settings, spread over its space by a scrambled Sobol sequence, each
 trained for half of the demo's steps with the demo's schedule; the best few are trained again in full. Every
@@ -36,6 +36,9 @@ SPACES: dict[str, dict[str, tuple[float, float]]] = {
         "sgd_step": (10.0, 80.0),
         "riemannian_momentum": (0.02, 0.6),
     },
+    "shampoo": {"lr": (7e-4, 1e-2), "1 - beta2": (2e-3, 1e-1), "weight_decay": (1e-3, 3e-1), "T": (1, 20)},
+    "soap": {"lr": (7e-4, 1e-2), "1 - beta2": (2e-3, 1e-1), "weight_decay": (1e-3, 3e-1), "T": (1, 20)},
+    "muon": {"lr": (1e-3, 5e-2), "adamw_lr": (7e-4, 1e-2), "weight_decay": (1e-3, 3e-1)},
 }
 
 
@@ -44,6 +47,8 @@ def arguments_of(point: dict[str, float]) -> dict[str, Any]:
     settings: dict[str, Any] = dict(point)
     if "1 - beta2" in settings:
         settings["betas"] = (0.9, 1 - settings.pop("1 - beta2"))
+    if "T" in settings:
+        settings["T"] = round(settings["T"])
     if "sgd_step" in settings:
         settings["damping"] = float(f"{settings['lr'] / (settings.pop('sgd_step') * (1 - 0.9)):.3g}")
     return settings

@@ -1,0 +1,58 @@
+"""Times in units of a reference operation, measured in the same round.
+
+A machine that is busy, or another one, slows both alike: what is saved, shown and compared are ratios, whatever unit
+pytest-benchmark writes beside them. `--benchmark-compare-fail=median:10%` therefore means ten per cent of a ratio.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+ROUNDS = 15
+
+
+class Ruler:
+    """A clock whose unit is the time that an operation took last."""
+
+    def __init__(self) -> None:
+        self.unit = 1.0
+
+    def measure(self, reference: Callable[[], Any]) -> None:
+        start = time.perf_counter()
+        reference()
+        self.unit = time.perf_counter() - start
+
+    def now(self) -> float:
+        return time.perf_counter() / self.unit
+
+
+RULER = Ruler()
+
+
+def timer() -> float:
+    """The timer of pytest-benchmark in this folder."""
+    return RULER.now()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.zeros(7 << 20)  # the C library keeps memory of this size from now on, as in any training
+
+
+@pytest.fixture
+def in_units_of(benchmark: Any) -> Callable[..., float]:
+    """Benchmark a function in units of another; the median ratio."""
+
+    def measure(reference: Callable[[], Any], run: Callable[[], Any], warmups: int = 3) -> float:
+        for _ in range(warmups):
+            reference()
+            run()
+        benchmark._timer = timer
+        benchmark.pedantic(run, setup=lambda: RULER.measure(reference), rounds=ROUNDS)
+        return float(benchmark.stats.stats.median) if benchmark.stats else 0.0
+
+    return measure

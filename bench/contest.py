@@ -1,0 +1,213 @@
+"""Optimizers that step the same gradients in turn, and what is measured of each.
+
+Each contestant has weights of its own. T is 2, so that updates and other steps alternate; what a step costs on average
+at another T follows, (update + (T−1)·other)/T. The first four steps, two updates among them, warm up and show the
+memory. Before a step fresh gradients are copied in, outside of the time, as a backward pass would have written them.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from bench.gpu_timing import MAX_LEAD, Timing
+from bench.launches import count_launches
+from bench.memory import peak_bytes, state_bytes
+from bench.optimizers import Entry
+from bench.workloads import Matrix, Workload
+
+PERIOD = 2
+UPDATE, OTHER = "update", "other"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long is measured: samples of a kind of step, and seconds that a contestant gets, warm-up left out."""
+
+    most: int = 10
+    least: int = 3
+    seconds: float = 2.0
+    all_seconds: float = 40.0
+    """Beyond these, a contestant gets no more samples even if it has fewer than `least`, but one."""
+
+
+class Gradients:
+    """Random gradients by the shapes of the weights, which contestants of the same shapes share."""
+
+    SETS = 3
+
+    def __init__(self, num_weights: int, device: torch.device) -> None:
+        generator = torch.Generator(device=device).manual_seed(0)
+        self.flat = [torch.randn(num_weights, generator=generator, device=device).mul_(0.1) for _ in range(self.SETS)]
+        self.buffers: dict[tuple[Matrix, ...], list[Tensor]] = {}
+        self.turn = 0
+
+    def of(self, shapes: tuple[Matrix, ...]) -> list[Tensor]:
+        """The gradients of weights of these shapes; `refresh` changes their values, not their addresses."""
+        if shapes not in self.buffers:
+            self.buffers[shapes] = [torch.empty(shape, device=self.flat[0].device) for shape in shapes]
+            self.refresh(shapes)
+        return self.buffers[shapes]
+
+    def refresh(self, shapes: tuple[Matrix, ...]) -> None:
+        self.turn += 1
+        parts = self.flat[self.turn % self.SETS].split([prod(shape) for shape in shapes])
+        torch._foreach_copy_(self.buffers[shapes], [x.view(s) for x, s in zip(parts, shapes, strict=True)])
+
+
+@dataclass
+class Contestant:
+    """An entry with a block size at work on a workload."""
+
+    entry: Entry
+    block: int
+    shapes: tuple[Matrix, ...]
+    gradients: Gradients
+    clock: Any
+    device: torch.device
+    period: int = PERIOD
+    params: list[Parameter] = field(default_factory=list)
+    optimizer: Optimizer | None = None
+    num_steps: int = 0
+    spent: float = 0.0
+    lead: float = 0.0
+    times: dict[str, list[float]] = field(default_factory=lambda: {UPDATE: [], OTHER: []})
+    queued: int = 0
+    peak_bytes: int = 0
+
+    def prepare(self) -> None:
+        """Make weights and optimizer, and take the first steps."""
+        generator = torch.Generator(device=self.device).manual_seed(1)
+        options = {"generator": generator, "device": self.device}
+        self.params = [Parameter(torch.randn(shape, **options).mul_(0.02)) for shape in self.shapes]
+        for param, grad in zip(self.params, self.gradients.of(self.shapes), strict=True):
+            param.grad = grad
+        self.peak_bytes = peak_bytes(self._first_steps, self.device)
+
+    def _first_steps(self) -> None:
+        self.optimizer = self.entry.make(self.params, self.period, self.block)
+        for _ in range(2 * self.period):
+            start = time.perf_counter()
+            self.step()
+            self.lead = min(2e6 * (time.perf_counter() - start) + 20.0, MAX_LEAD)
+
+    def step(self) -> None:
+        assert self.optimizer is not None
+        self.optimizer.step()
+        self.num_steps += 1
+
+    @property
+    def kind(self) -> str:
+        """Of the next step; those without a period are at an update in every second one."""
+        return UPDATE if self.num_steps % self.period == self.entry.update_at % self.period else OTHER
+
+    def sample(self) -> None:
+        """Take a step and its time."""
+        begin = time.perf_counter()
+        kind = self.kind
+        self.gradients.refresh(self.shapes)
+        self.clock.synchronize()
+        self.clock.lead(self.lead)
+        start = self.clock.mark()
+        self.step()
+        end = self.clock.mark()
+        self.queued += not self.clock.reached(start)
+        self.clock.synchronize()
+        self.times[kind].append(self.clock.elapsed(start, end))
+        self.spent += time.perf_counter() - begin
+
+    def is_done(self, limits: Limits) -> bool:
+        fewest = min(map(len, self.times.values()))
+        if fewest >= limits.most or (self.spent > limits.all_seconds and fewest):
+            return True
+        return fewest >= limits.least and self.spent > limits.seconds
+
+    def measured(self) -> dict[str, Any]:
+        """What is known of it: µs, bytes a weight, launches."""
+        assert self.optimizer is not None
+        num_weights = sum(map(prod, self.shapes))
+        all_queued = 2 * self.queued >= sum(map(len, self.times.values()))
+        if self.entry.has_period:
+            kinds = {kind: Timing.of(times, all_queued) for kind, times in self.times.items()}
+        else:
+            every = Timing.of([x for times in self.times.values() for x in times], all_queued)
+            kinds = {UPDATE: every, OTHER: every}
+        return {
+            **{kind: timing._asdict() for kind, timing in kinds.items()},
+            "state_bytes": state_bytes(self.optimizer, self.params) / num_weights,
+            "peak_bytes": self.peak_bytes / num_weights,
+            **self._counted(),
+        }
+
+    def _counted(self) -> dict[str, Any]:
+        """Launches of each kind of step, and on a GPU the host's µs in it."""
+        found: dict[str, Any] = {}
+        for _ in range(self.period):
+            kind = self.kind
+            found[f"launches of {kind}"] = count_launches(self.step, self.device)
+        for _ in range(self.period if self.device.type == "cuda" else 0):
+            kind = self.kind
+            self.clock.synchronize()
+            start = time.perf_counter()
+            self.step()
+            found[f"host of {kind}"] = (time.perf_counter() - start) * 1e6
+        return found
+
+
+def mean_step(measured: dict[str, Any], period: int) -> float:
+    """µs of a step on average, where every `period`-th updates."""
+    update, other = (measured[kind]["median"] for kind in (UPDATE, OTHER))
+    return float(update + (period - 1) * other) / period
+
+
+def distinct_blocks(entry: Entry, workload: Workload, wanted: Iterable[int]) -> list[int]:
+    """Of the block sizes of an entry those that differ on this workload; one where they make no difference."""
+    sizes = [size for size in entry.blocks if size in wanted] or list(entry.blocks[:1])
+    if entry.family == "diagonal":
+        return [max(sizes)]
+    different = {workload.blocks(size): size for size in sorted(sizes)}
+    return sorted(different.values())
+
+
+def shapes_for(entry: Entry, workload: Workload, block: int) -> tuple[Matrix, ...]:
+    """The weights as an entry gets them: cut beforehand where it does not cut by itself."""
+    return workload.shapes if entry.cuts else workload.blocks(block)
+
+
+def run_contest(contestants: Sequence[Contestant], limits: Limits, deadline: float) -> dict[int, str]:
+    """Let contestants step in turn until each has its samples; by number, why one has none."""
+    problems: dict[int, str] = {}
+    for number, contestant in enumerate(contestants):
+        try:
+            if time.perf_counter() > deadline:
+                raise TimeoutError("left out: the run's time was over")
+            contestant.prepare()
+        except Exception as error:  # of any kind: it is recorded, and the others go on
+            problems[number] = f"{type(error).__name__}: {error}"
+    running = [number for number in range(len(contestants)) if number not in problems]
+    turn = 0
+    while running:
+        for number in running if turn % 2 else running[::-1]:
+            try:
+                contestants[number].sample()
+            except Exception as error:
+                problems[number] = f"{type(error).__name__}: {error}"
+        running = [n for n in running if n not in problems and not contestants[n].is_done(limits)]
+        turn += 1
+    return problems
+
+
+def release() -> None:
+    """Give memory back between contests."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

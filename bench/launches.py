@@ -1,0 +1,41 @@
+"""How much an optimizer launches in a step: kernels and copies on a GPU, operators of PyTorch on a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rootfree_kernels.backends import implementation
+
+
+class OperatorCount(TorchDispatchMode):
+    """Counts operators of PyTorch and of compiled extensions. Views are free. An operator of this package that Python
+    implements is not one by itself: what it calls is counted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "rootfree":
+            *arguments, backend = args
+            with self:
+                return implementation(backend, func._opname)(*arguments)
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def count_launches(run: Callable[[], Any], device: torch.device) -> int:
+    """Kernels, copies and fills that `run` puts on a GPU; on a CPU the operators that it calls."""
+    if device.type != "cuda":
+        with OperatorCount() as operators:
+            run()
+        return operators.count
+    torch.cuda.synchronize(device)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        run()
+        torch.cuda.synchronize(device)
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profiler.events())
