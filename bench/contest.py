@@ -8,11 +8,14 @@ memory. Before a step fresh gradients are copied in, outside of the time, as a b
 from __future__ import annotations
 
 import gc
+import os
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -48,20 +51,21 @@ class Gradients:
     def __init__(self, num_weights: int, device: torch.device) -> None:
         generator = torch.Generator(device=device).manual_seed(0)
         self.flat = [torch.randn(num_weights, generator=generator, device=device).mul_(0.1) for _ in range(self.SETS)]
-        self.buffers: dict[tuple[Matrix, ...], list[Tensor]] = {}
+        self.buffers: dict[tuple[tuple[Matrix, ...], torch.dtype], list[Tensor]] = {}
         self.turn = 0
 
-    def of(self, shapes: tuple[Matrix, ...]) -> list[Tensor]:
+    def of(self, shapes: tuple[Matrix, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
         """The gradients of weights of these shapes; `refresh` changes their values, not their addresses."""
-        if shapes not in self.buffers:
-            self.buffers[shapes] = [torch.empty(shape, device=self.flat[0].device) for shape in shapes]
-            self.refresh(shapes)
-        return self.buffers[shapes]
+        if (shapes, dtype) not in self.buffers:
+            device = self.flat[0].device
+            self.buffers[shapes, dtype] = [torch.empty(shape, device=device, dtype=dtype) for shape in shapes]
+            self.refresh(shapes, dtype)
+        return self.buffers[shapes, dtype]
 
-    def refresh(self, shapes: tuple[Matrix, ...]) -> None:
+    def refresh(self, shapes: tuple[Matrix, ...], dtype: torch.dtype = torch.float32) -> None:
         self.turn += 1
         parts = self.flat[self.turn % self.SETS].split([prod(shape) for shape in shapes])
-        torch._foreach_copy_(self.buffers[shapes], [x.view(s) for x, s in zip(parts, shapes, strict=True)])
+        torch._foreach_copy_(self.buffers[shapes, dtype], [x.view(s) for x, s in zip(parts, shapes, strict=True)])
 
 
 @dataclass
@@ -88,10 +92,16 @@ class Contestant:
         """Make weights and optimizer, and take the first steps."""
         generator = torch.Generator(device=self.device).manual_seed(1)
         options = {"generator": generator, "device": self.device}
-        self.params = [Parameter(torch.randn(shape, **options).mul_(0.02)) for shape in self.shapes]
-        for param, grad in zip(self.params, self.gradients.of(self.shapes), strict=True):
+        weights = [torch.randn(shape, **options).mul_(0.02) for shape in self.shapes]
+        self.params = [Parameter(x.to(self.entry.weights)) for x in weights]
+        for param, grad in zip(self.params, self.gradients.of(self.shapes, self.entry.weights), strict=True):
             param.grad = grad
-        self.peak_bytes = peak_bytes(self._first_steps, self.device)
+        with self._backend():
+            self.peak_bytes = peak_bytes(self._first_steps, self.device)
+
+    def _backend(self) -> AbstractContextManager[Any]:
+        """The environment in which the first steps choose the entry's backend."""
+        return patch.dict(os.environ, {"ROOTFREE_BACKEND": self.entry.backend} if self.entry.backend else {})
 
     def _first_steps(self) -> None:
         self.optimizer = self.entry.make(self.params, self.period, self.block)
@@ -114,7 +124,7 @@ class Contestant:
         """Take a step and its time."""
         begin = time.perf_counter()
         kind = self.kind
-        self.gradients.refresh(self.shapes)
+        self.gradients.refresh(self.shapes, self.entry.weights)
         self.clock.synchronize()
         self.clock.lead(self.lead)
         start = self.clock.mark()

@@ -1,8 +1,9 @@
 """Every optimizer that is compared, with the settings that make the comparison fair.
 
-All of them step the same matrices with the same gradients. Learning rates are small and momentum is 0.9 where there is
-one, so that times and memory include it. Two things decide what a second-order step costs, and are therefore part of
-every entry: the longest side of a block, and T, the number of steps between updates of the factors (or of their roots).
+All of them step the same matrices with the same gradients, FP32 but where the name says otherwise. Learning rates are
+small and momentum is 0.9 where there is one, so that times and memory include it. Two things decide what a second-order
+step costs, and are therefore part of every entry: the longest side of a block, and T, the number of steps between
+updates of the factors (or of their roots).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ SETTINGS = {"beta2": 0.2, "momentum": 0.9, "riemannian_momentum": 0.5, "damping"
 WHOLE = 1 << 20
 """A block's longest side of which no weight is cut."""
 
-BF16 = torch.bfloat16
+FP32, BF16 = torch.float32, torch.bfloat16
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,13 @@ class Entry:
     on_cpu: bool = True
     """Whether it takes part without a GPU unless it is asked for."""
 
+    gpu_only: bool = False
+    weights: torch.dtype = torch.float32
+    """Of weights and gradients."""
+
+    backend: str = ""
+    """The backend of ours that is asked for, "" for the best."""
+
     @property
     def is_ours(self) -> bool:
         return not self.peer and self.name.startswith(("IFShampoo", "RFRMSProp"))
@@ -78,29 +86,40 @@ def rf_rmsprop(params: Sequence[Parameter], period: int, block: int, **options: 
 LEAST_MEMORY = {"packed_momentum": True, "state_dtype": BF16, "cache_products": False}
 """Options of IFShampoo that save memory: with BF16 factors 8 bytes a weight of a square block."""
 
+
+def _ours(name: str, family: str, on_cpu: bool = True, backend: str = "", weights: Any = FP32, **options: Any) -> Entry:
+    """An entry of ours that differs by options from the first of its family, measured with blocks of 1024 only."""
+    diagonal = family == "diagonal"
+    make = partial(rf_rmsprop if diagonal else if_shampoo, **options)
+    return Entry(
+        name,
+        family,
+        make,
+        has_period=not diagonal,
+        blocks=(1024,),
+        on_cpu=on_cpu,
+        gpu_only=backend == "cuda",
+        weights=weights,
+        backend=backend,
+    )
+
+
 OURS = (
     Entry("IFShampoo", "IFShampoo", partial(if_shampoo)),
-    Entry("IFShampoo, FP32 factors", "IFShampoo", partial(if_shampoo, factor_dtype=torch.float32)),
-    Entry("IFShampoo, compensated", "IFShampoo", partial(if_shampoo, rounding="compensated"), blocks=(1024,)),
-    Entry("IFShampoo, nearest", "IFShampoo", partial(if_shampoo, rounding="nearest"), blocks=(1024,), on_cpu=False),
-    Entry("IFShampoo, least memory", "IFShampoo", partial(if_shampoo, **LEAST_MEMORY), blocks=(1024,)),
-    Entry("IFShampoo, eager", "IFShampoo", partial(if_shampoo, fused=False), blocks=(1024,)),
-    Entry(
-        "IFShampoo, FP32 factors, eager",
-        "IFShampoo",
-        partial(if_shampoo, factor_dtype=torch.float32, fused=False),
-        blocks=(1024,),
-        on_cpu=False,
-    ),
-    Entry("RFRMSProp", "diagonal", partial(rf_rmsprop), has_period=False),
-    Entry("RFRMSProp, BF16 state", "diagonal", partial(rf_rmsprop, state_dtype=BF16), has_period=False),
-    Entry(
-        "RFRMSProp, BF16 state, compensated",
-        "diagonal",
-        partial(rf_rmsprop, state_dtype=BF16, rounding="compensated"),
-        has_period=False,
-    ),
-    Entry("RFRMSProp, eager", "diagonal", partial(rf_rmsprop, fused=False), has_period=False),
+    Entry("IFShampoo, FP32 factors", "IFShampoo", partial(if_shampoo, factor_dtype=FP32)),
+    _ours("IFShampoo, FP64 factors", "IFShampoo", on_cpu=False, factor_dtype=torch.float64),
+    _ours("IFShampoo, compensated", "IFShampoo", rounding="compensated"),
+    _ours("IFShampoo, nearest", "IFShampoo", on_cpu=False, rounding="nearest"),
+    _ours("IFShampoo, least memory", "IFShampoo", **LEAST_MEMORY),
+    _ours("IFShampoo, BF16 weights", "IFShampoo", weights=BF16),
+    _ours("IFShampoo, eager", "IFShampoo", fused=False),
+    _ours("IFShampoo, FP32 factors, eager", "IFShampoo", on_cpu=False, factor_dtype=FP32, fused=False),
+    _ours("RFRMSProp", "diagonal"),
+    _ours("RFRMSProp, BF16 state", "diagonal", state_dtype=BF16),
+    _ours("RFRMSProp, BF16 state, compensated", "diagonal", state_dtype=BF16, rounding="compensated"),
+    _ours("RFRMSProp, BF16 weights and state", "diagonal", state_dtype=BF16, weights=BF16),
+    _ours("RFRMSProp, CUDA", "diagonal", backend="cuda"),
+    _ours("RFRMSProp, eager", "diagonal", fused=False),
 )
 
 
@@ -115,6 +134,13 @@ def of_torch(name: str, params: Sequence[Parameter], period: int, block: int, **
 TORCH = (
     Entry("AdamW, fused", "diagonal", partial(of_torch, "AdamW", fused=True), has_period=False),
     Entry("RMSprop, foreach", "diagonal", partial(of_torch, "RMSprop", foreach=True, momentum=0.9), has_period=False),
+    Entry(
+        "AdamW, fused, BF16 weights",
+        "diagonal",
+        partial(of_torch, "AdamW", fused=True),
+        has_period=False,
+        weights=BF16,
+    ),
     Entry("SGD, fused", "diagonal", partial(of_torch, "SGD", fused=True, momentum=0.9), has_period=False),
     Entry("Muon of torch", "Muon", partial(of_torch, "Muon", momentum=0.9), has_period=False, cuts=False),
 )
@@ -219,6 +245,7 @@ THEIRS = (
         has_period=False,
         cuts=False,
         on_cpu=False,
+        gpu_only=True,
     ),
 )
 

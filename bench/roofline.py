@@ -69,22 +69,21 @@ def work_of(entry: Entry, workload: Workload, block: int, kind: str) -> tuple[Wo
 
 def _if_shampoo(entry: Entry, workload: Workload, block: int, kind: str) -> tuple[Work, torch.dtype]:
     dtype = entry.option("factor_dtype") or torch.bfloat16
-    size = {"factor_bytes": dtype.itemsize}
+    factor, weight = dtype.itemsize, entry.weights.itemsize
     work = Work()
     for p, d in workload.blocks(block):
-        stages = step_stages(p, d, **size)
+        stages = step_stages(p, d, grad_bytes=weight, weight_bytes=weight, factor_bytes=factor)
         if kind == UPDATE:
-            stages |= update_stages(p, d, **size)
+            stages |= update_stages(p, d, grad_bytes=weight, factor_bytes=factor)
         work += total(stages)
     return work, dtype
 
 
 def _diagonal(entry: Entry, workload: Workload) -> Work:
-    fp32 = torch.float32
     if entry.name.startswith("SGD"):
         return Work(0, 20 * workload.num_weights)  # weight and momentum read and written, gradient read
-    state = entry.option("state_dtype") or fp32
-    bytes_ = diagonal_bytes(fp32, fp32, state)
+    state = entry.option("state_dtype") or entry.weights  # theirs have it of the weights' dtype
+    bytes_ = diagonal_bytes(entry.weights, entry.weights, state)
     if entry.option("rounding") == "compensated":
         bytes_ += 4  # the remainder of s, read and written
     return Work(0, bytes_ * workload.num_weights)

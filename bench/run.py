@@ -243,8 +243,9 @@ def new_record(device: torch.device, given: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def chosen_entries(pattern: str, every: bool) -> list[Entry]:
-    return [entry for entry in ENTRIES.values() if (every or entry.on_cpu) and re.search(pattern, entry.name)]
+def chosen_entries(pattern: str, every: bool, device: torch.device) -> list[Entry]:
+    named = [entry for entry in ENTRIES.values() if re.search(pattern, entry.name)]
+    return [entry for entry in named if device.type == "cuda" or (not entry.gpu_only and (every or entry.on_cpu))]
 
 
 def chosen_workloads(options: argparse.Namespace, every: bool) -> list[Workload]:
@@ -268,7 +269,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = options.out or RESULTS / f"{slug(record['device'])}-{record['date']}"
     plan = TINY if options.tiny else GPU if kind == "cuda" else CPU
     run = Run(folder, device, plan, time.perf_counter() + options.seconds, record)
-    run.entries = chosen_entries(options.optimizers, every)
+    run.entries = chosen_entries(options.optimizers, every, device)
     workloads = chosen_workloads(options, every)
     measure(run, workloads, options.sections)
     write_page(folder, record)
