@@ -8,28 +8,26 @@ prints a table, writes ``summary.json`` and ``loss.png`` to ``--out`` and sample
 
 import argparse
 import hashlib
-import json
 import math
 import shlex
 import sys
 import sysconfig
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
 from bench.demo_peers import PEER_METHODS
+from bench.demo_report import Run, plot, table_of, write_summary
 from bench.memory import state_bytes
 from bench.record import provenance
 from rootfree_kernels import IFShampoo, RFRMSProp
@@ -59,41 +57,6 @@ class Task:
     width: int = 128
     layers: int = 5
     seed: int = 0
-
-
-@dataclass
-class Run:
-    """What one optimizer did. Losses are in nats per byte, times in seconds without evaluations."""
-
-    train: list[float] = field(default_factory=list)
-    held_out: dict[int, float] = field(default_factory=dict)
-    seconds: float = 0.0
-    optimizer_seconds: float = 0.0
-    state_bytes: int = 0
-
-    @property
-    def final_train_loss(self) -> float:
-        """The mean over the last tenth of the steps."""
-        last = self.train[-max(1, len(self.train) // 10) :]
-        return sum(last) / len(last)
-
-    @property
-    def held_out_loss(self) -> float:
-        return self.held_out[len(self.train)]
-
-    @property
-    def steps_per_second(self) -> float:
-        return len(self.train) / self.seconds
-
-    @property
-    def optimizer_share(self) -> float:
-        """The part of ``seconds`` spent in ``optimizer.step``."""
-        return self.optimizer_seconds / self.seconds
-
-    def summary(self) -> dict[str, float]:
-        """The numbers of the table."""
-        names = ("final_train_loss", "held_out_loss", "steps_per_second", "optimizer_share", "state_bytes")
-        return {name: getattr(self, name) for name in names}
 
 
 def standard_library() -> tuple[Tensor, Tensor]:
@@ -212,7 +175,7 @@ def train(
     task: Task,
     data: tuple[Tensor, Tensor],
     report: Callable[[int, float], object] = lambda step, loss: None,
-    evaluations: int = 6,
+    evaluations: int = 10,
 ) -> tuple[Run, GPT]:
     """Train a fresh model; ``report(step, loss)`` hears of every step.
 
@@ -232,6 +195,7 @@ def train(
         report(step, loss)
         if step == task.steps or step % math.ceil(task.steps / evaluations) == 0:
             run.held_out[step] = evaluate(model, held_out)
+            run.held_out_seconds[step] = run.seconds
     run.state_bytes = state_bytes(optimizer, model.parameters())
     return run, model
 
@@ -263,49 +227,6 @@ def train_with_bar(method: str, task: Task, data: tuple[Tensor, Tensor]) -> tupl
         return train(method, CHOSEN[method], task, data, report)
 
 
-def table_of(runs: dict[str, Run]) -> Table:
-    """The runs' summaries, one line a method."""
-    table = Table("optimizer", caption="losses in nats per byte; train: mean of the last tenth of the steps")
-    for name in ("train loss", "held-out", "steps/s", "in optimizer", "state"):
-        table.add_column(name, justify="right")
-    for method, run in runs.items():
-        losses = (f"{loss:.3f}" for loss in (run.final_train_loss, run.held_out_loss))
-        times = (f"{run.steps_per_second:.2f}", f"{run.optimizer_share:.1%}")
-        table.add_row(method, *losses, *times, f"{run.state_bytes / 1e6:.1f} MB")
-    return table
-
-
-def plot(runs: dict[str, Run], path: Path) -> None:
-    """Train loss, smoothed over about ten steps, as lines; held-out loss as markers."""
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for method, run in runs.items():
-        smooth = [run.train[0]]
-        for loss in run.train[1:]:
-            smooth.append(0.9 * smooth[-1] + 0.1 * loss)
-        (line,) = axes.plot(range(1, len(smooth) + 1), smooth, label=method, linewidth=1.2)
-        axes.plot(list(run.held_out), list(run.held_out.values()), "o", color=line.get_color(), markersize=5)
-    axes.set(xlabel="step", ylabel="loss, nats per byte", title="Lines: train (smoothed). Markers: held-out.")
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter("{x:.1f}")
-    axes.yaxis.set_minor_formatter("{x:.1f}")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend()
-    figure.savefig(path, dpi=120)
-
-
-def write_summary(path: Path, runs: dict[str, Run], task: Task, data: tuple[Tensor, Tensor]) -> None:
-    """The table's numbers with all that is needed to repeat them."""
-    summary = {
-        **provenance(shlex.join(["python", "-m", "bench.demo", *sys.argv[1:]])),
-        "results": {method: run.summary() for method, run in runs.items()},
-        "settings": {method: CHOSEN[method] for method in runs},
-        "task": asdict(task),
-        "bytes": {"train": len(data[0]), "held_out": len(data[1])},
-    }
-    path.write_text(json.dumps(summary, indent=2, default=str) + "\n")
-
-
 def parse() -> tuple[argparse.Namespace, Task]:
     """The command line's options, and the task they describe."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -327,7 +248,13 @@ def main() -> None:
         runs[method], models[method] = train_with_bar(method, task, data)
     console.print(table_of(runs))
     options.out.mkdir(parents=True, exist_ok=True)
-    write_summary(options.out / "summary.json", runs, task, data)
+    about = {
+        **provenance(shlex.join(["python", "-m", "bench.demo", *sys.argv[1:]])),
+        "settings": {method: CHOSEN[method] for method in runs},
+        "task": asdict(task),
+        "bytes": {"train": len(data[0]), "held_out": len(data[1])},
+    }
+    write_summary(options.out / "summary.json", runs, about)
     plot(runs, options.out / "loss.png")
     best = min(runs, key=lambda method: runs[method].held_out_loss)
     text = models[best].sample("def ", 300, task.seed)

@@ -55,7 +55,9 @@ class Entry:
     on_cpu: bool = True
     """Whether it takes part without a GPU unless it is asked for."""
 
-    gpu_only: bool = False
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    """On which types of devices it can take part."""
+
     weights: torch.dtype = torch.float32
     """Of weights and gradients."""
 
@@ -98,7 +100,7 @@ def _ours(name: str, family: str, on_cpu: bool = True, backend: str = "", weight
         has_period=not diagonal,
         blocks=(1024,),
         on_cpu=on_cpu,
-        gpu_only=backend == "cuda",
+        devices=("cuda",) if backend == "cuda" else ("cpu", "cuda"),
         weights=weights,
         backend=backend,
     )
@@ -212,7 +214,8 @@ def dion_muon(params: Sequence[Parameter], period: int, block: int, **options: A
 
 def _meta(name: str, solver: str, packed: bool) -> Entry:
     make = partial(distributed_shampoo, solver=solver, packed=packed)
-    return Entry(f"Distributed Shampoo, {name}", "Shampoo", make, "distributed_shampoo", update_at=-1)
+    sizes = (1024,) if packed else (1024, WHOLE)
+    return Entry(f"Distributed Shampoo, {name}", "Shampoo", make, "distributed_shampoo", update_at=-1, blocks=sizes)
 
 
 SOLVERS = {"eigh": "EigenConfig", "Newton": "CoupledNewtonConfig"}
@@ -236,7 +239,16 @@ THEIRS = (
     Entry("SOAP", "SOAP", partial(soap), "soap", cuts=False),
     Entry("SOAP of pytorch_optimizer", "SOAP", partial(soap_of_pytorch_optimizer), "pytorch_optimizer", cuts=False),
     # torch.compile takes longer for it on a CPU than all that is measured of the others
-    Entry("Muon of Dion", "Muon", partial(dion_muon), "dion", has_period=False, cuts=False, on_cpu=False),
+    Entry(
+        "Muon of Dion",
+        "Muon",
+        partial(dion_muon),
+        "dion",
+        has_period=False,
+        cuts=False,
+        on_cpu=False,
+        devices=("cpu",),
+    ),
     Entry(
         "Muon of Dion, Triton",
         "Muon",
@@ -244,8 +256,7 @@ THEIRS = (
         "dion",
         has_period=False,
         cuts=False,
-        on_cpu=False,
-        gpu_only=True,
+        devices=("cuda",),
     ),
 )
 
