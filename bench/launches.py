@@ -38,4 +38,5 @@ def count_launches(run: Callable[[], Any], device: torch.device) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         run()
         torch.cuda.synchronize(device)
-    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profiler.events())
+    on_gpu = (event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA)
+    return sum(not event.is_user_annotation for event in on_gpu)

@@ -172,7 +172,7 @@ def measure_training(run: Run, advance: Any) -> None:
 
 def measure_scaling(run: Run, advance: Any) -> None:
     plan, found = run.plan, run.record["scaling"]
-    entries = [x for x in scaling.series(run.device.type == "cpu", run.missing) if x in run.entries]
+    entries = [x for x in scaling.series(run.device, run.missing) if x in run.entries]
     common = (entries, run.clock, run.device, plan.scaling_limits, run.deadline)
     found["width"] = scaling.measure(scaling.widths(plan.widths), *common)
     run.save()
@@ -245,7 +245,7 @@ def new_record(device: torch.device, given: Sequence[str]) -> dict[str, Any]:
 
 def chosen_entries(pattern: str, every: bool, device: torch.device) -> list[Entry]:
     named = [entry for entry in ENTRIES.values() if re.search(pattern, entry.name)]
-    return [entry for entry in named if device.type == "cuda" or (not entry.gpu_only and (every or entry.on_cpu))]
+    return [entry for entry in named if device.type in entry.devices and (every or entry.on_cpu)]
 
 
 def chosen_workloads(options: argparse.Namespace, every: bool) -> list[Workload]:

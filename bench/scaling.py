@@ -35,10 +35,10 @@ TOO_LONG = 4e6
 """µs of a step above which a series is not followed to the next size."""
 
 
-def series(cpu: bool, missing: Iterable[str]) -> list[Entry]:
+def series(device: torch.device, missing: Iterable[str]) -> list[Entry]:
     """The entries that are followed where their package is at hand."""
     chosen = [ENTRIES[name] for name in SERIES]
-    return [entry for entry in chosen if entry.peer not in missing and (entry.on_cpu or not cpu)]
+    return [entry for entry in chosen if entry.peer not in missing and device.type in entry.devices]
 
 
 def measure(

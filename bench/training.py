@@ -191,7 +191,7 @@ def contestants(task: Task, device: torch.device, missing: Sequence[str]) -> dic
     found = {}
     for name, (entry_name, period, part) in ROWS.items():
         entry = ENTRIES[entry_name]
-        if entry.peer not in missing and (entry.on_cpu or device.type == "cuda"):
+        if entry.peer not in missing and device.type in entry.devices:
             found[name] = Trainee(task, device, partial(_make, part, entry, period), period)
     return found
 
