@@ -33,6 +33,7 @@ except Exception as error:  # a broken install of torch raises anything, and mus
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "rootfree_kernels"
+TABLES = f"{PACKAGE}.dispatch_tables"  # a folder of data
 CPU_SOURCES = ["csrc/bindings.cpp", "csrc/operators.cpp", *sorted(glob("csrc/cpu/*.cpp", root_dir=ROOT))]
 VECTORIZED_SOURCES = sorted(glob("csrc/cpu/kernels/*.cpp", root_dir=ROOT))
 CUDA_SOURCES = sorted(glob("csrc/cuda/*.cu", root_dir=ROOT) + glob("csrc/cuda/*.cpp", root_dir=ROOT))
@@ -295,9 +296,9 @@ def describe_extension():
 extensions, commands = describe_extension()
 setup(
     # A top-level triton_kernels is another project's, and others probe for it: ours goes inside the package.
-    packages=[*find_packages(include=[PACKAGE, f"{PACKAGE}.*"]), f"{PACKAGE}.triton_kernels"],
+    packages=[*find_packages(include=[PACKAGE, f"{PACKAGE}.*"]), f"{PACKAGE}.triton_kernels", TABLES],
     package_dir={f"{PACKAGE}.triton_kernels": "triton_kernels"},
-    package_data={PACKAGE: ["py.typed"]},
+    package_data={PACKAGE: ["py.typed"], TABLES: ["*"]},
     ext_modules=extensions,
     cmdclass={"build": Build, "build_record": BuildRecord, **commands},
 )

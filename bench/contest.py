@@ -44,7 +44,7 @@ class Limits:
 
 
 class Gradients:
-    """Random gradients by the shapes of the weights, which contestants of the same shapes share."""
+    """Random gradients: in a step of the same number the same ones for all, whatever they cut the weights into."""
 
     SETS = 3
 
@@ -52,20 +52,18 @@ class Gradients:
         generator = torch.Generator(device=device).manual_seed(0)
         self.flat = [torch.randn(num_weights, generator=generator, device=device).mul_(0.1) for _ in range(self.SETS)]
         self.buffers: dict[tuple[tuple[Matrix, ...], torch.dtype], list[Tensor]] = {}
-        self.turn = 0
 
     def of(self, shapes: tuple[Matrix, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
-        """The gradients of weights of these shapes; `refresh` changes their values, not their addresses."""
+        """Those of weights of these shapes, where contestants share them; `refresh` changes the values."""
         if (shapes, dtype) not in self.buffers:
             device = self.flat[0].device
             self.buffers[shapes, dtype] = [torch.empty(shape, device=device, dtype=dtype) for shape in shapes]
-            self.refresh(shapes, dtype)
         return self.buffers[shapes, dtype]
 
-    def refresh(self, shapes: tuple[Matrix, ...], dtype: torch.dtype = torch.float32) -> None:
-        self.turn += 1
-        parts = self.flat[self.turn % self.SETS].split([prod(shape) for shape in shapes])
-        torch._foreach_copy_(self.buffers[shapes, dtype], [x.view(s) for x, s in zip(parts, shapes, strict=True)])
+    def refresh(self, shapes: tuple[Matrix, ...], step: int, dtype: torch.dtype = torch.float32) -> None:
+        """Put the gradients of a step, by its number, where `of` says."""
+        parts = self.flat[step % self.SETS].split([prod(shape) for shape in shapes])
+        torch._foreach_copy_(self.of(shapes, dtype), [x.view(s) for x, s in zip(parts, shapes, strict=True)])
 
 
 @dataclass
@@ -85,7 +83,7 @@ class Contestant:
     spent: float = 0.0
     lead: float = 0.0
     times: dict[str, list[float]] = field(default_factory=lambda: {UPDATE: [], OTHER: []})
-    queued: int = 0
+    queued: dict[str, list[bool]] = field(default_factory=lambda: {UPDATE: [], OTHER: []})
     peak_bytes: int = 0
 
     def prepare(self) -> None:
@@ -94,6 +92,7 @@ class Contestant:
         options = {"generator": generator, "device": self.device}
         weights = [torch.randn(shape, **options).mul_(0.02) for shape in self.shapes]
         self.params = [Parameter(x.to(self.entry.weights)) for x in weights]
+        self.gradients.refresh(self.shapes, 0, self.entry.weights)
         for param, grad in zip(self.params, self.gradients.of(self.shapes, self.entry.weights), strict=True):
             param.grad = grad
         with self._backend():
@@ -105,10 +104,12 @@ class Contestant:
 
     def _first_steps(self) -> None:
         self.optimizer = self.entry.make(self.params, self.period, self.block)
-        for _ in range(2 * self.period):
+        for number in range(2 * self.period):
             start = time.perf_counter()
             self.step()
-            self.lead = min(2e6 * (time.perf_counter() - start) + 20.0, MAX_LEAD)
+            host = (time.perf_counter() - start) * 1e6
+            if number >= self.period:  # nothing is compiled any more; the longer of both kinds decides
+                self.lead = max(self.lead, min(2 * host + 20.0, MAX_LEAD))
 
     def step(self) -> None:
         assert self.optimizer is not None
@@ -124,13 +125,13 @@ class Contestant:
         """Take a step and its time."""
         begin = time.perf_counter()
         kind = self.kind
-        self.gradients.refresh(self.shapes, self.entry.weights)
+        self.gradients.refresh(self.shapes, self.num_steps, self.entry.weights)
         self.clock.synchronize()
         self.clock.lead(self.lead)
         start = self.clock.mark()
         self.step()
         end = self.clock.mark()
-        self.queued += not self.clock.reached(start)
+        self.queued[kind].append(not self.clock.reached(start))
         self.clock.synchronize()
         self.times[kind].append(self.clock.elapsed(start, end))
         self.spent += time.perf_counter() - begin
@@ -141,18 +142,19 @@ class Contestant:
             return True
         return fewest >= limits.least and self.spent > limits.seconds
 
+    def timings(self) -> dict[str, Timing]:
+        """The times of both kinds of steps; where T makes no difference, all samples are of both."""
+        samples = {kind: [*zip(self.times[kind], self.queued[kind], strict=True)] for kind in (UPDATE, OTHER)}
+        if not self.entry.has_period:
+            samples = dict.fromkeys(samples, samples[UPDATE] + samples[OTHER])
+        return {kind: _timing(pairs) for kind, pairs in samples.items()}
+
     def measured(self) -> dict[str, Any]:
         """What is known of it: µs, bytes a weight, launches."""
         assert self.optimizer is not None
         num_weights = sum(map(prod, self.shapes))
-        all_queued = 2 * self.queued >= sum(map(len, self.times.values()))
-        if self.entry.has_period:
-            kinds = {kind: Timing.of(times, all_queued) for kind, times in self.times.items()}
-        else:
-            every = Timing.of([x for times in self.times.values() for x in times], all_queued)
-            kinds = {UPDATE: every, OTHER: every}
         return {
-            **{kind: timing._asdict() for kind, timing in kinds.items()},
+            **{kind: timing._asdict() for kind, timing in self.timings().items()},
             "state_bytes": state_bytes(self.optimizer, self.params) / num_weights,
             "peak_bytes": self.peak_bytes / num_weights,
             **self._counted(),
@@ -171,6 +173,13 @@ class Contestant:
             self.step()
             found[f"host of {kind}"] = (time.perf_counter() - start) * 1e6
         return found
+
+
+def _timing(samples: Sequence[tuple[float, bool]]) -> Timing:
+    """Of those that were queued, unless fewer than half were."""
+    kept = [time for time, queued in samples if queued]
+    queued = 2 * len(kept) >= len(samples)
+    return Timing.of(kept if queued else [time for time, _ in samples], queued)
 
 
 def mean_step(measured: dict[str, Any], period: int) -> float:
@@ -202,7 +211,7 @@ def run_contest(contestants: Sequence[Contestant], limits: Limits, deadline: flo
                 raise TimeoutError("left out: the run's time was over")
             contestant.prepare()
         except Exception as error:  # of any kind: it is recorded, and the others go on
-            problems[number] = f"{type(error).__name__}: {error}"
+            problems[number] = _give_up(contestant, error)
     running = [number for number in range(len(contestants)) if number not in problems]
     turn = 0
     while running:
@@ -210,10 +219,16 @@ def run_contest(contestants: Sequence[Contestant], limits: Limits, deadline: flo
             try:
                 contestants[number].sample()
             except Exception as error:
-                problems[number] = f"{type(error).__name__}: {error}"
+                problems[number] = _give_up(contestants[number], error)
         running = [n for n in running if n not in problems and not contestants[n].is_done(limits)]
         turn += 1
     return problems
+
+
+def _give_up(contestant: Contestant, error: Exception) -> str:
+    """What is recorded of an error; the memory of the one that failed is there for the others."""
+    contestant.params, contestant.optimizer = [], None
+    return f"{type(error).__name__}: {error}"
 
 
 def release() -> None:

@@ -26,9 +26,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 from torch import Tensor, nn
 
-from bench.demo_peers import PEER_METHODS
+from bench.demo_peers import MODULES, PEER_METHODS
 from bench.demo_report import Run, plot, table_of, write_summary
 from bench.memory import state_bytes
+from bench.peers import why_missing
 from bench.record import provenance
 from rootfree_kernels import IFShampoo, RFRMSProp
 
@@ -235,6 +236,9 @@ def parse() -> tuple[argparse.Namespace, Task]:
     for name, default in asdict(Task()).items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
     options = parser.parse_args()
+    for method in options.optimizers:
+        if method in MODULES and (problem := why_missing(MODULES[method])):
+            parser.error(f"--optimizers {method}: {problem}")
     return options, Task(**{name: getattr(options, name) for name in asdict(Task())})
 
 

@@ -71,3 +71,5 @@ def muon(model: nn.Module, lr: float, adamw_lr: float, weight_decay: float) -> O
 
 
 PEER_METHODS: dict[str, Callable[..., Optimizer]] = {"shampoo": distributed_shampoo, "soap": soap, "muon": muon}
+MODULES = {"shampoo": "distributed_shampoo", "soap": "soap"}
+"""The peer that a method needs; the others come with PyTorch."""

@@ -34,10 +34,13 @@ class Sizes:
     small: int = 1000
     """Tensors of the list of small ones, and numbers of each."""
 
-    squares: tuple[tuple[int, int], ...] = ((48, 768), (24, 1024), (6, 2048), (2, 4096))
+    squares: tuple[tuple[int, int], ...] = ((48, 768), (24, 1024), (6, 2048), (2, 4096), (96, 256), (8, 512))
     """(L, n) of symmetric products: a batch has L of each side."""
 
-    blocks: tuple[tuple[int, int, int], ...] = ((48, 768, 768), (36, 768, 1024), (49, 1008, 768), (2, 4096, 4096))
+    blocks: tuple[tuple[int, int, int], ...] = (
+        *((48, 768, 768), (36, 768, 1024), (49, 1008, 768), (2, 4096, 4096)),
+        *((96, 256, 256), (8, 512, 512)),
+    )
     """(L, p, d) of updates and steps."""
 
     model: GPT2 = field(default_factory=GPT2)

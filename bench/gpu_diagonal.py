@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bench.gpt2 import Shape, Work, diagonal_bytes, momentum_bytes, random_tensors
 from bench.gpu_cases import Case, Context, attempt, check, ratio
-from bench.gpu_report import Row, Target
+from bench.gpu_report import Alternatives, Row, Target
 from bench.gpu_timing import Call, Measured, num_inputs
 from rootfree_kernels import ops
 
@@ -138,7 +138,8 @@ def diagonal_rows(name: str, shapes: Sequence[Shape], of_copy: float | None, con
     measured = context.timer.measure(variants)
     for precision in PRECISIONS:
         if precision.name in measured:
-            rows.append(_diagonal_row(name, numbers, precision, of_copy, measured, context))
+            sizes = {"numbers": numbers, "tensors": len(shapes)}
+            rows.append(_diagonal_row(name, sizes, precision, of_copy, measured, context))
     for peer in peers(shapes, context.device):
         if peer in measured:
             rows.append(Row(DIAGONAL, f"{name}, {peer} of PyTorch", {"µs": measured[peer].total}))
@@ -147,13 +148,13 @@ def diagonal_rows(name: str, shapes: Sequence[Shape], of_copy: float | None, con
 
 def _diagonal_row(
     name: str,
-    numbers: int,
+    sizes: dict[str, int],
     precision: Precision,
     of_copy: float | None,
     measured: dict[str, Measured],
     context: Context,
 ) -> Row:
-    moved, ours = numbers * precision.bytes, measured[precision.name].total
+    moved, ours = sizes["numbers"] * precision.bytes, measured[precision.name].total
     cells: dict[str, Any] = {
         "µs": ours,
         "bytes a number": precision.bytes,
@@ -164,20 +165,24 @@ def _diagonal_row(
     for peer, column in columns.items():
         if peer in measured:
             cells[column] = ratio(measured[peer].total, ours)
-    backend = context.compiled_backend()
+    backend, alternatives = context.compiled_backend(), None
     if (compiled := measured.get(variant(precision, backend, context))) and backend:
-        cells[f"{backend} / ours"] = ratio(compiled.total, ours)
+        cells[f"{backend} µs"], cells[f"{backend} / ours"] = compiled.total, ratio(compiled.total, ours)
+        alternatives = Alternatives("diagonal", sizes, {context.backend: ours, backend: compiled.total})
     cells["AdamW's bytes / ours"] = FP32.bytes / precision.bytes
-    return Row(DIAGONAL, f"{name}, {precision.name}", cells, diagonal_targets(precision, of_copy))
+    targets = diagonal_targets(precision, of_copy)
+    return Row(DIAGONAL, f"{name}, {precision.name}", cells, targets, alternatives=alternatives)
 
 
 def diagonal_cases(context: Context) -> list[Case]:
     large = [(context.sizes.numbers // NUM_LARGE,)] * NUM_LARGE
     small = [(context.sizes.small,)] * context.sizes.small
+    model = [*context.sizes.model.shapes().values()]
     lists = {
         "1 GB": (large, 0.92),
-        "GPT-2 124M": ([*context.sizes.model.shapes().values()], 0.85),
+        "GPT-2 124M": (model, 0.85),
         f"{len(small)} tensors of {len(small)}": (small, None),
+        "GPT-2 124M's vectors": ([shape for shape in model if len(shape) == 1], None),
     }
     return [
         Case(DIAGONAL, name, partial(diagonal_rows, name, shapes, of_copy, context))

@@ -28,6 +28,20 @@ class Target(NamedTuple):
         return f"{self.sign} {self.bound:g}: {'met' if self.is_met(value) else 'missed'}"
 
 
+class Alternatives(NamedTuple):
+    """Ways to do the same work that were measured in turn, of which `bench.dispatch` makes tables; operation, sizes and
+    choices are those of `rootfree_kernels.dispatch`."""
+
+    operation: str
+    sizes: dict[str, int]
+    times: dict[str, Timing]
+    """By choice."""
+
+    def as_json(self) -> dict[str, Any]:
+        times = {choice: timing._asdict() for choice, timing in self.times.items()}
+        return {"operation": self.operation, "sizes": self.sizes, "times": times}
+
+
 @dataclass
 class Row:
     """One case of a table: values by column (a number, a text, or a `Timing` in µs), or why there are none."""
@@ -39,6 +53,7 @@ class Row:
     """By column."""
     error: str = ""
     note: str = ""
+    alternatives: Alternatives | None = None
 
     def as_json(self) -> dict[str, Any]:
         cells = {name: x._asdict() if isinstance(x, Timing) else x for name, x in self.cells.items()}
@@ -47,6 +62,8 @@ class Row:
             for column, target in self.targets.items()
         }
         row = {"table": self.table, "case": self.case, "values": cells, "targets": targets}
+        if self.alternatives:
+            row["alternatives"] = self.alternatives.as_json()
         return row | {name: text for name, text in (("error", self.error), ("note", self.note)) if text}
 
 

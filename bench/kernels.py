@@ -4,8 +4,9 @@
 
 Writes <device>-<date>.json to bench/results, and the same as Markdown tables next to it, after every case, so that a
 run that is cut short leaves what it has. A case that fails is recorded with its error and stops no other one; what does
-not fit into the time is recorded as left out. `make gpu` runs the tests of the kernels first. Where the tree is a copy
-without its .git, ROOTFREE_COMMIT says which commit the record names.
+not fit into the time is recorded as left out. `make gpu` runs the tests of the kernels first, and `python -m
+bench.dispatch` makes the device's dispatch table of the record. Where the tree is a copy without its .git,
+ROOTFREE_COMMIT says which commit the record names.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any
 
 import torch
 
-from bench import gpu_diagonal, gpu_factors, gpu_optimizers
+from bench import gpu_diagonal, gpu_factors, gpu_optimizers, gpu_symmetric
 from bench.gpt2 import Ceilings, random_tensors
 from bench.gpu_cases import QUICK, TINY, Case, Context, Sizes, check
 from bench.gpu_report import Row, summary, write
@@ -39,6 +40,7 @@ NOTES = {
     CEILINGS: "What the fractions below are of, measured in the same run; at the end once more, which shows a drift of "
     "the clocks.",
     **gpu_diagonal.NOTES,
+    **gpu_symmetric.NOTES,
     **gpu_factors.NOTES,
     **gpu_optimizers.NOTES,
 }
@@ -76,7 +78,7 @@ def cases(context: Context, arguments: list[str]) -> list[Case]:
     return [
         Case(CEILINGS, "at the start", partial(ceiling_rows, "at the start", context)),
         *gpu_diagonal.diagonal_cases(context),
-        *gpu_factors.symmetric_cases(context),
+        *gpu_symmetric.symmetric_cases(context),
         *gpu_factors.block_cases(context),
         *gpu_optimizers.optimizer_cases(context, arguments),
         *gpu_diagonal.momentum_cases(context),

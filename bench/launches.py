@@ -24,6 +24,10 @@ class OperatorCount(TorchDispatchMode):
             *arguments, backend = args
             with self:
                 return implementation(backend, func._opname)(*arguments)
+        with self:  # what is made of others comes here as it is from within an operator
+            result = func.decompose(*args, **(kwargs or {}))
+        if result is not NotImplemented:
+            return result
         self.count += not func.is_view
         return func(*args, **(kwargs or {}))
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from types import MemberDescriptorType, ModuleType
 from typing import Any
 
 import torch
@@ -13,7 +15,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity
 
-LEAVES = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, torch.Size, type)
+LEAVES = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, torch.Size, type, ModuleType)
+CONTAINERS = (list, tuple, set, frozenset, deque)
 
 
 def tensors_of(thing: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
@@ -30,12 +33,18 @@ def tensors_of(thing: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
 
 
 def _parts(thing: Any) -> Iterable[Any]:
-    if isinstance(thing, dict):
-        return [*thing.keys(), *thing.values()]
-    if isinstance(thing, (list, tuple, set, frozenset)):
-        return list(thing)
-    slots = [getattr(thing, name, None) for kind in type(thing).__mro__ for name in getattr(kind, "__slots__", ())]
-    return [*getattr(thing, "__dict__", {}).values(), *slots]
+    """What an object holds: items, attributes and slots."""
+    items = [*thing.keys(), *thing.values()] if isinstance(thing, dict) else thing
+    items = [*items] if isinstance(items, CONTAINERS) else []
+    slots = [getattr(thing, name, None) for kind in type(thing).__mro__ for name in _slots(kind)]
+    return [*items, *getattr(thing, "__dict__", {}).values(), *slots]
+
+
+def _slots(kind: type) -> list[str]:
+    """The names of the slots that a class itself adds, private ones as they are in it."""
+    if "__slots__" not in vars(kind):
+        return []
+    return [name for name, value in vars(kind).items() if isinstance(value, MemberDescriptorType)]
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> dict[int, int]:
@@ -45,9 +54,9 @@ def storage_bytes(tensors: Iterable[Tensor]) -> dict[int, int]:
 
 def state_bytes(optimizer: Optimizer, params: Iterable[Tensor]) -> int:
     """Bytes of all tensors that an optimizer holds, wherever it holds them, without weights and gradients."""
-    theirs = [x for param in params for x in (param, param.grad) if x is not None]
+    theirs = storage_bytes(x for param in params for x in (param, param.grad) if x is not None)
     memory = storage_bytes(tensors_of([dict(optimizer.state), vars(optimizer)]))
-    return sum(bytes_ for address, bytes_ in memory.items() if address not in storage_bytes(theirs))
+    return sum(bytes_ for address, bytes_ in memory.items() if address not in theirs)
 
 
 @contextmanager

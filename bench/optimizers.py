@@ -49,7 +49,7 @@ class Entry:
     """Whether T makes a difference."""
 
     cuts: bool = True
-    """Whether it cuts long sides by itself; if not, it is given the blocks as weights of their own."""
+    """Whether it cuts long sides by itself, and evenly; if not, it is given the blocks as weights of their own."""
 
     blocks: tuple[int, ...] = (1024, WHOLE)
     on_cpu: bool = True
@@ -215,7 +215,15 @@ def dion_muon(params: Sequence[Parameter], period: int, block: int, **options: A
 def _meta(name: str, solver: str, packed: bool) -> Entry:
     make = partial(distributed_shampoo, solver=solver, packed=packed)
     sizes = (1024,) if packed else (1024, WHOLE)
-    return Entry(f"Distributed Shampoo, {name}", "Shampoo", make, "distributed_shampoo", update_at=-1, blocks=sizes)
+    return Entry(
+        f"Distributed Shampoo, {name}",
+        "Shampoo",
+        make,
+        "distributed_shampoo",
+        update_at=-1,
+        cuts=False,  # it would cut 2304 into 1024, 1024 and 256, where ours has three blocks of 768
+        blocks=sizes,
+    )
 
 
 SOLVERS = {"eigh": "EigenConfig", "Newton": "CoupledNewtonConfig"}

@@ -1,25 +1,21 @@
 """The page of a run of `bench.run`: what was measured, beside its targets, in Markdown.
 
 The first lines say on what machine, with what versions and at what commit; times are medians with the 10th and the 90th
-percentile, and every ratio is of things that took turns in one run.
+percentile, and every ratio of steps is of contestants that took turns in one round.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 from bench.contest import OTHER, UPDATE, mean_step
-from bench.gpu_report import Target, number
+from bench.gpu_report import number
 from bench.optimizers import ENTRIES, WHOLE
+from bench.page_targets import DEFAULT, FP32, LEAST, META, Record, Row, measured_rows, pick, targets
 from bench.scaling import exponent, theory
-
-Row = dict[str, Any]
-Record = dict[str, Any]
+from bench.training import BASELINE
 
 PERIODS = (1, 2, 10, 100)
-DEFAULT, FP32, LEAST = "IFShampoo", "IFShampoo, FP32 factors", "IFShampoo, least memory"
-META = "Distributed Shampoo"
 
 
 def ms(microseconds: float) -> str:
@@ -40,106 +36,21 @@ def line(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def bullets(texts: Iterable[str]) -> list[str]:
+    """A list, one line a text, of which the beginning is shown."""
+    lines = [f"- {' '.join(text.split())[:300]}" for text in texts]
+    return [*dict.fromkeys(lines), ""] if lines else []
+
+
+def counted(count: int, one: str, many: str) -> str:
+    return f"{count} {one if count == 1 else many}"
+
+
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return [line(columns), line(["---"] * len(columns)), *map(line, rows), ""]
 
 
-# ---- finding rows ------------------------------------------------------------------------------------------------
-
-
-def measured_rows(record: Record, workload: str) -> list[Row]:
-    return [row for row in record["steps"] if row["workload"] == workload and UPDATE in row]
-
-
-def pick(record: Record, workload: str, optimizer: str, block: int) -> Row | None:
-    """The row of an optimizer at a block size; where nothing is cut, that of the weight as it is."""
-    rows = [row for row in measured_rows(record, workload) if row["optimizer"] == optimizer]
-    exact = [row for row in rows if row["block"] == block]
-    return (exact or [row for row in rows if row["uncut"]] or [None])[0]
-
-
-def fastest(record: Record, workload: str, family: str, block: int, period: int) -> Row | None:
-    """The row of the fastest of those whose name begins with `family`."""
-    names = {row["optimizer"] for row in measured_rows(record, workload) if row["optimizer"].startswith(family)}
-    rows = [row for name in names if (row := pick(record, workload, name, block))]
-    return min(rows, key=lambda row: mean_step(row, period), default=None)
-
-
 # ---- targets -----------------------------------------------------------------------------------------------------
-
-
-def targets(record: Record) -> list[tuple[str, float | None, Target]]:
-    """What the project set itself, of what this machine can show: (statement, figure, bound)."""
-    gpu = record["device_type"] == "cuda"
-    return [*_memory_targets(record), *(_gpu_targets(record) if gpu else _cpu_targets(record))]
-
-
-def _memory_targets(record: Record) -> list[tuple[str, float | None, Target]]:
-    workload = "1024²"
-    default, least = (pick(record, workload, name, 1024) for name in (DEFAULT, LEAST))
-    return [
-        ("State of a 1024² weight, IFShampoo as it is (T = 1, BF16 factors), bytes a weight",
-         default and default.get("state_bytes at T = 1"), Target("≤", 12.01)),
-        ("State of a 1024² weight, IFShampoo with the least memory, bytes a weight",
-         least and least["state_bytes"], Target("≤", 8.01)),
-    ]  # fmt: skip
-
-
-def _speedup(record: Record, workload: str, ours: str, theirs: str, block: int, of: Callable[[Row], float]) -> Any:
-    """Their time over ours; `theirs` is the beginning of names, of which the fastest at this block counts."""
-    mine = pick(record, workload, ours, block)
-    rows = [
-        row
-        for name in {row["optimizer"] for row in measured_rows(record, workload)}
-        if name.startswith(theirs) and (row := pick(record, workload, name, block))
-    ]
-    return min(map(of, rows)) / of(mine) if mine and rows else None
-
-
-def _cpu_targets(record: Record) -> list[tuple[str, float | None, Target]]:
-    def at_ten(row: Row) -> float:
-        return mean_step(row, 10)
-
-    name = "1024×4096"
-    return [
-        (f"{name}, FP32, blocks of 1024, T = 10: times as fast as {META}'s fastest",
-         _speedup(record, name, FP32, META, 1024, at_ten), Target("≥", 1.5)),
-        (f"{name}, FP32, whole, T = 10: times as fast as sirfshampoo",
-         _speedup(record, name, FP32, "sirfshampoo", WHOLE, at_ten), Target("≥", 1.5)),
-    ]  # fmt: skip
-
-
-def _gpu_targets(record: Record) -> list[tuple[str, float | None, Target]]:
-    name = "GPT-2 124M"
-
-    def mean(period: int) -> Callable[[Row], float]:
-        return lambda row: mean_step(row, period)
-
-    def median(kind: str) -> Callable[[Row], float]:
-        return lambda row: float(row[kind]["median"])
-
-    def against(theirs: str, of: Callable[[Row], float]) -> Any:
-        return _speedup(record, name, DEFAULT, theirs, 1024, of)
-
-    def inverse(value: float | None) -> float | None:
-        return value and 1 / value
-
-    def slower(period: int) -> float | None:
-        rows = {row["optimizer"]: row for row in record.get("training", []) if "mean" in row}
-        ours, theirs = rows.get(f"{DEFAULT}, T = {period}"), rows.get("AdamW, fused")
-        return ours["mean"] / theirs["mean"] if ours and theirs else None
-
-    muon = "Muon of Dion, Triton"
-    return [
-        (f"{name}, T = 2: times as fast as {META}'s fastest", against(META, mean(2)), Target("≥", 25)),
-        (f"{name}, T = 10: times as fast as {META}'s fastest", against(META, mean(10)), Target("≥", 10)),
-        (f"{name}, update: times as fast as sirfshampoo", against("sirfshampoo", median(UPDATE)), Target("≥", 4)),
-        (f"{name}, other step: times as fast as sirfshampoo", against("sirfshampoo", median(OTHER)), Target("≥", 6)),
-        (f"{name}, T = 1: time over Dion's Triton Muon, equal blocks", inverse(against(muon, mean(1))), Target("≤", 1)),
-        (f"{name}, T = 10: time over Dion's Triton Muon", inverse(against(muon, mean(10))), Target("≤", 0.7)),
-        (f"{name}, training step of 32k tokens, T = 10: time over AdamW's", slower(10), Target("≤", 1.02)),
-        (f"{name}, training step of 32k tokens, T = 1: time over AdamW's", slower(1), Target("≤", 1.06)),
-    ]
 
 
 def target_lines(record: Record) -> list[str]:
@@ -164,13 +75,16 @@ def step_lines(record: Record, workload: str) -> list[str]:
         columns.append("host, µs")
     lines = [f"### {workload}", "", _of_workload(record, workload), ""]
     lines += table(columns, [_step_cells(record, workload, row) for row in rows]) if rows else []
-    lines += [f"- {row['optimizer']}, {block_name(row['block'])}: {_one_line(row['error'])}" for row in failed]
-    return [*lines, ""] if failed else lines
+    return lines + bullets(f"{row['optimizer']}, {block_name(row['block'])}: {row['error']}" for row in failed)
 
 
 def _of_workload(record: Record, workload: str) -> str:
     about = record["workloads"][workload]
-    return f"{about['num_matrices']} matrices, {about['num_weights']:,} weights."
+    rounds = len({row["round"] for row in record["steps"] if row["workload"] == workload})
+    text = f"{counted(about['num_matrices'], 'matrix', 'matrices')}, {about['num_weights']:,} weights."
+    if rounds > 1:
+        text += f" {rounds} rounds of what fits into the memory: × ours is to the {DEFAULT} of the same round."
+    return text
 
 
 def _step_cells(record: Record, workload: str, row: Row) -> list[str]:
@@ -190,9 +104,10 @@ def _step_cells(record: Record, workload: str, row: Row) -> list[str]:
 
 def _of_ours(record: Record, workload: str, row: Row) -> str:
     """The time at T = 10 over that of IFShampoo with the same blocks, BF16 factors and, where it was measured, FP32."""
+    block = 1024 if ENTRIES[row["optimizer"]].family == "diagonal" else row["block"]
     found = []
     for name in (DEFAULT, FP32):
-        ours = pick(record, workload, name, row["block"]) or pick(record, workload, name, 1024)
+        ours = pick(record, workload, name, block, row["round"])
         found.append("–" if ours is None else f"{mean_step(row, 10) / mean_step(ours, 10):.2f}")
     return " / ".join(found)
 
@@ -201,10 +116,6 @@ def _roofline(row: Row, has_period: bool) -> str:
     kinds = (UPDATE, OTHER) if has_period else (UPDATE,)
     parts = [row.get(f"roofline of {kind}") for kind in kinds]
     return " / ".join("–" if part is None else f"{part:.2f}" for part in parts) if any(parts) else "–"
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())[:300]
 
 
 # ---- the other sections ------------------------------------------------------------------------------------------
@@ -231,10 +142,10 @@ def memory_lines(record: Record) -> list[str]:
 
 
 def training_lines(record: Record) -> list[str]:
-    rows = [row for row in record.get("training", []) if "mean" in row]
-    if not rows:
+    if not record["training"]:
         return []
-    base = next((row["mean"] for row in rows if row["optimizer"] == "AdamW, fused"), None)
+    rows = [row for row in record["training"] if "mean" in row]
+    base = next((row["mean"] for row in rows if row["optimizer"] == BASELINE), None)
     cells = [
         (
             row["optimizer"],
@@ -249,12 +160,14 @@ def training_lines(record: Record) -> list[str]:
     ]
     columns = ("optimizer", "step, ms", "× AdamW", "in the optimizer", "tokens/s", "state, MB", "peak, GB")
     text = (
-        f"{rows[0]['task']}, forward, backward and step, random tokens; means over whole cycles of T. Second-order "
-        "optimizers step the matrices of the layers; embeddings and vectors take AdamW beside theirs, the diagonal "
-        "step beside ours."
+        f"{record['training'][0]['task']}, forward, backward and step, random tokens; means over whole cycles of T. "
+        "Second-order optimizers step the matrices of the layers; embeddings and vectors take AdamW beside theirs, the "
+        "diagonal step beside ours."
     )
-    failed = [f"- {row['optimizer']}: {_one_line(row['error'])}" for row in record["training"] if "error" in row]
-    return ["## Training steps", "", text, "", *table(columns, cells), *failed, *([""] if failed else [])]
+    if record["device_type"] == "cuda":
+        text += " One trains after the other, so that the memory is its own."
+    failed = bullets(f"{row['optimizer']}: {row['error']}" for row in record["training"] if "error" in row)
+    return ["## Training steps", "", text, "", *(table(columns, cells) if cells else []), *failed]
 
 
 def scaling_lines(record: Record) -> list[str]:
@@ -265,6 +178,7 @@ def scaling_lines(record: Record) -> list[str]:
             cells = [_scaling_cells(rows, name, of, sizes) for name in dict.fromkeys(row["optimizer"] for row in rows)]
             columns = (f"update, ms; {title}", *map(str, sizes), "exponent (theory): update", "other step")
             lines += [f"### By {of}", "", *table(columns, cells)]
+            lines += bullets(f"{row['optimizer']}, {row['size']}: {row['error']}" for row in rows if "error" in row)
     if rows := record.get("scaling", {}).get("T"):
         cells = [(str(r["T"]), spread(r["measured"]), ms(r["formula"]), _ratio(r)) for r in rows]
         text = "IFShampoo's mean step at T, ms, and (update + (T−1)·other)/T of the steps of the largest T."
@@ -295,9 +209,8 @@ def head_lines(record: Record) -> list[str]:
         else "ceilings not measured"
     )
     versions = ", ".join(f"{name} {record[name]}" for name in ("torch", "triton", "cuda", "python") if record.get(name))
-    machine = (
-        record["device"] if record["device_type"] == "cuda" else f"{record['processor']}, {record['threads']} threads"
-    )
+    threads = counted(record["threads"], "thread", "threads")
+    machine = record["device"] if record["device_type"] == "cuda" else f"{record['processor']}, {threads}"
     return [
         f"# Side by side: {machine}",
         "",
@@ -307,8 +220,9 @@ def head_lines(record: Record) -> list[str]:
         "Optimizers step the same matrices with the same gradients and take turns, step by step; fresh gradients are "
         "copied in before each. Times: median (10th–90th percentile) in ms; with an asterisk, gaps of the host are in "
         "them. T = 1, 2, … are the mean step where every T-th one updates the factors (or, theirs, takes the roots). "
-        "× ours: time at T = 10 over that of IFShampoo with BF16 / FP32 factors, the blocks being the same. State and "
-        "peak: bytes a weight that are kept, and that were taken at most, without weights and gradients. Launches: "
+        "× ours: time at T = 10 over that of IFShampoo with BF16 / FP32 factors, the blocks being the same, or of 1024 "
+        "where there are none. State and peak: bytes a weight that are kept, and that were taken at most, without "
+        "weights and gradients. Launches: "
         + ("kernels, copies and fills" if record["device_type"] == "cuda" else "operators of PyTorch")
         + ", update / other. Of roofline: the least time by the figures above over the measured one, update / other.",
         "",
@@ -316,9 +230,15 @@ def head_lines(record: Record) -> list[str]:
 
 
 def missing_lines(record: Record) -> list[str]:
-    lines = [f"- {title}: {why}" for title, why in record["missing"].items()]
     here = ", ".join(f"{title} ({version})" for title, version in record["peers"].items())
-    return ["## Peers", "", f"Here: {here or 'none'}.", "", *lines, *([""] if lines else [])]
+    missing = bullets(f"{title}: {why}" for title, why in record["missing"].items())
+    return ["## Peers", "", f"Here: {here or 'none'}.", "", *missing]
+
+
+def error_lines(record: Record) -> list[str]:
+    """Pieces of the run that could not be measured at all."""
+    lines = bullets(f"{piece}: {error}" for piece, error in record["errors"].items())
+    return ["## Not measured", "", *lines] if lines else []
 
 
 def plot_lines(record: Record) -> list[str]:
@@ -329,5 +249,5 @@ def markdown(record: Record) -> str:
     lines = [*head_lines(record), *target_lines(record), *plot_lines(record), *memory_lines(record), "## Steps", ""]
     for workload in dict.fromkeys(row["workload"] for row in record["steps"]):
         lines += step_lines(record, workload)
-    lines += [*training_lines(record), *scaling_lines(record), *missing_lines(record)]
+    lines += [*training_lines(record), *scaling_lines(record), *error_lines(record), *missing_lines(record)]
     return "\n".join(lines).rstrip() + "\n"

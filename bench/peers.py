@@ -20,7 +20,9 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
-CHECKOUTS = Path(__file__).resolve().parent.parent / ".peers"
+ROOT = Path(__file__).resolve().parent.parent
+CHECKOUTS = ROOT / ".peers"
+CONSTRAINTS = ROOT / "constraints.txt"
 
 
 class MissingPeer(ImportError):
@@ -37,7 +39,8 @@ class Peer:
     """On GitHub; a checkout of it is looked for in .peers/, under the repository's own name."""
 
     index: tuple[str, ...] = ()
-    """Pinned requirements: the package itself, where an index offers it, and what it needs beside PyTorch."""
+    """Requirements, pinned here or in constraints.txt: the package itself, where an index offers it, and what it needs
+    beside PyTorch."""
 
     @property
     def checkout(self) -> Path:
@@ -48,12 +51,20 @@ class Peer:
         return f"{clone}; make peers" if self.index else clone
 
     def version(self) -> str:
-        """The commit of the checkout, or the version of the installed package."""
+        """The commit of the checkout, or the version of the installed package; where neither is known, what it is."""
         if self.checkout.is_dir():
-            command = ["git", "-C", str(self.checkout), "log", "-1", "--format=%h, %as"]
-            found = subprocess.run(command, capture_output=True, text=True)
-            return f"git {found.stdout.strip()}" if found.returncode == 0 else "a checkout"
-        return importlib.metadata.version(self.module.replace("_", "-"))
+            return self._commit() or "a copy without its commits"
+        try:
+            return importlib.metadata.version(self.module.replace("_", "-"))
+        except importlib.metadata.PackageNotFoundError:
+            return "of an unknown version"
+
+    def _commit(self) -> str | None:
+        if not (self.checkout / ".git").exists():  # git would tell of the repository around it
+            return None
+        command = ["git", "-C", str(self.checkout), "log", "-1", "--format=%h, %as"]
+        found = subprocess.run(command, capture_output=True, text=True)
+        return f"git {found.stdout.strip()}" if found.returncode == 0 else None
 
 
 PEERS = {
@@ -115,9 +126,9 @@ def why_missing(module: str) -> str | None:
 
 
 def install() -> int:
-    """pip install what an index offers, without a change of what is pinned; the exit status."""
+    """pip install what an index offers, without a change of what constraints.txt pins; the exit status."""
     wanted = list(dict.fromkeys(requirement for peer in PEERS.values() for requirement in peer.index))
-    options = ["--disable-pip-version-check", "--quiet", "install", "--no-deps"]
+    options = ["--disable-pip-version-check", "--quiet", "install", "--no-deps", "-c", str(CONSTRAINTS)]
     return subprocess.run([sys.executable, "-m", "pip", *options, *wanted]).returncode
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from bench.contest import OTHER, UPDATE, mean_step
 from bench.optimizers import ENTRIES
-from bench.page import Record, block_name, measured_rows
+from bench.page import block_name
+from bench.page_targets import Record, measured_rows
 
 PERIODS = (1, 2, 5, 10, 20, 50, 100)
 
@@ -50,7 +51,7 @@ def _finish(axes: Any, **labels: str) -> None:
 
 def time_by_size(record: Record) -> Any:
     """Update and other step against the width of one weight."""
-    rows = record.get("scaling", {}).get("width")
+    rows = [row for row in record["scaling"].get("width", []) if UPDATE in row]
     if not rows:
         return None
     figure = _figure(11)

@@ -13,13 +13,8 @@ from typing import Any
 
 import torch
 
-
-def processor() -> str:
-    """The processor's name, as far as the system tells."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+from rootfree_kernels.dispatch import device_name, processor
+from rootfree_kernels.dispatch import slug as slug
 
 
 def commit() -> str:
@@ -53,11 +48,12 @@ def provenance(command: str) -> dict[str, Any]:
 def gpu(device: torch.device) -> dict[str, Any]:
     """Name, driver and sizes of a GPU, and the versions of what makes kernels for it; of a CPU its name."""
     versions = {"cuda": torch.version.cuda or torch.version.hip, "triton": version_of("triton")}
+    name = device_name(device)
     if device.type != "cuda":
-        return {"device": processor(), "driver": None, **versions}
+        return {"device": name, "driver": None, **versions}
     properties = torch.cuda.get_device_properties(device)
     return {
-        "device": torch.cuda.get_device_name(device),
+        "device": name,
         "driver": driver(),
         **versions,
         "multiprocessors": properties.multi_processor_count,
@@ -90,8 +86,3 @@ def driver() -> str:
     loaded = Path("/proc/driver/nvidia/version")
     found = re.search(r"\b\d+\.\d+(\.\d+)?\b", loaded.read_text()) if loaded.exists() else None
     return found[0] if found else "unknown"
-
-
-def slug(name: str) -> str:
-    """A name of a device as part of a file's."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

@@ -11,15 +11,14 @@ does not fit into the time is recorded as left out. Peers that are not here have
 
 from __future__ import annotations
 
-import argparse
 import json
-import re
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +31,13 @@ from bench.memory import state_bytes
 from bench.optimizers import ENTRIES, Entry
 from bench.peers import PEERS, why_missing
 from bench.record import gpu, provenance, slug
-from bench.run_plans import CPU, GPU, TINY, TINY_WORKLOADS, Plan
-from bench.workloads import WORKLOADS, Workload
+from bench.run_options import chosen_entries, chosen_workloads, parse_arguments
+from bench.run_plans import CPU, GPU, TINY, Plan
+from bench.workloads import Workload
 
 RESULTS = Path(__file__).parent / "results"
-SECTIONS = ("steps", "training", "scaling")
+
+Piece = Callable[[], None]
 
 
 @dataclass
@@ -48,8 +49,9 @@ class Run:
     plan: Plan
     deadline: float
     record: dict[str, Any]
-    pattern: str = ""
-    entries: list[Entry] = field(default_factory=list)
+    entries: list[Entry]
+    """Those that were chosen; `missing` are among them."""
+
     started: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
@@ -59,6 +61,15 @@ class Run:
     def missing(self) -> list[str]:
         """Modules of peers that are not here."""
         return list(self.record["missing_modules"])
+
+    def attempt(self, name: str, piece: Piece) -> None:
+        """Measure a piece and save it; what it raises is recorded, and the other pieces go on."""
+        try:
+            piece()
+        except Exception as error:
+            self.record["errors"][name] = f"{type(error).__name__}: {error}"
+        finally:
+            self.save()
 
     def save(self) -> None:
         """Write the JSON, whole or not at all."""
@@ -79,26 +90,30 @@ def write_page(folder: Path, record: dict[str, Any]) -> None:
 # ---- sections ----------------------------------------------------------------------------------------------------
 
 
-def measure_steps(run: Run, workloads: Sequence[Workload], advance: Any) -> None:
-    """Every entry on every workload; contestants of a round share the memory of the device."""
-    for workload in workloads:
-        run.record["workloads"][workload.name] = {
-            "num_matrices": len(workload.shapes),
-            "num_weights": workload.num_weights,
-        }
-        gradients = Gradients(workload.num_weights, run.device)
-        wanted = [
-            (entry, block)
-            for entry in run.entries
-            if entry.peer not in run.missing
-            for block in distinct_blocks(entry, workload, _blocks(entry, workload, run.device))
-        ]
-        for round_ in rounds(wanted, workload, run.device, run.plan.budget):
-            run.record["steps"] += _round(run, workload, gradients, round_)
-            run.save()
-        del gradients
+def measure_roofline(run: Run) -> None:
+    timer = Timer(run.clock, warmups=2, repeats=10, min_repeats=3, seconds=3.0)
+    run.record["roofline"] = asdict(roofline.measure(timer, run.device, run.plan.copied, run.plan.product))
+
+
+def measure_steps(run: Run, workload: Workload) -> None:
+    """Every entry on a workload; contestants of a round share the memory of the device."""
+    run.record["workloads"][workload.name] = {
+        "num_matrices": len(workload.shapes),
+        "num_weights": workload.num_weights,
+        "longest_side": workload.longest_side,
+    }
+    gradients = Gradients(workload.num_weights, run.device)
+    wanted = [
+        (entry, block)
+        for entry in run.entries
+        if entry.peer not in run.missing
+        for block in distinct_blocks(entry, workload, _blocks(entry, workload, run.device))
+    ]
+    for number, round_ in enumerate(rounds(wanted, workload, run.device, run.plan.budget)):
+        rows = _round(run, workload, gradients, round_)
+        run.record["steps"] += [row | {"round": number} for row in rows]
+        run.save()
         release()
-        advance(f"steps, {workload.name}")
 
 
 def _blocks(entry: Entry, workload: Workload, device: torch.device) -> tuple[int, ...]:
@@ -119,7 +134,7 @@ def rounds(
     size = max(2, int(free / (workload.num_weights * 40)))  # 4 bytes of weights, and of state and scratch up to 36
     reference = [pair for pair in wanted if pair[0].name == page.DEFAULT][:1]
     rest = [pair for pair in wanted if pair not in reference]
-    for start in range(0, len(rest), size - 1):
+    for start in range(0, max(len(rest), 1), size - 1):
         yield [*reference, *rest[start : start + size - 1]]
 
 
@@ -162,27 +177,50 @@ def _figures(run: Run, workload: Workload, contestant: Contestant) -> dict[str, 
     return figures
 
 
-def measure_training(run: Run, advance: Any) -> None:
+def measure_training(run: Run) -> None:
     plan = run.plan
+    entries = [entry for entry in run.entries if entry.peer not in run.missing]
     run.record["training"] = training.measure(
-        plan.task, run.clock, run.device, run.missing, plan.training_cycles, run.deadline
+        plan.task, run.clock, run.device, entries, plan.training_cycles, run.deadline
     )
-    advance(f"training, {plan.task.name}")
 
 
-def measure_scaling(run: Run, advance: Any) -> None:
-    plan, found = run.plan, run.record["scaling"]
+def measure_scaling(run: Run, of: str, sizes: Sequence[tuple[int, Workload]]) -> None:
+    """Width or number of layers."""
     entries = [x for x in scaling.series(run.device, run.missing) if x in run.entries]
-    common = (entries, run.clock, run.device, plan.scaling_limits, run.deadline)
-    found["width"] = scaling.measure(scaling.widths(plan.widths), *common)
-    run.save()
-    advance("scaling, width")
-    found["layers"] = scaling.measure(scaling.layers(plan.layer_counts, plan.layer_side), *common)
-    run.save()
-    advance("scaling, layers")
-    weight = Workload("square", ((plan.period_side,) * 2,))
-    found["T"] = scaling.periods(plan.periods, weight, run.clock, run.device, 3, run.deadline)
-    advance("scaling, T")
+    limits = run.plan.scaling_limits
+    run.record["scaling"][of] = scaling.measure(sizes, entries, run.clock, run.device, limits, run.deadline)
+
+
+def measure_periods(run: Run) -> None:
+    weight = Workload("square", ((run.plan.period_side,) * 2,))
+    run.record["scaling"]["T"] = scaling.periods(run.plan.periods, weight, run.clock, run.device, 3, run.deadline)
+
+
+def pieces_of(run: Run, workloads: Sequence[Workload], sections: Sequence[str]) -> list[tuple[str, Piece]]:
+    """What is measured one by one, by name: the roofline, the steps of the first workload, the rest."""
+    plan = run.plan
+    steps: list[tuple[str, Piece]] = [(f"steps, {x.name}", partial(measure_steps, run, x)) for x in workloads]
+    others: list[tuple[str, Piece]] = []
+    if "training" in sections:
+        others.append((f"training, {plan.task.name}", partial(measure_training, run)))
+    if "scaling" in sections:
+        widths, layers = scaling.widths(plan.widths), scaling.layers(plan.layer_counts, plan.layer_side)
+        others.append(("scaling, width", partial(measure_scaling, run, "width", widths)))
+        others.append(("scaling, layers", partial(measure_scaling, run, "layers", layers)))
+        if ENTRIES[page.DEFAULT] in run.entries:
+            others.append(("scaling, T", partial(measure_periods, run)))
+    first = ("roofline", partial(measure_roofline, run))
+    return [first, *steps[:1], *others, *steps[1:]] if "steps" in sections else [first, *others]
+
+
+def measure(run: Run, pieces: Sequence[tuple[str, Piece]]) -> None:
+    if run.device.type == "cpu":
+        torch.zeros(7 << 20)  # the C library keeps memory of this size from now on, as in any training
+    with progress(len(pieces)) as advance:
+        for name, piece in pieces:
+            run.attempt(name, piece)
+            advance(name)
 
 
 # ---- command line ------------------------------------------------------------------------------------------------
@@ -210,20 +248,6 @@ def progress(total: int) -> Iterator[Any]:
         yield lambda done: bar.update(task, advance=1, description=done)
 
 
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--only", default="", metavar="PATTERN", help="workloads in whose name this occurs")
-    parser.add_argument("--optimizers", default="", metavar="PATTERN", help="optimizers in whose name this occurs")
-    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS, help="default: all")
-    parser.add_argument("--all", action="store_true", help="on a CPU too, every optimizer and workload")
-    parser.add_argument("--seconds", type=float, default=540, help="after these nothing is begun; default %(default)s")
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where PyTorch sees a GPU")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="default bench/results/<device>-<date>")
-    parser.add_argument("--page", type=Path, metavar="FOLDER", help="draw page and plots of a record again, and stop")
-    parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # for the tests
-    return parser.parse_args(arguments)
-
-
 def new_record(device: torch.device, given: Sequence[str]) -> dict[str, Any]:
     missing = {peer.module: why for peer in PEERS.values() if (why := why_missing(peer.module))}
     return {
@@ -238,71 +262,36 @@ def new_record(device: torch.device, given: Sequence[str]) -> dict[str, Any]:
         "steps": [],
         "training": [],
         "scaling": {},
+        "errors": {},
         "plots": {},
         "seconds": 0.0,
     }
 
 
-def chosen_entries(pattern: str, every: bool, device: torch.device) -> list[Entry]:
-    named = [entry for entry in ENTRIES.values() if re.search(pattern, entry.name)]
-    return [entry for entry in named if device.type in entry.devices and (every or entry.on_cpu)]
-
-
-def chosen_workloads(options: argparse.Namespace, every: bool) -> list[Workload]:
-    known: Iterable[Workload] = TINY_WORKLOADS if options.tiny else WORKLOADS.values()
-    named = [workload for workload in known if re.search(options.only, workload.name)]
-    chosen = [workload for workload in named if every or workload.on_cpu or options.tiny]
-    return sorted(chosen, key=lambda workload: workload.name != "GPT-2 124M")  # the most wanted first
+def has_failed(record: dict[str, Any]) -> bool:
+    """Whether something could not be measured, other than for lack of time."""
+    rows = [row for part in (record["steps"], record["training"], *record["scaling"].values()) for row in part]
+    return bool(record["errors"]) or any("left out" not in row["error"] for row in rows if "error" in row)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, write record, page and plots; the exit status is 1 where something failed."""
     given = sys.argv[1:] if arguments is None else list(arguments)
-    options = parse_arguments(given)
+    options = parse_arguments(given, (__doc__ or "").partition("\n")[0])
     if options.page:
         write_page(options.page, json.loads((options.page / "results.json").read_text(encoding="utf-8")))
         return 0
-    kind = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(kind, 0) if kind == "cuda" else torch.device("cpu")
-    every = options.all or kind == "cuda"
+    device = torch.device("cuda", 0) if options.device == "cuda" else torch.device("cpu")
     record = new_record(device, given)
     folder = options.out or RESULTS / f"{slug(record['device'])}-{record['date']}"
-    plan = TINY if options.tiny else GPU if kind == "cuda" else CPU
-    run = Run(folder, device, plan, time.perf_counter() + options.seconds, record)
-    run.entries = chosen_entries(options.optimizers, every, device)
-    workloads = chosen_workloads(options, every)
-    measure(run, workloads, options.sections)
+    plan = TINY if options.tiny else GPU if device.type == "cuda" else CPU
+    run = Run(folder, device, plan, time.perf_counter() + options.seconds, record, chosen_entries(options))
+    measure(run, pieces_of(run, chosen_workloads(options), options.sections))
     write_page(folder, record)
     run.save()
     print("\n".join(page.target_lines(record)))
     print(f"Wrote {folder / 'README.md'} and results.json, {record['seconds']:.0f} s.")
-    return int(
-        any("error" in row and "left out" not in row["error"] for row in [*record["steps"], *record["training"]])
-    )
-
-
-def measure(run: Run, workloads: Sequence[Workload], sections: Sequence[str]) -> None:
-    """The roofline, then every section, saved one by one."""
-    if run.device.type == "cpu":
-        torch.zeros(7 << 20)  # the C library keeps memory of this size from now on, as in any training
-    steps_first = [*workloads[:1]], [*workloads[1:]]
-    pieces = 1 + ("steps" in sections) * len(workloads) + ("training" in sections) + 3 * ("scaling" in sections)
-    with progress(pieces) as advance:
-        timer = Timer(run.clock, warmups=2, repeats=10, min_repeats=3, seconds=3.0)
-        run.record["roofline"] = asdict(roofline.measure(timer, run.device, run.plan.copied, run.plan.product))
-        run.save()
-        advance("roofline")
-        if "steps" in sections:
-            measure_steps(run, steps_first[0], advance)
-        if "training" in sections:
-            measure_training(run, advance)
-            run.save()
-        if "scaling" in sections:
-            measure_scaling(run, advance)
-            run.save()
-        if "steps" in sections:
-            measure_steps(run, steps_first[1], advance)
-        run.save()
+    return int(has_failed(record))
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def measure(
             if number in problems:
                 row["error"] = problems[number]
             else:
-                row |= {kind: Timing.of(times)._asdict() for kind, times in contestant.times.items()}
+                row |= {kind: timing._asdict() for kind, timing in contestant.timings().items()}
             rows.append(row)
         going = [entry for entry in going if _longest(rows, entry.name) < TOO_LONG]
         del contestants, gradients
@@ -111,27 +111,27 @@ def periods(
     times = {T: _cycles(T, workload, clock, device, cycles) for T in wanted if time.perf_counter() < deadline}
     if not times or (longest := max(times)) == 1:
         return []
-    update = Timing.of([cycle[0] for cycle in times[longest]]).median
-    other = Timing.of([x for cycle in times[longest] for x in cycle[1:]]).median
+    update = Timing.of([cycle[0] for cycle in times[longest][0]]).median
+    other = Timing.of([x for cycle in times[longest][0] for x in cycle[1:]]).median
     return [
         {
             "T": T,
-            "measured": Timing.of([sum(cycle) / T for cycle in of_T])._asdict(),
+            "measured": Timing.of([sum(cycle) / T for cycle in of_T], queued)._asdict(),
             "formula": (update + (T - 1) * other) / T,
         }
-        for T, of_T in times.items()
+        for T, (of_T, queued) in times.items()
     ]
 
 
-def _cycles(T: int, workload: Workload, clock: Any, device: torch.device, cycles: int) -> list[list[float]]:
-    """µs of the steps of some cycles of T, after two."""
+def _cycles(
+    T: int, workload: Workload, clock: Any, device: torch.device, cycles: int
+) -> tuple[list[list[float]], bool]:
+    """µs of the steps of some cycles of T, after two, the update first; whether all were queued."""
     gradients = Gradients(workload.num_weights, device)
     contestant = Contestant(ENTRIES["IFShampoo"], 1024, workload.shapes, gradients, clock, device, period=T)
     contestant.prepare()
-    found = []
-    for _ in range(cycles):
-        contestant.times = {UPDATE: [], OTHER: []}
-        for _ in range(T):
-            contestant.sample()
-        found.append([*contestant.times[UPDATE], *contestant.times[OTHER]])
-    return found
+    for _ in range(cycles * T):
+        contestant.sample()
+    updates, others = (contestant.times[kind] for kind in (UPDATE, OTHER))
+    found = [[update, *others[n * (T - 1) : (n + 1) * (T - 1)]] for n, update in enumerate(updates)]
+    return found, all(flag for flags in contestant.queued.values() for flag in flags)

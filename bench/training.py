@@ -2,7 +2,7 @@
 
 On a GPU GPT-2 124M in BF16 autocast with 32 × 1024 tokens, on a CPU the small GPT of `bench.demo`. Second-order
 optimizers and Muon step the matrices of the layers; embeddings and vectors take AdamW beside theirs, and the diagonal
-step of the same optimizer beside ours. Contestants take turns, step by step, on models of their own.
+step of the same optimizer beside ours. Contestants have models of their own; on a CPU they take turns, step by step.
 """
 
 from __future__ import annotations
@@ -131,6 +131,7 @@ ROWS: dict[str, tuple[str, int, Callable[[Entry, Transformer, int], Optimizer]]]
 """By what a row is called: the entry, T, and which part of the model it steps."""
 
 BASELINE = "AdamW, fused"
+"""The row that the others are compared with."""
 
 
 # ---- measuring ---------------------------------------------------------------------------------------------------
@@ -186,12 +187,12 @@ class Trainee:
         }
 
 
-def contestants(task: Task, device: torch.device, missing: Sequence[str]) -> dict[str, Trainee]:
-    """What takes part here, by its row."""
+def contestants(task: Task, device: torch.device, entries: Sequence[Entry]) -> dict[str, Trainee]:
+    """Those of these entries that there are rows for, by the row."""
     found = {}
     for name, (entry_name, period, part) in ROWS.items():
         entry = ENTRIES[entry_name]
-        if entry.peer not in missing and device.type in entry.devices:
+        if entry in entries and device.type in entry.devices:
             found[name] = Trainee(task, device, partial(_make, part, entry, period), period)
     return found
 
@@ -209,12 +210,12 @@ def batches(task: Task, device: torch.device) -> Iterator[Tensor]:
 
 
 def measure(
-    task: Task, clock: Any, device: torch.device, missing: Sequence[str], cycles: tuple[int, int], deadline: float
+    task: Task, clock: Any, device: torch.device, entries: Sequence[Entry], cycles: tuple[int, int], deadline: float
 ) -> list[dict[str, Any]]:
     """A row for each optimizer; times in µs. `cycles` of T = 10 warm up and are measured. On a GPU each trains alone,
     since its memory is measured; on a CPU they take turns."""
     rows = []
-    trainees = contestants(task, device, missing)
+    trainees = contestants(task, device, entries)
     alone = device.type == "cuda"
     for group in [{name: x} for name, x in trainees.items()] if alone else [trainees]:
         problems = _train(group, task, clock, device, sum(cycles), deadline)

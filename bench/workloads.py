@@ -39,7 +39,7 @@ class Workload:
         return max(map(max, self.shapes))
 
     def blocks(self, max_dim: int | None) -> tuple[Matrix, ...]:
-        """The shapes after every side is cut to at most `max_dim`, as IFShampoo and Distributed Shampoo cut."""
+        """The shapes after every side is cut into even parts of at most `max_dim`, as IFShampoo cuts them."""
         return tuple(
             tile.block_shape for shape in self.shapes for tile in tiles(shape, max_dim) for _ in range(tile.num_blocks)
         )

@@ -10,6 +10,7 @@ import platform
 import torch
 
 import rootfree_kernels
+from rootfree_kernels import dispatch
 from rootfree_kernels.backends import DTYPES, NAMES, build_record, choose, matmul_dtype, why_not
 
 
@@ -52,9 +53,15 @@ def _versions() -> list[str]:
         f"compiled extension: {_extension(record['extension'])}",
     ]
     lines += [f"  {part}: {reason}" for part, reason in record["left_out"].items() if reason]
-    if forced := os.environ.get("ROOTFREE_BACKEND"):
-        lines.append(f"ROOTFREE_BACKEND={forced}")
-    return lines
+    variables = ("ROOTFREE_BACKEND", "ROOTFREE_DISPATCH")
+    return lines + [f"{name}={os.environ[name]}" for name in variables if os.environ.get(name)]
+
+
+def _table(device: torch.device) -> str:
+    try:
+        return dispatch.describe(device)
+    except dispatch.DispatchTableError as error:
+        return f"BROKEN: {error}"
 
 
 def _serving(device: torch.device, description: str) -> list[str]:
@@ -71,6 +78,7 @@ def _serving(device: torch.device, description: str) -> list[str]:
             reason = str(error)
         if reason:
             lines.append(f"  not {name}: {reason}")
+    lines.append(f"  dispatch table: {_table(device)}")
     lines.append(f"  bfloat16 factors are multiplied in {_short(matmul_dtype(torch.bfloat16, device))}")
     return lines
 

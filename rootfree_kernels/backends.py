@@ -1,9 +1,9 @@
 """Which room runs an operator: Triton, CUDA, C++ or eager PyTorch.
 
 A backend is a module with the operators' functions under their own names (see `rootfree_kernels.eager`). It is chosen
-once for a batch, best first: triton, cuda, eager on a GPU; cpp, eager on a CPU. `ROOTFREE_BACKEND` forces one, and one
-that cannot run is an error that says why, never a silent fallback. A compiled extension that was built and cannot be
-imported is an error too.
+once for a batch, best first: triton, cuda, eager on a GPU; cpp, eager on a CPU. What was measured may change that order
+(`rootfree_kernels.dispatch`). `ROOTFREE_BACKEND` forces one, and one that cannot run is an error that says why, never a
+silent fallback. A compiled extension that was built and cannot be imported is an error too.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import logging
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from importlib import import_module, resources
 from types import ModuleType
@@ -34,6 +35,8 @@ COMPILED = ("cuda", "cpp")
 """Parts of the extension `rootfree_kernels._C`."""
 
 NAMES = ("triton", *COMPILED, "eager")
+"""What a user may ask for. Beside them there is `triton_bmm`, Triton's kernels with the symmetric products by cuBLAS,
+which dispatch alone puts in the place of triton."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Dtypes of the parameters that the optimizers serve."""
@@ -123,20 +126,34 @@ def _import_problem(backend: str) -> str | None:
     return None
 
 
+def forced(fused: bool | None = None) -> str | None:
+    """The backend that stands fixed whatever was measured: eager with `fused=False`, else that of ROOTFREE_BACKEND."""
+    return "eager" if fused is False else os.environ.get("ROOTFREE_BACKEND") or None
+
+
 def choose(
-    device: torch.device, dtype: torch.dtype, fused: bool | None = None, factors: FactorDtypes | None = None
+    device: torch.device,
+    dtype: torch.dtype,
+    fused: bool | None = None,
+    factors: FactorDtypes | None = None,
+    favourite: str | None = None,
 ) -> str:
     """The name of the backend for parameters of `dtype` on `device`, with `factors` where they are matrices.
 
     `fused=True` asks for a kernel backend, `fused=False` for eager PyTorch, None leaves the choice to
-    `ROOTFREE_BACKEND`, or else to the order of preference.
+    `ROOTFREE_BACKEND`, or else to the order of preference. Where that leaves a choice, `favourite` comes first if it
+    can serve; it never makes anything fail.
 
     Raises:
         RuntimeError: the backend that was asked for cannot run; the message says why.
         ImportError: the compiled extension was built and cannot be imported.
     """
-    forced = "eager" if fused is False else os.environ.get("ROOTFREE_BACKEND") or None
-    candidates = (forced,) if forced else PREFERENCE.get(device.type, ("eager",))
+    asked_for = forced(fused)
+    if favourite and not asked_for and not (fused and favourite == "eager"):
+        with suppress(ImportError):  # of a broken extension, which is an error where the order comes to it
+            if why_not(favourite, device, dtype, factors) is None:
+                return _announced(favourite, device.type, dtype)
+    candidates = (asked_for,) if asked_for else PREFERENCE.get(device.type, ("eager",))
     reasons = {}
     for name in candidates:
         reason = why_not(name, device, dtype, factors)
@@ -145,7 +162,7 @@ def choose(
         if reason is None:
             return _announced(name, device.type, dtype)
         reasons[name] = reason
-    asked = f"ROOTFREE_BACKEND={forced}" if forced and fused is None else f"fused={fused}"
+    asked = f"ROOTFREE_BACKEND={asked_for}" if asked_for and fused is None else f"fused={fused}"
     why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     raise RuntimeError(f"{asked} cannot be served for {dtype} parameters on {device}: {why}. Leave it unset.")
 
@@ -172,7 +189,7 @@ def implementation(backend: str, operator: str) -> Callable[..., Any]:
 def makes_products(backend: str) -> bool:
     """Whether an update takes P_C = CCᵀ and P_K = KKᵀ on the way, kept or not: kernels save half their multiplications
     by symmetry, so that P_C·G·P_K takes three quarters of the work of CCᵀ·G·KKᵀ."""
-    return backend in ("triton", "cpp")
+    return backend in ("triton", "triton_bmm", "cpp")
 
 
 def matmul_dtype(factor_dtype: torch.dtype, device: torch.device, backend: str = "eager") -> torch.dtype:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import rootfree_kernels._C  # noqa: F401  registers the operators
-from rootfree_kernels import eager
+from rootfree_kernels import eager, ranges
 from rootfree_kernels.momentum import cut
 from rootfree_kernels.native import clipped_momentum_with
 
@@ -54,4 +54,11 @@ clipped_momentum = clipped_momentum_with(_shares)
 kron_gather = _like(eager.kron_gather)
 kron_factor = _like(eager.kron_factor)
 kron_products = _like(eager.kron_products)
-kron_step = _like(eager.kron_step)
+_kron_step = _like(eager.kron_step)
+
+
+@wraps(eager.kron_step)
+def kron_step(*args: Any) -> None:
+    ranges.phase("precondition and apply")
+    _kron_step(*args)
+    ranges.end_phase()

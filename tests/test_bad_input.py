@@ -43,6 +43,7 @@ BAD_VALUES = {
     "weight_rounding": ("up", None, True),
     "seed": (0.5, None, "0"),
     "cache_products": NOT_FLAGS,
+    "packed_momentum": (*NOT_FLAGS, None),
     "decoupled_weight_decay": (*NOT_FLAGS, None),
     "maximize": (*NOT_FLAGS, None),
     "capturable": (*NOT_FLAGS, None),
@@ -129,6 +130,7 @@ LAYOUT_OPTIONS = {
     "weight_rounding": "compensated",
     "structure": "elementwise",
     "max_preconditioner_dim": 3,
+    "packed_momentum": True,
     "state_dtype": torch.float64,
 }
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from triton_device import DEVICE
 
-from bench import gpu_diagonal, gpu_factors, gpu_machine, gpu_optimizers, kernels, record
+from bench import gpu_diagonal, gpu_factors, gpu_machine, gpu_optimizers, gpu_symmetric, kernels, record
 from bench.gpt2 import (
     GPT2,
     Ceilings,
@@ -31,7 +31,7 @@ from bench.gpt2 import (
     whole_step,
 )
 from bench.gpu_cases import TINY, Case, CheckFailed, Context, check, poisoned_memory
-from bench.gpu_report import Row, Target, cell, markdown, number
+from bench.gpu_report import Alternatives, Row, Target, cell, markdown, number
 from bench.gpu_timing import HostClock, Timer, Timing, clock_of, num_inputs
 from rootfree_kernels.backends import implementation
 
@@ -242,9 +242,9 @@ def test_what_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch):
     def slightly_wrong(c: torch.Tensor, k: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
         return tuple((x @ x.mT * 1.1).to(dtype) for x in (c, k))
 
-    monkeypatch.setattr(gpu_factors, "implementation", lambda *args: slightly_wrong)
+    monkeypatch.setattr(gpu_symmetric, "implementation", lambda *args: slightly_wrong)
     timer = SimpleNamespace(measure=lambda *args: pytest.fail("it was timed"))
-    (row,) = kernels.run(gpu_factors.symmetric_cases(Context(DEVICE, TINY, timer))[0], Context(DEVICE, TINY, timer))
+    (row,) = kernels.run(gpu_symmetric.symmetric_cases(Context(DEVICE, TINY, timer))[0], Context(DEVICE, TINY, timer))
     assert row.error.startswith("CheckFailed: products: relative error") and not row.cells
 
 
@@ -274,6 +274,13 @@ def columns(rows: list[Row], table: str) -> dict[str, set[str]]:
     return {row.case: set(row.cells) for row in rows if row.table == table}
 
 
+def assert_alternatives(row: Row, columns: dict[str, str], operation: str, **sizes: int) -> None:
+    """The alternatives of a row are those choices, by the columns that show their times."""
+    assert row.alternatives.operation == operation
+    assert row.alternatives.times == {choice: row.cells[column] for choice, column in columns.items()}
+    assert not sizes or row.alternatives.sizes == sizes
+
+
 def backend_of(stem: str) -> str:
     """Triton, where its room has the operator."""
     try:
@@ -295,14 +302,17 @@ def test_ceilings_are_the_first_ones_measured(context: Context):
 def test_diagonal_steps(context: Context):
     context = Context(DEVICE, TINY, context.timer, context.ceilings, backend_of("rf_rmsprop"))
     rows = rows_of(gpu_diagonal.diagonal_cases(context), context)
-    assert len(rows) == 3 * (3 + 3)  # lists × (precisions and peers)
+    assert len(rows) == 4 * (3 + 3)  # lists × (precisions and peers)
     by_case = {row.case: row for row in rows}
     compiled = context.compiled_backend()
-    for name, of_copy in (("1 GB", 0.92), ("GPT-2 124M", 0.85), ("10 tensors of 10", None)):
+    names = ("1 GB", "GPT-2 124M", "10 tensors of 10", "GPT-2 124M's vectors")
+    for name, of_copy in zip(names, (0.92, 0.85, None, None), strict=True):
         fp32 = by_case[f"{name}, FP32"]
         of_copy_target = {"of copy": Target("≥", of_copy)} if of_copy else {}
         assert fp32.targets == {**of_copy_target, "AdamW / ours": Target("≥", 1.0)}
         assert (f"{compiled} / ours" in fp32.cells) is (compiled is not None)
+        if compiled:
+            assert_alternatives(fp32, {"triton": "µs", compiled: f"{compiled} µs"}, "diagonal")
         narrow = [by_case[f"{name}, {precision.name}"] for precision in (gpu_diagonal.MIXED, gpu_diagonal.BF16)]
         assert [row.targets for row in narrow] == [{"AdamW / ours": Target("≥", 1.7)}] * 2
         assert [row.cells["bytes a number"] for row in (fp32, *narrow)] == [28, 22, 14]
@@ -310,6 +320,9 @@ def test_diagonal_steps(context: Context):
         assert fp32.cells["AdamW / ours"] == pytest.approx(theirs / ours)
     numbers = TINY.numbers // gpu_diagonal.NUM_LARGE * gpu_diagonal.NUM_LARGE
     assert by_case["1 GB, FP32"].cells["GB"] == pytest.approx(28e-9 * numbers)
+    if compiled:
+        sizes = by_case["1 GB, FP32"].alternatives.sizes
+        assert sizes == {"numbers": numbers, "tensors": gpu_diagonal.NUM_LARGE}
 
 
 def test_a_peer_that_cannot_run_is_recorded_and_the_others_are_measured(
@@ -334,18 +347,33 @@ def test_clipped_momentum(context: Context):
 
 
 def test_symmetric_products(context: Context):
-    rows = rows_of(gpu_factors.symmetric_cases(context), context)
-    assert [row.case for row in rows] == ["P, L = 1, n = 16", "m, L = 1, n = 16"]
+    rows = rows_of(gpu_symmetric.symmetric_cases(context), context)
+    assert [row.case for row in rows] == [f"{name}, L = 1, n = 16" for name in ("P", "P, X copied", "m")]
     assert all({"µs", "bmm / ours", "of limit"} <= set(row.cells) for row in rows)
     flops = 2 * 16**3  # of two symmetric products
     assert rows[0].cells["TFLOP/s"] == pytest.approx(flops / rows[0].cells["µs"].median * 1e-6)
+    assert_alternatives(rows[1], {"triton": "µs", "bmm": "bmm µs"}, "symmetric", side=16, blocks=1)
+
+
+@pytest.mark.parametrize("wrong", ["products", "factors"])
+def test_products_that_are_wrong_are_no_alternative(wrong: str, context: Context, monkeypatch: pytest.MonkeyPatch):
+    def by_bmm(c: torch.Tensor, k: torch.Tensor, product_c: torch.Tensor, product_k: torch.Tensor, kept: Any) -> None:
+        for x, product, old in zip((c, k), (product_c, product_k), kept, strict=True):
+            torch.bmm(x, x if wrong == "products" else x.mT, out=product)
+            old.copy_(x if wrong == "products" else -x)
+
+    monkeypatch.setattr("rootfree_kernels.triton_kernels.products.products_by_bmm", by_bmm)
+    with pytest.raises((CheckFailed, AssertionError), match=r"products by bmm|factors were not kept by bmm"):
+        gpu_symmetric._kept_row(1, 16, context)
 
 
 def test_updates_and_steps_show_every_launch(context: Context):
     """A launch that has no name here would have no limit in the record."""
     rows = rows_of(gpu_factors.block_cases(context), context)
-    update, step = (row for row in rows if row.table in (gpu_factors.UPDATE, gpu_factors.STEP))
-    assert update.targets == {"of roofline": Target("≥", 0.6)}
+    update, step, together = (row for row in rows if row.table in (gpu_factors.UPDATE, gpu_factors.STEP))
+    assert together.case == "1 × 16×24, T = 1"
+    for row in (update, step, together):
+        assert_alternatives(row, {"triton": "µs", "eager": "eager µs"}, "matrices", side=24, blocks=1)
     assert all({"of roofline", "of least bytes", "eager / ours"} <= set(row.cells) for row in (update, step))
     launches = columns(rows, gpu_factors.LAUNCHES)
     expected = [f"1 × 16×24 update: {name}" for name in update_stages(1, 1)]
@@ -354,11 +382,11 @@ def test_updates_and_steps_show_every_launch(context: Context):
     assert all({"of limit", "µs above limit"} <= cells for cells in launches.values())
 
 
-def test_large_updates_have_another_target(context: Context, monkeypatch: pytest.MonkeyPatch):
+def test_large_updates_have_another_target_and_small_ones_none(context: Context, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(gpu_factors, "check_update", lambda *args: None)
     monkeypatch.setattr(gpu_factors, "_block_rows", lambda *args: [args[5]])
-    targets = [gpu_factors.update_rows(1, n, n, context) for n in (1024, 4096)]
-    assert targets == [[Target("≥", 0.6)], [Target("≥", 0.7)]]
+    targets = [gpu_factors.update_rows(1, n, n, context) for n in (512, 1024, 4096)]
+    assert targets == [[None], [Target("≥", 0.6)], [Target("≥", 0.7)]]
 
 
 def test_whole_steps(context: Context):
@@ -506,6 +534,12 @@ def test_markdown_shows_values_targets_and_errors():
 
 
 def test_json_holds_all_of_a_row():
+    alternatives = Alternatives("diagonal", {"numbers": 5, "tensors": 1}, {"cuda": Timing(2.0, 1.0, 3.0, 9)})
+    assert Row("T", "case", alternatives=alternatives).as_json()["alternatives"] == {
+        "operation": "diagonal",
+        "sizes": {"numbers": 5, "tensors": 1},
+        "times": {"cuda": {"median": 2.0, "p10": 1.0, "p90": 3.0, "samples": 9, "queued": True}},
+    }
     assert ROWS[0].as_json() == {
         "table": "T",
         "case": "good",

@@ -46,6 +46,7 @@ CASES = [
     Case(IFShampoo, torch.float32, BLOCKS),
     Case(IFShampoo, torch.bfloat16, BLOCKS),
     Case(IFShampoo, torch.bfloat16, {**BLOCKS, **COMPENSATED}),
+    Case(IFShampoo, torch.float32, {**BLOCKS, "packed_momentum": True, "state_dtype": torch.bfloat16}),
     Case(IFShampoo, torch.float32, {**BLOCKS, "fused": False}),
 ]
 

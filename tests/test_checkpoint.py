@@ -31,6 +31,7 @@ RESUMED = [
     Case("IFShampoo-callable", IFShampoo, {"precondition_frequency": every_fourth}),
     Case("IFShampoo-stochastic-bf16-weights", IFShampoo, {}, bf16),
     Case("IFShampoo-bf16-state", IFShampoo, {"state_dtype": bf16, "rounding": "nearest"}),
+    Case("IFShampoo-packed", IFShampoo, {"packed_momentum": True, "state_dtype": bf16, "cache_products": False}),
     Case("IFShampoo-fp64-factors", IFShampoo, {"factor_dtype": torch.float64}),
     Case("IFShampoo-capturable", IFShampoo, {"capturable": True}),
     Case("RFRMSProp-stochastic-bf16-state", RFRMSProp, {"state_dtype": bf16}, bf16),

@@ -27,6 +27,8 @@ TRACED = [
     Case("IFShampoo-fp32-factors-tiles", IFShampoo, {"factor_dtype": torch.float32, "max_preconditioner_dim": 3}),
     Case("IFShampoo-bf16-weights", IFShampoo, {}, bf16),
     Case("IFShampoo-cached-products", IFShampoo, {"cache_products": True}),
+    Case("IFShampoo-packed", IFShampoo, {"packed_momentum": True}),
+    Case("IFShampoo-packed-tiles", IFShampoo, {"packed_momentum": True, "max_preconditioner_dim": 3}),
     Case("IFShampoo-one-by-one", IFShampoo, {"foreach": False}),
     Case("RFRMSProp-bf16-state", RFRMSProp, {"state_dtype": bf16}, bf16),
 ]

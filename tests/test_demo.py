@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import torch
+from bench_fakes import without_peers
 
-from bench.demo import CHOSEN, GPT, METHODS, Task, batches, standard_library
-from bench.tune_demo import RECORD
+from bench.demo import CHOSEN, GPT, METHODS, Task, batches, parse, standard_library, train
+from bench.demo_peers import MODULES
+from bench.demo_report import Run, seconds_to_baseline
+from bench.peers import PEERS, why_missing
+from bench.tune_demo import RECORD, SPACES, arguments_of, loss_of, points
 
 TINY = Task(steps=6, batch=2, length=16, width=16, layers=1)
 
@@ -51,9 +56,57 @@ def test_the_model_is_causal():
     assert (before[:, 9:] - after[:, 9:]).abs().max() > 1e-6
 
 
-@pytest.mark.parametrize("method", METHODS)
+# ---- the search ----------------------------------------------------------------------------------------------------
+
+
+def searched(method):
+    return [row for row in json.loads(RECORD.read_text()) if row["method"] == method]
+
+
+@pytest.mark.parametrize("method", CHOSEN)
 def test_the_recorded_settings_are_the_best_of_the_recorded_search(method):
-    rows = [row for row in json.loads(RECORD.read_text()) if row["method"] == method]
-    longest = max(row["task"]["steps"] for row in rows)
-    best = min((row for row in rows if row["task"]["steps"] == longest), key=lambda row: row["held_out_loss"])
+    longest = max(row["task"]["steps"] for row in searched(method))
+    best = min((row for row in searched(method) if row["task"]["steps"] == longest), key=loss_of)
     assert json.loads(json.dumps(CHOSEN[method])) == best["settings"]
+
+
+@pytest.mark.parametrize("method", CHOSEN)
+def test_every_method_was_searched_as_long_and_on_the_same_task_as_adamw(method):
+    budgets = [Counter(json.dumps(row["task"]) for row in searched(name)) for name in (method, "adamw")]
+    assert budgets[0] == budgets[1]
+
+
+# ---- other people's ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", SPACES)
+def test_every_method_that_is_at_hand_trains_with_settings_of_its_space(method):
+    if problem := method in MODULES and why_missing(MODULES[method]):
+        pytest.skip(f"{method} is {problem}")
+    settings = arguments_of(points(method, 1)[0])
+    run, model = train(method, settings, TINY, standard_library(), evaluations=1)
+    torch.manual_seed(TINY.seed)
+    before = GPT(TINY)
+    assert not any(torch.equal(*pair) for pair in zip(model.parameters(), before.parameters(), strict=True))
+    assert all(0 < loss < 10 for loss in run.train) and run.state_bytes > 0
+
+
+@pytest.mark.parametrize("method", MODULES)
+def test_a_method_that_is_not_here_is_refused_before_anything_is_trained(method, monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(CHOSEN, method, {})
+    monkeypatch.setattr(sys, "argv", ["bench.demo", "--optimizers", "adamw", method])
+    with without_peers(tmp_path), pytest.raises(SystemExit):
+        parse()
+    message = capsys.readouterr().err
+    assert f"--optimizers {method}: not installed: {PEERS[MODULES[method]].how_to_install()}" in message
+
+
+# ---- the report ----------------------------------------------------------------------------------------------------
+
+
+def test_the_time_to_a_loss_lies_on_the_line_between_two_evaluations():
+    run = Run([0.0] * 20, {10: 4.0, 20: 3.0}, {10: 1.0, 20: 3.0}, 3.0)
+    assert [run.seconds_to(loss) for loss in (5.0, 4.0, 3.5, 3.0, 2.9)] == [1.0, 1.0, 2.0, 3.0, None]
+    slower = Run([0.0] * 20, {10: 9.0, 20: 3.5}, {10: 1.0, 20: 3.0}, 3.0)
+    assert seconds_to_baseline({"first": run, "slower": slower}) == {"first": 3.0, "slower": None}
+    assert seconds_to_baseline({"first": slower, "faster": run}) == {"first": 3.0, "faster": 2.0}

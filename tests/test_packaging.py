@@ -21,6 +21,10 @@ pytestmark = pytest.mark.skipif(
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ["pyproject.toml", "setup.py", "README.md", "LICENSE", "csrc", "rootfree_kernels", "triton_kernels"]
 BUILD_PRODUCTS = shutil.ignore_patterns("__pycache__", "*.so", "*.pyd", "_build.json")
+WHEEL_HOLDS = (
+    *("__init__.py", "py.typed", "_build.json", "triton_kernels/__init__.py"),
+    *("dispatch_tables/README.md", "dispatch_tables/a-device.json"),  # the latter is put into the copy of the tree
+)
 CHANGED = ("PYTHONPATH", "ROOTFREE_BUILD")  # environment variables that would change what is tested
 
 
@@ -56,6 +60,7 @@ def build_wheel(folder: Path, **environment: str) -> Path:
             shutil.copytree(ROOT / name, tree / name, ignore=BUILD_PRODUCTS)
         else:
             shutil.copy2(ROOT / name, tree / name)
+    (tree / "rootfree_kernels/dispatch_tables/a-device.json").write_text("{}")
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
     run(*pip, "wheel", "--no-build-isolation", "--no-deps", "-w", wheels, tree, cwd=folder, **environment)
     (wheel,) = wheels.glob("*.whl")
@@ -96,7 +101,7 @@ def test_wheel_holds_the_package_and_nothing_beside_it(wheel: Path) -> None:
     assert {name for name in top_level if not name.endswith(".dist-info")} == {"rootfree_kernels"}
 
 
-@pytest.mark.parametrize("name", ["__init__.py", "py.typed", "_build.json", "triton_kernels/__init__.py"])
+@pytest.mark.parametrize("name", WHEEL_HOLDS)
 def test_wheel_holds(wheel: Path, name: str) -> None:
     assert f"rootfree_kernels/{name}" in names(wheel)
 

@@ -238,6 +238,9 @@ TAKEN = [
     ((48, 32), {"precondition_frequency": 2}, True),
     ((16, 3, 2, 2), {"precondition_frequency": 2, "cache_products": False}, False),
     ((16, 3, 2, 2), {"cache_products": True}, True),
+    ((48, 32), {"packed_momentum": True}, False),
+    ((45, 31), {"packed_momentum": True}, False),
+    ((16, 3, 2, 2), {"packed_momentum": True}, True),
 ]
 
 

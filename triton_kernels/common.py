@@ -1,4 +1,4 @@
-"""What the kernels share: random bits, rounding, stored values, the walk over a triangle of tiles.
+"""What the kernels share: random bits, rounding, stored values, the walk over a triangle of tiles, sums of parts.
 
 Arithmetic is FP32. Every rounding to BF16 is done here, by integer operations, so that compiled kernels, Triton's
 interpreter and `rootfree_kernels.rounding` agree to the bit (the interpreter truncates where a GPU rounds).
@@ -169,3 +169,31 @@ def triangle_tile(t):
     row = tl.where(row * (row + 1) // 2 > t, row - 1, row)  # the square root may be off by a rounding
     row = tl.where((row + 1) * (row + 2) // 2 <= t, row + 1, row)
     return row, t - row * (row + 1) // 2
+
+
+# ---- what tiles leave of a norm ----------------------------------------------------------------------------------
+
+_PIECE = tl.constexpr(256)
+
+
+@triton.jit
+def sum_of_parts(x_ptr, count):
+    """Σ of `count` FP32 numbers, always in the same order."""
+    index = tl.arange(0, _PIECE)
+    total = tl.zeros((_PIECE,), dtype=tl.float32)
+    for start in range(0, count, _PIECE):
+        total += tl.load(x_ptr + start + index, mask=start + index < count, other=0.0)
+    return tl.sum(total)
+
+
+@triton.jit
+def largest_row_sum(x_ptr, tiles, n):
+    """The largest sum of a row whose `tiles` parts lie `n` apart; infinite where any is NaN (tl.max drops NaN)."""
+    index = tl.arange(0, _PIECE)
+    largest = tl.zeros((_PIECE,), dtype=tl.float32)
+    for start in range(0, n, _PIECE):
+        row = tl.zeros((_PIECE,), dtype=tl.float32)
+        for tile in range(tiles):
+            row += tl.load(x_ptr + tile * n + start + index, mask=start + index < n, other=0.0)
+        largest = tl.maximum(largest, tl.where(row == row, row, float("inf")))
+    return tl.max(largest)

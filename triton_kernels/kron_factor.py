@@ -13,22 +13,26 @@ is not enters the state. No launch depends on another one's order of programs, s
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from rootfree_kernels.packing import as_matrices, put_back
 from rootfree_kernels.rounding import SLOT_FACTOR_C, SLOT_FACTOR_K
 from rootfree_kernels.tables import draws, on_device
 from rootfree_kernels.triton_kernels.common import (
     effective_rounding,
     is_finite,
+    largest_row_sum,
     load_stored,
     only_if,
     random_key,
     round_nearest,
     store_rounded,
+    sum_of_parts,
     triangle_tile,
 )
 from rootfree_kernels.triton_kernels.configuration import Configuration
@@ -36,6 +40,7 @@ from rootfree_kernels.triton_kernels.kron_gather import MAX_PARTIAL_SUMS, PADDIN
 from rootfree_kernels.triton_kernels.launch import kernel, launch
 from rootfree_kernels.triton_kernels.products import (
     TILE_CONFIGS,
+    MakeProducts,
     make_products,
     pad_square,
     part_of_tile,
@@ -50,30 +55,6 @@ from rootfree_kernels.triton_kernels.products import (
 
 _SLOT_C, _SLOT_K = tl.constexpr(SLOT_FACTOR_C), tl.constexpr(SLOT_FACTOR_K)
 _PARTS = tl.constexpr(MAX_PARTIAL_SUMS)
-_CHUNK = tl.constexpr(256)
-
-
-@triton.jit
-def sum_of_parts(x_ptr, count):
-    """Σ of `count` FP32 numbers, always in the same order."""
-    index = tl.arange(0, _CHUNK)
-    total = tl.zeros((_CHUNK,), dtype=tl.float32)
-    for start in range(0, count, _CHUNK):
-        total += tl.load(x_ptr + start + index, mask=start + index < count, other=0.0)
-    return tl.sum(total)
-
-
-@triton.jit
-def largest_row_sum(x_ptr, tiles, n):
-    """The largest sum of a row whose `tiles` parts lie `n` apart; infinite where any is NaN (tl.max drops NaN)."""
-    index = tl.arange(0, _CHUNK)
-    largest = tl.zeros((_CHUNK,), dtype=tl.float32)
-    for start in range(0, n, _CHUNK):
-        row = tl.zeros((_CHUNK,), dtype=tl.float32)
-        for tile in range(tiles):
-            row += tl.load(x_ptr + tile * n + start + index, mask=start + index < n, other=0.0)
-        largest = tl.maximum(largest, tl.where(row == row, row, float("inf")))
-    return tl.max(largest)
 
 
 @kernel
@@ -264,7 +245,8 @@ def configurations() -> Iterator[Configuration]:
                 )
 
 
-def kron_factor(
+def kron_factor_by(
+    make_products: MakeProducts,
     factor_c: Tensor,
     factor_k: Tensor,
     momentum_c: Tensor,
@@ -288,7 +270,8 @@ def kron_factor(
 ) -> Tensor:
     """See `rootfree_kernels.eager.kron_factor`; `grad` and `squares` are those of this backend's `kron_gather`.
 
-    C, K, m_C and m_K have the dtype of `grad`, BF16 (or FP32, under Triton's interpreter).
+    `make_products` is launch 5: `products.make_products`, or what does the same in another way. C, K, m_C and
+    m_K have the dtype of `grad`, BF16 (or FP32, under Triton's interpreter).
     """
     device = grad.device
     num_blocks, p, d = len(grad), factor_c.shape[-1], factor_k.shape[-1]
@@ -296,7 +279,8 @@ def kron_factor(
     config = tile_config(p, d)
     row_sum = clip == "row_sum"
     # All memory is taken before anything changes.
-    state = [factor_c, factor_k, momentum_c, momentum_k, residual_c, residual_k]
+    momenta = [as_matrices(momentum_c, factor_c), as_matrices(momentum_k, factor_k)]
+    state = [factor_c, factor_k, *momenta, residual_c, residual_k]
     padded = [x if x is None else pad_square(x) for x in state]
     c, k, m_c, m_k, lo_c, lo_k = padded
     new_c, new_k, new_m_c, new_m_k = (torch.empty_like(x) for x in (c, k, m_c, m_k))
@@ -345,6 +329,11 @@ def kron_factor(
         if kept is not None and kept is not worked:
             n = kept.shape[-1]
             kept.copy_(worked[:, :n, :n])
+    put_back(momenta[0], momentum_c)
+    put_back(momenta[1], momentum_k)
     changed = [x for x in (*state, product_c, product_k) if x is not None]
     torch.autograd.graph.increment_version(changed)
     return ok
+
+
+kron_factor = partial(kron_factor_by, make_products)

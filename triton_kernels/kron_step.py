@@ -8,12 +8,14 @@ U = X·P_K,   buf ← α₁buf + U + κW,   W ← W − β₁buf                
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from rootfree_kernels import ranges
 from rootfree_kernels.blocks import matrix_view, tiles_of_numbers
 from rootfree_kernels.rounding import SLOT_WEIGHT
 from rootfree_kernels.tables import block_table, constant, draws, on_device, split_lr
@@ -32,6 +34,7 @@ from rootfree_kernels.triton_kernels.launch import kernel, launch
 from rootfree_kernels.triton_kernels.products import (
     SMALL,
     TILE_CONFIGS,
+    MakeProducts,
     make_products,
     pad_square,
     product_nn,
@@ -145,7 +148,8 @@ def configurations() -> Iterator[Configuration]:
                     )
 
 
-def kron_step(
+def kron_step_by(
+    make_products: MakeProducts,
     params: list[Tensor],
     buffers: list[Tensor],
     residuals: list[Tensor],
@@ -166,9 +170,13 @@ def kron_step(
     decoupled: bool,
     rounding: str,
 ) -> None:
-    """See `rootfree_kernels.eager.kron_step`; `grad` and `squares` are those of this backend's `kron_gather`."""
+    """See `rootfree_kernels.eager.kron_step`; `grad` and `squares` are those of this backend's `kron_gather`.
+
+    `make_products` is the launch of P_C and P_K: `products.make_products`, or what does the same in another way.
+    """
     device = grad.device
     num_blocks, p, d = len(grad), factor_c.shape[-1], factor_k.shape[-1]
+    ranges.phase("precondition")
     # All memory is taken before anything changes.
     c, k = pad_square(factor_c.to(grad.dtype)), pad_square(factor_k.to(grad.dtype))
     x = torch.empty_like(grad)
@@ -184,6 +192,8 @@ def kron_step(
         c, k = products
 
     torch.bmm(c, grad, out=x)
+
+    ranges.phase("apply")  # with U = X·P_K, which is in the same launch
     launch(
         kron_step_kernel,
         num_blocks * config.tiles(p) * config.tiles(d),
@@ -204,4 +214,8 @@ def kron_step(
         config.num_warps,
         config.num_stages,
     )
+    ranges.end_phase()
     torch.autograd.graph.increment_version([*params, *buffers, *residuals, skipped])
+
+
+kron_step = partial(kron_step_by, make_products)

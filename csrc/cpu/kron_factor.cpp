@@ -14,6 +14,7 @@
 #include <cmath>
 #include <vector>
 
+#include "packing.h"
 #include "products.h"
 #include "slices.h"
 #include "tensors.h"
@@ -29,7 +30,7 @@ struct Options {
   c10::string_view rounding;
 };
 
-// C or K of some blocks, and what belongs to it.
+// C or K of some blocks, and what belongs to it. The momentum may be packed.
 struct Side {
   at::Tensor factor, momentum;
   OptionalTensor residual, product;
@@ -84,9 +85,10 @@ at::Tensor new_momentum(const Side& side, const at::Tensor& a, const at::Tensor&
   const auto cols = static_cast<float>(a.size(2));
   const at::Tensor product = symmetric_product(a);
   const at::Tensor damping = o.damping != 0 ? symmetric_product(factor.mT()) : at::Tensor();
-  const at::Tensor result = at::empty_like(side.momentum);
+  const at::Tensor momentum = is_packed(side.momentum, side.factor) ? lower_triangles(side.momentum, n) : side.momentum;
+  const at::Tensor result = at::empty_like(momentum);
   std::vector<float> squares(num_blocks * per_block), rows(o.row_sum ? num_blocks * tiles * n : 0);
-  const Numbers products = numbers_of(product), old = numbers_of(side.momentum), target = numbers_of(result);
+  const Numbers products = numbers_of(product), old = numbers_of(momentum), target = numbers_of(result);
   const Numbers dampings = damping.defined() ? numbers_of(damping) : Numbers{nullptr, Dtype::f32};
 
   for_lower_tiles(num_blocks, n, [&](int64_t block, int64_t tile, int64_t row, int64_t col) {
@@ -122,6 +124,7 @@ void move(const Side& side, const at::Tensor& momentum, const std::vector<float>
   int16_t* residuals = side.residual ? side.residual->mutable_data_ptr<int16_t>() : nullptr;
   constexpr int64_t share = 1 << 14;
   const int64_t shares = (size + share - 1) / share;
+  const bool packed = is_packed(side.momentum, side.factor);
   at::parallel_for(0, side.factor.size(0) * shares, 2, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t block = i / shares, first = i % shares * share, length = std::min(share, size - first);
@@ -132,9 +135,14 @@ void move(const Side& side, const at::Tensor& momentum, const std::vector<float>
       const uint32_t key = mode == Rounding::stochastic ? draws.key(first_block + block, side.slot) : 0;
       const Stored factor{factors.from(start), residuals ? residuals + start : nullptr, mode, key};
       k.move_factor(factor, products.from(start), static_cast<uint32_t>(first), length, scales[block]);
-      std::memcpy(old.from(start).data, fresh.from(start).data, length * side.momentum.element_size());
+      if (!packed) {
+        std::memcpy(old.from(start).data, fresh.from(start).data, length * side.momentum.element_size());
+      }
     }
   });
+  if (packed) {
+    pack(momentum, ok, side.momentum);
+  }
   if (side.product) {
     symmetric_product(side.factor.to(side.product->scalar_type()), *side.product);
   }
@@ -184,6 +192,8 @@ at::Tensor kron_factor(const at::Tensor& factor_c, const at::Tensor& factor_k, c
     check_contiguous("the state of a factor", x);
   }
   check_contiguous("squares", squares);
+  is_packed(momentum_c, factor_c);  // an error of a shape comes before anything changes
+  is_packed(momentum_k, factor_k);
   const int64_t num_blocks = grad.size(0);
   const Options options{static_cast<float>(batch_size),
                         static_cast<float>(beta2),

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rootfree_kernels import ranges
 from rootfree_kernels import rounding as rnd
 from rootfree_kernels.blocks import blocks_of, tiles_of_numbers
 from rootfree_kernels.eager.clipped_momentum import clipped_momentum
 from rootfree_kernels.eager.common import WIDE, Stored, as_scalar, heavy_ball_, wide
+from rootfree_kernels.packing import as_matrices, put_back
 
 CACHE_NUMBERS = 1 << 18
 """Numbers of G that a CPU works on at a time: half a dozen FP32 tensors of this size (6 MiB) stay near a core."""
@@ -151,7 +153,8 @@ def kron_factor(
 
     (Lin et al., ICML 2024, Fig. 5 right and Fig. 7, with the factor C in front of m_C that its caption lost.)
     Products are taken in the dtype of `grad`. Where P_C = CCᵀ and P_K = KKᵀ are given, they are made anew. A block
-    with a non-finite norm stays as it was, and its `ok` is False. `squares` is what `kron_gather` handed out.
+    with a non-finite norm stays as it was, and its `ok` is False. `squares` is what `kron_gather` handed out. m_C and
+    m_K have the shapes of C and K, or are packed (`rootfree_kernels.packing`).
     """
     parts = cache_slices(len(grad), grad.shape[1], grad.shape[2], grad.device)
     if len(parts) > 1:
@@ -171,16 +174,19 @@ def kron_factor(
         curvature_step(a, c, k, batch_size, damping, gamma),
         curvature_step(a.mT, k, c, batch_size, damping, gamma),
     ]
-    clips = clipped_momentum([momentum_c, momentum_k], deltas, found_inf, riemannian_momentum, clip)
+    momenta = [as_matrices(momentum_c, factor_c), as_matrices(momentum_k, factor_k)]
+    clips = clipped_momentum(momenta, deltas, found_inf, riemannian_momentum, clip)
     sides = (
-        (factor_c, residual_c, momentum_c, product_c, rnd.SLOT_FACTOR_C),
-        (factor_k, residual_k, momentum_k, product_k, rnd.SLOT_FACTOR_K),
+        (factor_c, residual_c, momenta[0], product_c, rnd.SLOT_FACTOR_C),
+        (factor_k, residual_k, momenta[1], product_k, rnd.SLOT_FACTOR_K),
     )
     for (factor, residual, momentum, product, slot), clip_factor in zip(sides, clips, strict=True):
         draw = rnd.BlockBits(seeds, steps, slot, factor[0].numel())
         move_factor(Stored(factor, residual, rounding, draw), momentum, beta2 * clip_factor, grad.dtype)
         if product is not None:
             gram(factor.to(product.dtype), out=product)
+    put_back(momenta[0], momentum_c)
+    put_back(momenta[1], momentum_k)
     return clips[0] > 0
 
 
@@ -233,6 +239,7 @@ def kron_step(
         some = part_of((*blocks, skipped, factor_c, factor_k, grad, ok, seeds, steps), part)
         arguments = [*some, lr, found_inf, cached, momentum, weight_decay, decoupled, rounding]
         _step_blocks(*arguments)
+    ranges.end_phase()
 
 
 def _step_blocks(
@@ -255,6 +262,7 @@ def _step_blocks(
     rounding: str,
 ) -> None:
     """`kron_step` of as many blocks as are worked on at a time."""
+    ranges.phase("precondition")
     finite = torch.linalg.vector_norm(wide(grad), dim=(-2, -1)) < torch.inf
     if ok is not None:
         finite = finite & ok
@@ -263,6 +271,8 @@ def _step_blocks(
     skipped.add_(~finite)
 
     direction = wide(precondition_(factor_c, factor_k, cached, grad))
+
+    ranges.phase("apply")
     draw = rnd.BlockBits(seeds, steps, rnd.SLOT_WEIGHT, grad[0].numel())
     weight = _as_batch(params, residuals, rounding, draw)
     buffer = _as_batch(buffers, [], "nearest", draw)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from rootfree_kernels import ops
+from rootfree_kernels import ops, ranges
 from rootfree_kernels.backends import is_captured
 from rootfree_kernels.optim.layout import Entry, Group, is_pair, state_dtype
 from rootfree_kernels.optim.options import check_options, check_param
@@ -37,6 +37,8 @@ class Shared(NamedTuple):
     lr: Tensor
     grad_scale: Tensor | None
     found_inf: Tensor | None
+    marked: bool
+    """Whether a profiler wants to know where phases begin."""
 
 
 class RootFreeOptimizer(PlannedOptimizer):
@@ -106,17 +108,18 @@ class RootFreeOptimizer(PlannedOptimizer):
 
     @torch.compiler.disable(reason="a step is traced where every group has capturable=True and nothing is amiss")
     def _step_all(self) -> None:
-        every = self._ready()
-        if any(is_captured(plan.device) and not group["capturable"] for group, plan, _ in every):
-            raise RuntimeError(
-                "capturable=False in a step that a CUDA graph captures: its count of steps stays on the host, so that "
-                "every replay would take the same step; pass capturable=True."
-            )
-        reserve(ready.plan for ready in every)
-        for group, plan, grads in every:
-            with without_autocast(plan):
-                self._step_plan(group, plan, grads)
-            plan.note_versions()
+        with ranges.step(f"{type(self).__name__}.step"):
+            every = self._ready()
+            if any(is_captured(plan.device) and not group["capturable"] for group, plan, _ in every):
+                raise RuntimeError(
+                    "capturable=False in a step that a CUDA graph captures: its count of steps stays on the host, so "
+                    "that every replay would take the same step; pass capturable=True."
+                )
+            reserve(ready.plan for ready in every)
+            for group, plan, grads in every:
+                with without_autocast(plan):
+                    self._step_plan(group, plan, grads)
+                plan.note_versions()
 
     @torch.compiler.assume_constant_result
     def _trace_number(self) -> int | None:
@@ -159,12 +162,17 @@ class RootFreeOptimizer(PlannedOptimizer):
 
     def _step_plan(self, group: Group, plan: Plan, grads: list[Tensor]) -> None:
         """Step the parameters of a plan. This, in essence, is what `torch.compile` traces."""
-        shared = Shared(lr_scalar(group["lr"]), *self._amp(plan.device))
+        marked = not torch.compiler.is_compiling() and ranges.listened
+        shared = Shared(lr_scalar(group["lr"]), *self._amp(plan.device), marked)
         for part, where, steps in zip(plan.parts, plan.slices, plan.steps(), strict=True):
+            if marked:
+                ranges.batch(part.label)
             if isinstance(part, Diagonal):
                 self._step_diagonal(group, part, grads[where], steps, shared)
             else:
                 self._step_matrices(group, part, grads[where], steps, shared)
+        if marked:
+            ranges.end_batch()
         plan.count_step()
 
     def _diagonal_layout(self, param: Tensor, group: Group) -> dict[str, Entry]:
@@ -187,6 +195,8 @@ class RootFreeOptimizer(PlannedOptimizer):
         return grad_scale, found_inf
 
     def _step_diagonal(self, group: Group, part: Diagonal, grads: list[Tensor], steps: Tensor, shared: Shared) -> None:
+        if shared.marked:
+            ranges.phase("apply")
         ops.run(
             "rf_rmsprop",
             part.params,

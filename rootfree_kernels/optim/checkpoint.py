@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from rootfree_kernels.optim.layout import Entry, Group
+from rootfree_kernels.optim.layout import Entry, Group, layout_options
 from rootfree_kernels.optim.options import RULES
 
 
@@ -90,7 +90,10 @@ class CheckpointedOptimizer(Optimizer):
             for key, entry in layout.items():
                 shape = tuple(state[key].shape)
                 if shape != entry.shape:
-                    raise ValueError(f"state_dict has {key} {shape} for {entry.shape}: load one of the same model.")
+                    raise ValueError(
+                        f"state_dict has {key} {shape} for {entry.shape}: load one of the same model, whose state "
+                        f"belongs to its options ({layout_options(group)})."
+                    )
 
     def _restore_tensors(self, state_dict: Mapping[str, Any]) -> None:
         """Undo the casts of `Optimizer.load_state_dict`, which gives all state the parameter's dtype."""

@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rootfree_kernels.backends import FactorDtypes, choose, implementation, matmul_dtype
+from rootfree_kernels.backends import FactorDtypes, implementation, matmul_dtype
 from rootfree_kernels.blocks import Tile
+from rootfree_kernels.dispatch import for_matrices
 from rootfree_kernels.optim.layout import Entry, Group, arithmetic_dtype, is_pair
+from rootfree_kernels.packing import packed_shape
 
 MAX_BATCH_NUMBERS = 1 << 26
 """Numbers of G in a batch. It bounds a step's temporary memory, which is a few times as large."""
@@ -41,9 +43,11 @@ class FactorBatch:
         self.members = list(members)
         param = members[0].param
         self.device, self.block_shape = param.device, members[0].tile.block_shape
-        self.backend = choose(param.device, arithmetic_dtype(param, group), group["fused"], factor_dtypes(group))
+        kind = (param.device, arithmetic_dtype(param, group), group["fused"], factor_dtypes(group))
+        self.backend = for_matrices(*kind, self.block_shape, len(seeds))
         default = matmul_dtype(group["factor_dtype"], param.device, self.backend)
         self.matmul_dtype: torch.dtype = group["matmul_dtype"] or default
+        self.packs_momenta: bool = group["packed_momentum"]
         self.storage: dict[str, Tensor] = {}
         self.products: dict[str, Tensor] = {}
         self.seeds = torch.tensor(seeds, dtype=torch.int32, device=self.device)
@@ -165,7 +169,7 @@ def tile_layout(tile: Tile, group: Group) -> dict[str, Entry]:
     for side, size in zip("ck", tile.block_shape, strict=True):
         shape = (count, size, size)
         layout[f"factor_{side}"] = Entry(shape, dtype)
-        layout[f"momentum_{side}"] = Entry(shape, dtype)
+        layout[f"momentum_{side}"] = Entry((count, *packed_shape(size)) if group["packed_momentum"] else shape, dtype)
         if is_pair(dtype, group["rounding"]):
             layout[f"residual_{side}"] = Entry(shape, torch.int16)
     return layout

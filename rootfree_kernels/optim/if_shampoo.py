@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT, required
 
-from rootfree_kernels import ops
+from rootfree_kernels import ops, ranges
 from rootfree_kernels.backends import FactorDtypes, makes_products
 from rootfree_kernels.blocks import Tile, tiles
 from rootfree_kernels.optim.base import RootFreeOptimizer, Shared
@@ -58,6 +58,10 @@ class IFShampoo(RootFreeOptimizer):
             factors of its own. None leaves matrices whole. Smaller blocks cost less: an update of n × n is 24n³.
         cache_products: keep CCᵀ and KKᵀ between updates, which halves the work of the other steps. None: where T is
             not 1; False saves the memory.
+        packed_momentum: store the symmetric m_C and m_K as one triangle each, n(n+1)/2 numbers instead of n² (LAPACK's
+            rectangular full packed format, see `rootfree_kernels.packing`). An update unpacks them, a batch at a time,
+            and packs them again. With BF16 factors, `state_dtype=torch.bfloat16` and `cache_products=False` the state
+            of a square block then takes 8 + 2/n bytes a weight instead of 12, or 16 with products.
         factor_dtype: of C, K and m: torch.bfloat16, torch.float32 or torch.float64.
         matmul_dtype: in which the factors are multiplied; None: `factor_dtype`, but FP32 where a CPU multiplies BF16
             slowly.
@@ -74,9 +78,9 @@ class IFShampoo(RootFreeOptimizer):
             or its value is built in. Needs T = 1.
 
     State of a matrix: `step`, `momentum_buffer`, and for its n blocks of one shape `factor_c` [n, p, p], `factor_k`
-    [n, d, d], `momentum_c`, `momentum_k`, `skipped` [n], and int16 `residual_c`, `residual_k` where rounding is
-    compensated (also `weight_residual`, for BF16 weights). Where blocks differ in shape, further names end in .1, .2
-    and .3.
+    [n, d, d], `momentum_c`, `momentum_k` (the same; packed [n, p + 1, p/2] for even p, [n, p, (p + 1)/2] for odd p, and
+    likewise for d), `skipped` [n], and int16 `residual_c`, `residual_k` where rounding is compensated (also
+    `weight_residual`, for BF16 weights). Where blocks differ in shape, further names end in .1, .2 and .3.
 
     A block with a non-finite gradient, or one so large that its square overflows, is left out of the step, whole, and
     counted in `skipped`; the next step goes on.
@@ -103,6 +107,7 @@ class IFShampoo(RootFreeOptimizer):
         structure: str = "dense",
         max_preconditioner_dim: int | None = 1024,
         cache_products: bool | None = None,
+        packed_momentum: bool = False,
         factor_dtype: torch.dtype = torch.bfloat16,
         matmul_dtype: torch.dtype | None = None,
         state_dtype: torch.dtype | None = None,
@@ -163,6 +168,8 @@ class IFShampoo(RootFreeOptimizer):
 
     def _step_matrices(self, group: Group, part: Matrices, grads: list[Tensor], steps: Tensor, shared: Shared) -> None:
         batch = part.batch
+        if shared.marked:
+            ranges.phase("gather")
         blocks = batch.part(part.blocks)
         if part.update and makes_products(batch.backend) and not batch.products:
             blocks = {**blocks, **batch.empty_products(len(blocks["skipped"]))}
@@ -179,6 +186,8 @@ class IFShampoo(RootFreeOptimizer):
         )
         ok = None
         if part.update:
+            if shared.marked:
+                ranges.phase("factor update")
             ok = ops.run(
                 "kron_factor",
                 blocks["factor_c"],
@@ -221,6 +230,8 @@ class IFShampoo(RootFreeOptimizer):
         if not part.flat:  # a contiguous weight, or one of two axes, is cut as it is; others are copied and back
             matrices = [p if p.dim() == 2 or p.is_contiguous() else p.contiguous() for p in part.params]
         source = "product" if "product_c" in blocks else "factor"
+        if shared.marked:
+            ranges.end_phase()  # the operator has two of its own
         ops.run(
             "kron_step",
             matrices,

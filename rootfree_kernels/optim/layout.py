@@ -21,8 +21,8 @@ class Entry(NamedTuple):
 
 
 LAYOUT_OPTIONS = (
-    *("structure", "max_preconditioner_dim", "factor_dtype", "state_dtype", "rounding", "weight_rounding"),
-    *("seed", "foreach"),
+    *("structure", "max_preconditioner_dim", "factor_dtype", "packed_momentum", "state_dtype"),
+    *("rounding", "weight_rounding", "seed", "foreach"),
 )
 
 
@@ -34,6 +34,11 @@ def difference_of(state: Mapping[str, Tensor], layout: Mapping[str, Entry], devi
         if kept.get(name) != wanted.get(name):
             return f"{name} is {kept.get(name)} and should be {wanted.get(name)}"
     return ""
+
+
+def layout_options(group: Group) -> str:
+    """The options in messages that a group's state is made for."""
+    return ", ".join(f"{name}={group[name]}" for name in LAYOUT_OPTIONS if name in group)
 
 
 def label_of(group: Group, index: int) -> str:

@@ -76,6 +76,7 @@ RULES: dict[str, Rule] = {
         Rule(_is_count, "pass the longest side of a block, 1 or more"), "to leave matrices whole"
     ),
     "cache_products": _MAYBE_FLAG,
+    "packed_momentum": _FLAG,
     "factor_dtype": _one_of(FACTOR_DTYPES),
     "matmul_dtype": _none_or(_one_of(FACTOR_DTYPES), "for the faster one on the device"),
     "state_dtype": _none_or(_one_of(FACTOR_DTYPES), "for FP32 (FP64 for FP64 parameters)"),

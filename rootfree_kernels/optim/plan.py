@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rootfree_kernels.backends import choose
 from rootfree_kernels.blocks import Tile
+from rootfree_kernels.dispatch import for_diagonal
 from rootfree_kernels.optim.factor_batch import FactorBatch, make_batches, tile_numbers
 from rootfree_kernels.optim.layout import Group, arithmetic_dtype, is_pair, needs_bits, state_dtype
 from rootfree_kernels.optim.workspace import workspace
@@ -62,6 +62,11 @@ class Diagonal(NamedTuple):
     backend: str
     owners: list[int]  # for each tensor its parameter's row in the counts; none where no random bits are drawn
 
+    @property
+    def label(self) -> str:
+        """What profilers call it."""
+        return f"diagonal step of {len(self.params)} tensor{'s' * (len(self.params) != 1)}"
+
 
 class Matrices(NamedTuple):
     """Members of a batch of blocks that are stepped together: all with, or all without an update of their factors."""
@@ -75,6 +80,13 @@ class Matrices(NamedTuple):
     update: bool
     flat: bool  # whether all parameters have two axes
     owners: list[int]  # as above, for each block
+
+    @property
+    def label(self) -> str:
+        """What profilers call it."""
+        rows, cols = self.batch.block_shape
+        num_blocks = sum(down * across for down, across in zip(self.tiles[1::4], self.tiles[3::4], strict=True))
+        return f"{num_blocks} block{'s' * (num_blocks != 1)} of {rows}x{cols}"
 
 
 class DeviceState:
@@ -248,7 +260,7 @@ def _diagonal(params: list[Tensor], rows: Mapping[Tensor, int], states: Any, gro
         entries("square_residual") if is_pair(*stored[0]) else [],
         entries("weight_residual") if is_pair(*stored[1]) else [],
         torch.tensor([seed_of(param, 0) for param in params], dtype=torch.int32, device=first.device),
-        choose(first.device, arithmetic_dtype(first, group), group["fused"]),
+        for_diagonal(params, arithmetic_dtype(first, group), group["fused"]),
         [rows[param] for param in params] if any(needs_bits(*kind) for kind in stored) else [],
     )
 

@@ -11,10 +11,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rootfree_kernels import dispatch
 from rootfree_kernels.backends import FactorDtypes, choose, is_captured
 from rootfree_kernels.blocks import Tile
 from rootfree_kernels.optim.checkpoint import CheckpointedOptimizer
-from rootfree_kernels.optim.layout import LAYOUT_OPTIONS, Group, arithmetic_dtype, difference_of, label_of
+from rootfree_kernels.optim.layout import (
+    LAYOUT_OPTIONS,
+    Group,
+    arithmetic_dtype,
+    difference_of,
+    label_of,
+    layout_options,
+)
 from rootfree_kernels.optim.options import RULES, check_lr, check_options, grad_problem
 from rootfree_kernels.optim.plan import Basis, DeviceState, Plan, kinds
 from rootfree_kernels.rounding import block_seed
@@ -132,24 +140,25 @@ class PlannedOptimizer(CheckpointedOptimizer):
         for index, param in enumerate(group["params"]):
             state = self.state.get(param)
             if state and (difference := difference_of(state, self._layout(param, group), param.device)):
-                options = ", ".join(f"{name}={group[name]}" for name in LAYOUT_OPTIONS if name in group)
                 raise ValueError(
-                    f"{label_of(group, index)} of {param.dtype} on {param.device} with {options}: its state was made "
-                    f"for others ({difference}). Set them before the first step, or make a new optimizer."
+                    f"{label_of(group, index)} of {param.dtype} on {param.device} with {layout_options(group)}: its "
+                    f"state was made for others ({difference}). Set them before the first step, or make a new "
+                    "optimizer."
                 )
 
     def _check_backends(self, params: list[Tensor], group: Group) -> None:
-        """Raise where a backend was asked for that cannot serve."""
+        """Raise where a backend was asked for that cannot serve, or a dispatch table cannot be read."""
         kinds = {(p.device, arithmetic_dtype(p, group), self._factor_dtypes(p, group)) for p in params}
         for device, dtype, factors in kinds:
             choose(device, dtype, group["fused"], factors)
+            dispatch.check(device, group["fused"])
 
     # ---- what differs between optimizers --------------------------------------------------------------------------
 
     def _layout_key(self, group: Group) -> Any:
         """All options that decide what the state looks like, how it is batched and by which backend it is stepped."""
         options = map(group.get, (*LAYOUT_OPTIONS, "fused", "capturable", "matmul_dtype"))
-        return *options, os.environ.get("ROOTFREE_BACKEND")
+        return *options, os.environ.get("ROOTFREE_BACKEND"), os.environ.get("ROOTFREE_DISPATCH")
 
     def _tiles(self, param: Tensor, group: Group) -> list[Tile]:
         """The blocks of a parameter, none where it takes the diagonal step."""

@@ -34,6 +34,8 @@ def workspace(part: Matrices) -> list[int]:
     numbers = [grad, grad]  # G and X
     if part.update:
         numbers += [grad, *factors * 2, *copies * 4]  # A; new factors and momenta; the old ones
+        if batch.packs_momenta:
+            numbers += [count * p * p, count * d * d, (max(p8, d8) // 2) ** 2]  # unpacked; conditions, of a byte each
     if not batch.products:
         numbers += factors
     numbers += copies  # the products

@@ -1,0 +1,176 @@
+"""The phases of a step: what each has to do, and tables of how fast it did it.
+
+Operations and bytes are those of the launches of `bench.gpt2`, each of which reads its inputs and writes its outputs
+once; products are counted as the backend takes them.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from bench.gpt2 import Work, diagonal_bytes, step_stages, update_stages
+from bench.gpu_report import Row, cell, number
+from bench.gpu_timing import Timing
+from bench.step_trace import Names, Step
+from rootfree_kernels.backends import makes_products
+from rootfree_kernels.optim.plan import Diagonal, Matrices
+
+UPDATE, OTHER, ANY = "Steps with an update of the factors", "Steps without", "Steps"
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What this device copies, in bytes read and written a second, and multiplies, in operations a second by dtype."""
+
+    bandwidth: float
+    products: Mapping[torch.dtype, float]
+
+
+@dataclass(frozen=True)
+class Task:
+    """The work of a phase, and the dtype of its products."""
+
+    work: Work
+    dtype: torch.dtype
+
+    def __add__(self, other: Task) -> Task:
+        return Task(self.work + other.work, self.dtype if self.work.flops else other.dtype)
+
+
+# ---- work --------------------------------------------------------------------------------------------------------
+
+
+def tasks_of(optimizer: Optimizer) -> dict[bool, dict[Names, Task]]:
+    """What the phases of a step have to do, by batch and phase: of one with (True) and one without an update of the
+    factors, as far as the optimizer, of one group on one device, has taken any."""
+    found: dict[bool, dict[Names, Task]] = {}
+    for basis in optimizer._bases.values():  # type: ignore[attr-defined]
+        for plan in (plan for state in basis.device_states for plan in state.plans.values()):
+            updates = any(isinstance(part, Matrices) and part.update for part in plan.parts)
+            tasks = found[updates] = {}
+            for part in plan.parts:
+                phases = _diagonal(part) if isinstance(part, Diagonal) else _matrices(part)
+                for phase, task in phases.items():
+                    names = (part.label, phase)
+                    tasks[names] = tasks[names] + task if names in tasks else task
+    return found
+
+
+def _diagonal(part: Diagonal) -> dict[str, Task]:
+    kinds = (part.params[0].dtype, part.params[0].grad.dtype, part.squares[0].dtype)  # type: ignore[union-attr]
+    work = Work(0, diagonal_bytes(*kinds) * sum(param.numel() for param in part.params))
+    return {"apply": Task(work, torch.float32)}
+
+
+def _matrices(part: Matrices) -> dict[str, Task]:
+    """The phases of a batch. Kernels of Triton take the second product of a step together with what follows it."""
+    p, d = part.batch.block_shape
+    dtype, weight = part.batch.matmul_dtype, part.params[0]
+    size, grad_bytes = dtype.itemsize, weight.grad.element_size()  # type: ignore[union-attr]
+    update = update_stages(p, d, grad_bytes, size)
+    step = step_stages(p, d, grad_bytes, weight.element_size(), size)
+    has_products = bool(part.batch.products) or makes_products(part.batch.backend)
+    second = Work(2 * d * p * d, size * (2 * p * d + d * d))
+    if part.batch.backend.startswith("triton"):
+        phases = {"precondition": step["P_C·G"], "apply": step["step"]}
+    else:
+        both = (step["P_C·G"] + second) * (1 if has_products else 2)  # without P_C and P_K four products
+        rest = Work(0, step["step"].bytes - size * d * d)  # U is read in the place of X
+        phases = {"precondition": both, "apply": rest, "precondition and apply": both + rest}
+    phases["gather"] = (update if part.update else step)["gather"]
+    if part.update:
+        stages = ["CᵀG", "·K", "momentum", "factor", *(["products"] if has_products else [])]
+        phases["factor update"] = sum((update[stage] for stage in stages), Work())
+    num_blocks = int(part.label.split()[0])
+    return {phase: Task(work * num_blocks, dtype) for phase, work in phases.items()}
+
+
+# ---- tables ------------------------------------------------------------------------------------------------------
+
+
+def rows_of(found: Sequence[Step], optimizer: Optimizer, rates: Rates, on_device: bool) -> list[Row]:
+    """A table for steps with an update and one for steps without, where there are both."""
+    tasks, rows = tasks_of(optimizer), []
+    for update in (True, False):
+        some = [step for step in found if step.has("factor update") == update]
+        if some:
+            table = (UPDATE if update else OTHER) if some[0].has("gather") else ANY
+            rows += [
+                Row(table, _case(names), _cells(names, some, tasks[update], rates, on_device))
+                for names in some[-1].host
+            ]
+    return rows
+
+
+def _case(names: Names) -> str:
+    return " / ".join(names) or "whole step"
+
+
+def _cells(
+    names: Names, some: Sequence[Step], tasks: Mapping[Names, Task], rates: Rates, on_device: bool
+) -> dict[str, Any]:
+    times, counts = ("device", "kernels") if on_device else ("host", "operators")
+    timing = Timing.of([getattr(step, times)[names] for step in some])
+    cells: dict[str, Any] = {"µs": timing}
+    if on_device:
+        cells["µs of the host"] = Timing.of([step.host[names] for step in some])
+    cells[counts] = statistics.median_low(getattr(step, counts)[names] for step in some)
+    within = [tasks[other] for other in some[-1].host if other in tasks and other[: len(names)] == names]
+    return cells | (_speeds(sum(within[1:], within[0]), timing, rates) if within else {})
+
+
+def _speeds(task: Task, timing: Timing, rates: Rates) -> dict[str, Any]:
+    seconds = max(timing.median, 1e-3) * 1e-6
+    bandwidth, rate = task.work.bytes / seconds, task.work.flops / seconds
+    cells = {"GB/s": bandwidth / 1e9, "of the copy": bandwidth / rates.bandwidth}
+    if rate:
+        cells |= {"TFLOP/s": rate / 1e12, "of the product": rate / rates.products[task.dtype]}
+    return cells
+
+
+NOTES = {
+    True: "µs: between start and end of each kernel on the device, added up, without the gaps before it; median of the "
+    "steps (10th–90th percentile). µs of the host: in the range, profiler included.",
+    False: "µs: of the calling thread in the range, profiler included; median of the steps (10th–90th percentile). "
+    "Operators: of PyTorch, in the calling thread, those that call no other one.",
+}
+"""By whether there are kernels on a device."""
+
+WORK = (
+    "GB/s and TFLOP/s: bytes and operations that the launches have to move and to do (`bench/gpt2.py`), over the time; "
+    "beside them the fraction of what `copy_` and a matrix product of the same dtype reached in this run."
+)
+
+
+def markdown(record: Mapping[str, Any], rows: Sequence[Row], rates: Rates, on_device: bool) -> str:
+    """The tables, and where they come from."""
+    products = ", ".join(f"{number(rate / 1e12)} TFLOP/s in {dtype}" for dtype, rate in rates.products.items())
+    lines = [
+        f"# {record['optimizer']}, {record['model']}, T = {record['frequency']}, on {record['device']}",
+        "",
+        f"`{record['command']}`, {record['date']}, commit {record['commit']}, torch {record['torch']}, "
+        f"{record['threads']} threads; {record['steps']} steps.",
+        f"This device copies {number(rates.bandwidth / 1e9)} GB/s (read and written) and multiplies {products}.",
+        "",
+        *(NOTES[on_device], WORK, ""),
+    ]
+    for table in dict.fromkeys(row.table for row in rows):
+        lines += [f"## {table}", "", *_table([row for row in rows if row.table == table]), ""]
+    return "\n".join(lines)
+
+
+def _table(rows: Sequence[Row]) -> list[str]:
+    columns = list(dict.fromkeys(column for row in rows for column in row.cells))
+    lines = [["", *columns], ["---"] * (len(columns) + 1)]
+    lines += [[row.case, *(_text(row.cells[x]) if x in row.cells else "" for x in columns)] for row in rows]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def _text(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else cell(value)

@@ -1,0 +1,144 @@
+"""A clock that stands still, optimizers whose steps move it by a known time, and machines without other people's
+packages: with them a benchmark can be held to what it must report."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench import contest, peers, plots, scaling, training
+from bench.optimizers import ENTRIES, Entry
+
+
+class FakeClock:
+    """µs that pass only when an optimizer makes them pass; `lead` and `late` show and decide what a GPU would do."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.leads: list[float] = []
+        self.late = False
+        """Whether the device has begun with a step before all of it was queued."""
+
+    def mark(self) -> float:
+        return self.now
+
+    def elapsed(self, start: float, end: float) -> float:
+        return end - start
+
+    def synchronize(self) -> None:
+        pass
+
+    def lead(self, microseconds: float) -> None:
+        self.leads.append(microseconds)
+
+    def reached(self, mark: float) -> bool:
+        return self.late
+
+    def seconds(self) -> float:
+        return self.now / 1e6
+
+
+def stopped_clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
+    """The one clock of everything that times contestants."""
+    clock = FakeClock()
+    for module in (contest, scaling, training):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=clock.seconds))
+    return clock
+
+
+Cost = Callable[[int], float]
+"""µs of a step by its number."""
+
+
+class FakeOptimizer(torch.optim.Optimizer):
+    """Takes the time it is told to, and remembers the gradients that it saw."""
+
+    def __init__(self, params: Any, clock: FakeClock, cost: Cost, name: str = "", log: Any = None) -> None:
+        super().__init__(params, {})
+        self.clock, self.cost, self.name, self.log = clock, cost, name, log
+        self.number = 0
+        self.seen: list[list[float]] = []
+
+    def step(self, closure: Any = None) -> None:
+        params: list[Tensor] = [param for group in self.param_groups for param in group["params"]]
+        self.seen.append([x for param in params if param.grad is not None for x in param.grad.flatten().tolist()])
+        self.clock.now += self.cost(self.number)
+        self.number += 1
+        if self.log is not None:
+            self.log.append(self.name)
+
+
+def two_costs(update: float, other: float, update_at: int, period: int) -> Cost:
+    return lambda number: update if number % period == update_at % period else other
+
+
+def fake_entry(name: str, clock: FakeClock, cost: Cost | None = None, log: Any = None, **changes: Any) -> Entry:
+    """An entry of a fake; without a cost, updates take 700 µs and other steps 100."""
+    update_at = changes.get("update_at", 0)
+
+    def make(params: Sequence[Any], period: int, block: int) -> FakeOptimizer:
+        chosen = cost or two_costs(700.0, 100.0, update_at, period)
+        return FakeOptimizer(params, clock, chosen, name, log)
+
+    return Entry(name, changes.pop("family", "IFShampoo"), partial(make), **changes)
+
+
+def failing_at(number: int, cost: float = 100.0) -> Cost:
+    """The cost of steps of which one raises."""
+
+    def of(step: int) -> float:
+        if step == number:
+            raise RuntimeError(f"broken in step {number}")
+        return cost
+
+    return of
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Leaves the global generator alone, and does not search for garbage in what was there before, which takes longer
+    than all that is measured in a test."""
+    gc.collect()
+    gc.freeze()
+    with torch.random.fork_rng():
+        yield
+    gc.unfreeze()
+
+
+@contextmanager
+def in_place_of_all(*entries: Entry) -> Iterator[None]:
+    """These entries alone are known."""
+    kept = dict(ENTRIES)
+    ENTRIES.clear()
+    ENTRIES.update({entry.name: entry for entry in entries})
+    yield
+    ENTRIES.clear()
+    ENTRIES.update(kept)
+
+
+@contextmanager
+def without_peers(folder: Path) -> Iterator[None]:
+    """As on a machine where no peer is installed, with an empty folder for checkouts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(peers, "CHECKOUTS", folder)
+        for module in peers.PEERS:
+            patch.setitem(sys.modules, module, None)
+        peers.find.cache_clear()
+        yield
+    peers.find.cache_clear()
+
+
+def no_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where matplotlib is not installed."""
+    find_spec = plots.find_spec
+    monkeypatch.setattr(plots, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name))

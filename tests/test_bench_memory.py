@@ -1,0 +1,292 @@
+"""What `bench.run` counts of a step: bytes that are kept, bytes that are taken on the way, launches, and the least that
+the step could take; against numbers by hand."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import OrderedDict, deque
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from bench import roofline
+from bench.launches import count_launches
+from bench.memory import peak_bytes, state_bytes, storage_bytes, tensors_of
+from bench.optimizers import ENTRIES, WHOLE
+from bench.roofline import Roofline, work_of
+from bench.workloads import Workload
+from rootfree_kernels import eager
+
+CPU = torch.device("cpu")
+FP32, BF16 = torch.float32, torch.bfloat16
+
+# ---- bytes that are kept -------------------------------------------------------------------------------------------
+
+SIDE = 256
+SQUARE = SIDE * SIDE
+SMALL = 64
+"""Bytes of counters, norms and scales, whatever the size of the weight."""
+
+
+def stepped(name, period=1, **changes):
+    entry = ENTRIES[name]
+    generator = torch.Generator().manual_seed(0)
+    param = Parameter(torch.randn(SIDE, SIDE, generator=generator).to(entry.weights))
+    param.grad = torch.randn(SIDE, SIDE, generator=generator).to(entry.weights)
+    optimizer = entry.make([param], period, WHOLE, **changes)
+    for _ in range(2):
+        optimizer.step()
+    return optimizer, param
+
+
+BYTES_A_WEIGHT = {
+    # factors C, K and their momenta m_C, m_K of 2 bytes each and the momentum of 4; from T = 2 on also CCᵀ and KKᵀ
+    ("IFShampoo", 1): 4 * 2 + 4,
+    ("IFShampoo", 2): 6 * 2 + 4,
+    ("IFShampoo, FP32 factors", 1): 4 * 4 + 4,
+    ("IFShampoo, FP32 factors", 2): 6 * 4 + 4,
+    ("IFShampoo, compensated", 1): 4 * 2 + 2 * 2 + 4,  # and the remainders of C and K
+    ("IFShampoo, eager", 2): 6 * 2 + 4,
+    # C, K, half of m_C and of m_K, whose diagonals add 2 · 256 bytes, and a momentum of 2
+    ("IFShampoo, least memory", 1): 2 * 2 + 2 + 2 + 2 * SIDE / SQUARE,
+    ("IFShampoo, least memory", 2): 2 * 2 + 2 + 2 + 2 * SIDE / SQUARE,
+    ("RFRMSProp", 1): 4 + 4,
+    ("RFRMSProp, BF16 state", 1): 2 + 2,
+    ("RFRMSProp, BF16 state, compensated", 1): 2 + 2 + 2,
+    ("AdamW, fused", 1): 4 + 4,
+    ("AdamW, fused, BF16 weights", 1): 2 + 2,
+    ("RMSprop, foreach", 1): 4 + 4,
+    ("SGD, fused", 1): 4,
+    ("Muon of torch", 1): 4,
+}
+
+
+@pytest.mark.parametrize(("name", "period"), BYTES_A_WEIGHT)
+def test_the_state_of_a_square_weight_has_the_bytes_of_its_tensors(name, period):
+    optimizer, param = stepped(name, period)
+    expected = BYTES_A_WEIGHT[name, period] * SQUARE
+    assert expected <= state_bytes(optimizer, [param]) <= expected + SMALL
+
+
+def test_an_optimizer_without_state_has_none_and_weights_and_gradients_are_nobody_s_state():
+    optimizer, param = stepped("SGD, fused", momentum=0.0)
+    assert state_bytes(optimizer, [param]) == 0
+    optimizer.views = [param.detach()[3:], param.grad.view(-1)]
+    assert state_bytes(optimizer, [param]) == 0
+    assert state_bytes(optimizer, []) == 2 * 4 * SQUARE
+
+
+@dataclass
+class Slotted:
+    __slots__ = ("inner",)
+    inner: Tensor
+
+
+class Private(Slotted):
+    __slots__ = "__hidden"
+
+    def __init__(self, inner, hidden):
+        super().__init__(inner)
+        self.__hidden = hidden
+
+
+class Named(NamedTuple):
+    first: Tensor
+    second: object
+
+
+class ListWithMore(list):
+    pass
+
+
+def test_tensors_are_found_wherever_an_optimizer_may_keep_them():
+    tensors = [torch.full((2,), float(number)) for number in range(14)]
+    extended = ListWithMore([tensors[8]])
+    extended.more = tensors[9]
+    thing = SimpleNamespace(
+        plain=tensors[0],
+        nested=[{"a": (tensors[1],)}, OrderedDict(b={tensors[2]})],
+        keys={tensors[3]: "a weight is often a key"},
+        slots=Private(tensors[4], tensors[5]),
+        named=Named(tensors[6], frozenset([tensors[7]])),
+        extended=extended,
+        queue=deque([tensors[10]]),
+        module=torch.nn.ParameterList([Parameter(tensors[11])]),
+        optimizer=torch.optim.SGD([tensors[12]]),
+    )
+    thing.itself = thing
+    thing.twice = [tensors[0], tensors[13], tensors[13]]
+    assert sorted(x.sum().item() / 2 for x in tensors_of(thing)) == [float(number) for number in range(14)]
+
+
+def test_what_merely_is_within_reach_of_the_code_is_not_held():
+    secret = torch.ones(3)
+    thing = SimpleNamespace(library=torch, function=lambda: secret, kind=Tensor, call=torch.add, text="text", size=(3,))
+    assert list(tensors_of(thing)) == []
+
+
+def test_views_of_one_memory_count_once_and_all_of_it_counts():
+    base = torch.zeros(10, 10)
+    assert sum(storage_bytes([base[3:], base.t(), base.view(-1)[::7], base.detach()]).values()) == 400
+    assert sum(storage_bytes([base, base.clone()]).values()) == 800
+
+
+# ---- bytes that are taken ------------------------------------------------------------------------------------------
+
+
+def test_the_peak_is_what_was_there_at_once_above_what_was_before():
+    before = torch.zeros(100_000)
+
+    def run():
+        first = torch.empty(1000)
+        second = torch.empty(2000)
+        del first
+        third = torch.empty(500, dtype=torch.float64)
+        return before.sum(), second, third
+
+    assert peak_bytes(run, CPU) == 8000 + 4000 + 4
+
+
+def test_memory_that_is_freed_and_taken_again_counts_once():
+    def run():
+        for _ in range(5):
+            torch.empty(1000).fill_(1.0)
+
+    assert peak_bytes(run, CPU) == 4000
+    assert peak_bytes(lambda: None, CPU) == 0
+
+
+def test_an_error_passes_and_the_standard_error_is_there_afterwards(capfd):
+    def run():
+        os.write(2, b"of the library")
+        raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        peak_bytes(run, CPU)
+    os.write(2, b"heard")
+    assert capfd.readouterr().err == "heard"
+
+
+# ---- launches ------------------------------------------------------------------------------------------------------
+
+
+def test_every_operator_counts_and_views_are_free():
+    x = torch.ones(4, 4)
+    counts = {
+        "sum": (lambda: x + x, 1),
+        "two in place": (lambda: x.add_(x).mul_(0.5), 2),
+        "a list at once": (lambda: torch._foreach_add_([x, x, x], 1.0), 1),
+        "views": (lambda: (x.view(-1), x.t(), x[1:], x[0].detach(), x.unsqueeze(0)), 0),
+        "a copy of a view": (lambda: x.t().contiguous(), 1),
+        "nothing": (lambda: None, 0),
+    }
+    assert {name: count_launches(run, CPU) for name, (run, _) in counts.items()} == {
+        name: expected for name, (_, expected) in counts.items()
+    }
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)  # with casts
+def test_an_operator_of_this_package_counts_as_what_python_calls_in_it(dtype):
+    def arguments(dtype):
+        return [torch.ones(2, 3, 3, dtype=dtype)], [torch.ones(2, 3, 3)], None, 0.5, "frobenius"
+
+    inside = count_launches(lambda: eager.clipped_momentum(*arguments(dtype)), CPU)
+    whole = count_launches(lambda: torch.ops.rootfree.clipped_momentum(*arguments(dtype), "eager"), CPU)
+    assert whole == inside > 5
+
+
+def test_batching_leaves_a_step_with_fewer_launches_than_the_formulas_one_by_one():
+    one, many = (launches_of_a_step(count) for count in (1, 20))
+    assert many < 2 * one
+
+
+def launches_of_a_step(count):
+    params = [Parameter(torch.randn(4, 4)) for _ in range(count)]
+    for param in params:
+        param.grad = torch.randn(4, 4)
+    optimizer = ENTRIES["IFShampoo, eager"].make(params, 1, WHOLE)
+    optimizer.step()
+    return count_launches(optimizer.step, CPU)
+
+
+# ---- the least that a step could take ------------------------------------------------------------------------------
+
+
+def test_the_limit_is_the_longer_of_moving_and_multiplying_at_the_rate_of_the_dtype():
+    roof = Roofline(bandwidth=1e9, fp32=1e10, bf16=1e11)
+    work = roofline.Work(flops=1e6, bytes=5e4)
+    assert roof.limit(work, FP32) == pytest.approx(100.0)
+    assert roof.limit(work, BF16) == pytest.approx(50.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("IFShampoo", BF16), ("IFShampoo, eager", BF16), ("IFShampoo, FP32 factors", FP32)]
+)
+def test_an_update_is_18_cubes_another_step_4_and_blocks_add_up(name, dtype):
+    n, entry = 96, ENTRIES[name]
+    square, long = Workload("square", ((n, n),)), Workload("long", ((n, 4 * n), (n, n)))
+    for kind, cubes in (("update", 18), ("other", 4)):
+        work, multiplied = work_of(entry, square, WHOLE, kind)
+        assert (work.flops, multiplied) == (cubes * n**3, dtype)
+        assert work_of(entry, long, n, kind)[0].flops == 5 * cubes * n**3
+    assert (
+        work_of(entry, square, WHOLE, "update")[0].bytes > work_of(entry, square, WHOLE, "other")[0].bytes > 12 * n * n
+    )
+
+
+BYTES_OF_A_DIAGONAL_STEP = {
+    "RFRMSProp": 28,  # weight, momentum and second moment read and written, gradient read
+    "RFRMSProp, BF16 state": 20,
+    "RFRMSProp, BF16 state, compensated": 24,  # also the remainder, read and written
+    "RFRMSProp, BF16 weights and state": 14,
+    "AdamW, fused": 28,
+    "AdamW, fused, BF16 weights": 14,
+    "RMSprop, foreach": 28,
+    "SGD, fused": 20,
+}
+
+
+@pytest.mark.parametrize("name", BYTES_OF_A_DIAGONAL_STEP)
+def test_a_diagonal_step_moves_each_number_once_each_way(name):
+    work, _ = work_of(ENTRIES[name], Workload("pair", ((8, 10), (4, 5))), WHOLE, "update")
+    assert (work.bytes, work.flops) == (100 * BYTES_OF_A_DIAGONAL_STEP[name], 0)
+
+
+def test_of_optimizers_whose_work_is_not_known_nothing_is_said():
+    square = Workload("square", ((8, 8),))
+    for name in ("Muon of torch", "SOAP", "sirfshampoo", "Distributed Shampoo, eigh, unpacked"):
+        assert work_of(ENTRIES[name], square, WHOLE, "update") is None
+
+
+class KnownTimer:
+    """Says that calls took µs that were decided before."""
+
+    def __init__(self, times):
+        self.times = times
+
+    def measure(self, calls):
+        for variants in calls.values():
+            variants[0]()
+        return {name: SimpleNamespace(total=SimpleNamespace(median=self.times[name])) for name in calls}
+
+
+def test_bandwidth_is_bytes_both_ways_and_the_rate_that_of_the_faster_library():
+    times = {"copy": 10.0, "torch.float32 mm": 4.0, "torch.float32 oneDNN": 2.0, "torch.bfloat16 mm": 1.0}
+    names = [*roofline.products(4, FP32, CPU)]
+    times = {name: time for name, time in times.items() if "oneDNN" not in name or "oneDNN" in names}
+    found = roofline.measure(KnownTimer(times), CPU, numbers=1000, side=10)
+    best = 2.0 if "oneDNN" in names else 4.0
+    assert math.isclose(found.bandwidth, 8000 / 10e-6)
+    assert math.isclose(found.fp32, 2000 / (best * 1e-6)) and math.isclose(found.bf16, 2000 / 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_all_libraries_multiply_matrices_of_the_size_and_dtype_asked_for(dtype):
+    results = [call() for call in roofline.products(16, dtype, CPU).values()]
+    assert {(tuple(x.shape), x.dtype) for x in results} == {((16, 16), dtype)}
