@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import inf
 
 import pytest
@@ -140,8 +141,7 @@ def test_an_optimizer_that_cannot_be_made_is_recorded(contest):
     def refuse(params, period, block):
         raise ValueError(f"no block of {block}")
 
-    entry = fake_entry("fake", contest.clock)
-    object.__setattr__(entry, "make", refuse)
+    entry = replace(fake_entry("fake", contest.clock), make=refuse)
     assert run_contest([contest.enter(entry)], LIMITS, inf) == {0: f"ValueError: no block of {WHOLE}"}
 
 

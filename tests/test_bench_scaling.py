@@ -3,11 +3,12 @@ those of a clock that moves only when an optimizer steps."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import inf, log
 
 import pytest
 import torch
-from bench_fakes import failing_at, fake_entry, stopped_clock, undisturbed
+from bench_fakes import FakeOptimizer, failing_at, fake_entry, stopped_clock, undisturbed
 from conftest import assert_same_bits
 
 from bench import scaling, training
@@ -141,18 +142,11 @@ def test_the_mean_step_at_each_t_is_beside_the_formula(clock, monkeypatch):
 
 
 def test_the_formula_of_every_t_takes_its_steps_from_the_largest(clock, monkeypatch):
-    class Costs:  # steps of T = 2 take half of what the formula expects
-        def __init__(self):
-            self.made = 0
+    def make(params, period, block):
+        costs = {2: (350.0, 50.0), 4: (700.0, 100.0)}[period]  # steps of T = 2 take half of what the formula expects
+        return FakeOptimizer(params, clock, lambda number: costs[number % period != 0])
 
-        def make(self, params, period, block):
-            costs = {2: (350.0, 50.0), 4: (700.0, 100.0)}[period]
-            entry = fake_entry("IFShampoo", clock, cost=lambda number: costs[number % period != 0])
-            return entry.make(params, period, block)
-
-    entry = fake_entry("IFShampoo", clock)
-    object.__setattr__(entry, "make", Costs().make)
-    monkeypatch.setitem(ENTRIES, "IFShampoo", entry)
+    monkeypatch.setitem(ENTRIES, "IFShampoo", replace(fake_entry("IFShampoo", clock), make=make))
     rows = scaling.periods((2, 4), Workload("square", ((4, 4),)), clock, CPU, 2, inf)
     assert [(row["measured"]["median"], row["formula"]) for row in rows] == [(200.0, 400.0), (250.0, 250.0)]
 
