@@ -31,8 +31,8 @@ SERIES = (
     "sirfshampoo",
     "SOAP",
 )
-TOO_LONG = 4e6
-"""µs of a step above which a series is not followed to the next size."""
+TOO_LONG = 4e5
+"""µs of an update above which a series is not followed to the next size, where it takes up to eight times as long."""
 
 
 def series(device: torch.device, missing: Iterable[str]) -> list[Entry]:

@@ -98,7 +98,7 @@ def test_what_takes_too_long_or_fails_is_not_followed_to_the_next_size(clock):
     calls = iter(range(100))
 
     def slower_each_time(number):
-        return 1e6 * 10 ** (next(calls) // 6)  # of each size four steps warm up and two are measured
+        return scaling.TOO_LONG / 4 * 10 ** (next(calls) // 6)  # of each size four steps warm up and two are measured
 
     entries = [
         fake_entry("quick", clock),
@@ -108,7 +108,7 @@ def test_what_takes_too_long_or_fails_is_not_followed_to_the_next_size(clock):
     rows = scaling.measure(sizes(4, 8, 16), entries, clock, CPU, LIMITS, inf)
     by_name = {name: [row for row in rows if row["optimizer"] == name] for name in ("quick", "slow", "broken")}
     assert [row["size"] for row in by_name["quick"]] == [4, 8, 16]
-    assert [row[UPDATE]["median"] for row in by_name["slow"]] == [1e6, 1e7] and scaling.TOO_LONG == 4e6
+    assert [row[UPDATE]["median"] for row in by_name["slow"]] == [scaling.TOO_LONG / 4, scaling.TOO_LONG * 2.5]
     assert [row.get("error") for row in by_name["broken"]] == ["RuntimeError: broken in step 5"]
 
 
