@@ -154,11 +154,11 @@ def training_lines(record: Record) -> list[str]:
             f"{row['optimizer_share']:.1%}",
             number(row["tokens_per_second"]),
             f"{row['state_bytes'] / 1e6:,.1f}",
-            "–" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.2f}",
+            f"{row['peak_bytes'] / 1e6:,.0f}",
         )
         for row in rows
     ]
-    columns = ("optimizer", "step, ms", "× AdamW", "in the optimizer", "tokens/s", "state, MB", "peak, GB")
+    columns = ("optimizer", "step, ms", "× AdamW", "in the optimizer", "tokens/s", "state, MB", "peak, MB")
     text = (
         f"{record['training'][0]['task']}, forward, backward and step, random tokens; means over whole cycles of T. "
         "Second-order optimizers step the matrices of the layers; embeddings and vectors take AdamW beside theirs, the "
@@ -224,7 +224,8 @@ def head_lines(record: Record) -> list[str]:
         "where there are none. State and peak: bytes a weight that are kept, and that were taken at most, without "
         "weights and gradients. Launches: "
         + ("kernels, copies and fills" if record["device_type"] == "cuda" else "operators of PyTorch")
-        + ", update / other. Of roofline: the least time by the figures above over the measured one, update / other.",
+        + ", update / other. Of roofline: the least time by the figures above over the measured one, update / other; "
+        "above 1 where the data stays in a cache.",
         "",
     ]
 

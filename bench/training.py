@@ -22,7 +22,7 @@ from bench.contest import release
 from bench.demo_peers import Together
 from bench.gpt2 import GPT2
 from bench.gpu_timing import Timing
-from bench.memory import state_bytes
+from bench.memory import peak_bytes, state_bytes
 from bench.optimizers import ENTRIES, Entry
 
 
@@ -154,9 +154,18 @@ class Trainee:
         self.model = Transformer(self.task).to(self.device)
         self.optimizer = self.make(self.model)
 
+    def warm_up(self, tokens: Tensor, clock: Any, number: int) -> None:
+        """A step whose memory is taken down where it may be an update, and not its time."""
+        if number % SELDOM in (0, SELDOM - 1):
+            params = [*self.model.parameters()]
+            kept = sum(x.nbytes for x in params) + state_bytes(self.optimizer, params)
+            self.peak = max(self.peak, kept + peak_bytes(partial(self.step, tokens, clock), self.device))
+        else:
+            self.step(tokens, clock)
+        self.steps.clear()
+        self.in_optimizer.clear()
+
     def step(self, tokens: Tensor, clock: Any) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
         clock.synchronize()
         marks = [clock.mark()]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.task.bf16):
@@ -169,12 +178,10 @@ class Trainee:
         clock.synchronize()
         self.steps.append(clock.elapsed(marks[0], marks[2]))
         self.in_optimizer.append(clock.elapsed(marks[1], marks[2]))
-        if self.device.type == "cuda":
-            self.peak = max(self.peak, torch.cuda.max_memory_allocated(self.device))
 
-    def row(self, warmups: int) -> dict[str, Any]:
+    def row(self) -> dict[str, Any]:
         """Means over whole cycles of T: an update belongs to them as often as it comes."""
-        steps, in_optimizer = self.steps[warmups:], self.in_optimizer[warmups:]
+        steps, in_optimizer = self.steps, self.in_optimizer
         mean, share = sum(steps) / len(steps), sum(in_optimizer) / sum(steps)
         return {
             "mean": mean,
@@ -183,7 +190,7 @@ class Trainee:
             "in_optimizer": sum(in_optimizer) / len(in_optimizer),
             "tokens_per_second": self.task.tokens / mean * 1e6,
             "state_bytes": state_bytes(self.optimizer, self.model.parameters()),
-            "peak_bytes": self.peak or None,
+            "peak_bytes": self.peak,
         }
 
 
@@ -218,10 +225,10 @@ def measure(
     trainees = contestants(task, device, entries)
     alone = device.type == "cuda"
     for group in [{name: x} for name, x in trainees.items()] if alone else [trainees]:
-        problems = _train(group, task, clock, device, sum(cycles), deadline)
+        problems = _train(group, task, clock, device, cycles, deadline)
         for name, trainee in group.items():
             row = {"optimizer": name, "task": task.name}
-            rows.append(row | ({"error": problems[name]} if name in problems else trainee.row(cycles[0] * SELDOM)))
+            rows.append(row | ({"error": problems[name]} if name in problems else trainee.row()))
         for trainee in group.values():
             vars(trainee).pop("model", None), vars(trainee).pop("optimizer", None)
         release()
@@ -229,12 +236,12 @@ def measure(
 
 
 def _train(
-    group: dict[str, Trainee], task: Task, clock: Any, device: torch.device, cycles: int, deadline: float
+    group: dict[str, Trainee], task: Task, clock: Any, device: torch.device, cycles: tuple[int, int], deadline: float
 ) -> dict[str, str]:
-    """Train for some cycles; why one did not, by name."""
+    """Train for the cycles that warm up and for those that are measured; why one did not, by name."""
     problems: dict[str, str] = {}
     data = batches(task, device)
-    for number in range(cycles * SELDOM):
+    for number in range(sum(cycles) * SELDOM):
         tokens = next(data)
         for name, trainee in list(group.items())[:: 1 if number % 2 else -1]:
             if name in problems:
@@ -244,7 +251,10 @@ def _train(
                     raise TimeoutError("left out: the run's time was over")
                 if number == 0:
                     trainee.prepare()
-                trainee.step(tokens, clock)
+                if number < cycles[0] * SELDOM:
+                    trainee.warm_up(tokens, clock, number)
+                else:
+                    trainee.step(tokens, clock)
             except Exception as error:  # of any kind: it is recorded, and the others go on
                 problems[name] = f"{type(error).__name__}: {error}"
     return problems

@@ -43,7 +43,7 @@ def failed(workload: str, optimizer: str, error: str, block: int = 1024) -> dict
 
 
 def trained(optimizer: str, mean: float, task: str = "GPT-2 124M", **changes: Any) -> dict[str, Any]:
-    figures = {"optimizer_share": 0.1, "tokens_per_second": 1e6, "state_bytes": 2e6, "peak_bytes": None}
+    figures = {"optimizer_share": 0.1, "tokens_per_second": 1e6, "state_bytes": 2e6, "peak_bytes": 3e9}
     return {"optimizer": optimizer, "task": task, "mean": mean, **figures, **changes}
 
 

@@ -186,7 +186,7 @@ def test_what_failed_is_listed_with_its_error_on_one_line():
 def test_training_has_a_line_each_and_says_who_failed():
     rows = [*GPT2_TRAINING, {"optimizer": "SOAP, T = 10", "task": "GPT-2 124M", "error": "RuntimeError: no"}]
     text = markdown(record((), "cuda", training=rows))
-    assert "| IFShampoo, T = 1 | 0.107 | 1.070 | 10.0% | 1,000,000 | 2.0 | – |" in text
+    assert "| IFShampoo, T = 1 | 0.107 | 1.070 | 10.0% | 1,000,000 | 2.0 | 3,000 |" in text
     assert "- SOAP, T = 10: RuntimeError: no" in text and "One trains after the other" in text
     alone = markdown(record(training=rows[-1:]))
     assert "- SOAP, T = 10: RuntimeError: no" in alone and "One trains after" not in alone

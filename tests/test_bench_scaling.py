@@ -242,13 +242,27 @@ def test_beside_adamw_theirs_gets_the_matrices_and_adamw_the_rest():
 def test_a_row_is_the_mean_of_whole_cycles_after_the_warm_up():
     trainee = Trainee(TINY.task, CPU, lambda model: torch.optim.SGD(model.parameters(), momentum=0.9), 10)
     trainee.prepare()
-    trainee.steps = [9e9] * 10 + [1000.0] + [100.0] * 9
-    trainee.in_optimizer = [9e9] * 10 + [950.0] + [0.0] * 9
-    row = trainee.row(warmups=10)
+    trainee.steps = [1000.0] + [100.0] * 9
+    trainee.in_optimizer = [950.0] + [0.0] * 9
+    row = trainee.row()
     assert row["mean"] == 190.0 and row["in_optimizer"] == 95.0 and row["optimizer_share"] == 0.5
     assert row["tokens_per_second"] == pytest.approx(TINY.task.tokens / 190e-6)
     assert row["spread"]["samples"] == 10 and row["spread"]["p90"] == 100.0
-    assert row["state_bytes"] == 0 and row["peak_bytes"] is None
+    assert row["state_bytes"] == 0
+
+
+def test_what_warms_up_shows_the_memory_and_leaves_no_times(clock):
+    trainee = Trainee(TINY.task, CPU, lambda model: torch.optim.SGD(model.parameters(), momentum=0.9), 10)
+    trainee.prepare()
+    tokens = next(batches(TINY.task, CPU))
+    weights = sum(x.nbytes for x in trainee.model.parameters())
+    trainee.warm_up(tokens, clock, 1)
+    assert trainee.peak == 0  # no update of any T
+    for number, kept in ((9, 2 * weights), (10, 2 * weights)):
+        trainee.peak = 0
+        trainee.warm_up(tokens, clock, number)
+        assert trainee.peak > kept + weights  # weights and momentum, gradients, and what the model takes
+    assert trainee.steps == [] and trainee.in_optimizer == []
 
 
 def fake_rows(monkeypatch, **makers):
@@ -286,7 +300,7 @@ def test_training_that_finds_no_time_says_so_and_who_is_not_chosen_has_no_row(cl
 def test_all_trainees_see_the_same_tokens_and_begin_with_the_same_weights(clock, monkeypatch):
     entries = fake_rows(monkeypatch, a=fake_entry("a", clock), b=fake_entry("b", clock))
     trainees = training.contestants(TINY.task, CPU, entries)
-    assert training._train(trainees, TINY.task, clock, CPU, 1, inf) == {}
+    assert training._train(trainees, TINY.task, clock, CPU, (0, 1), inf) == {}
     first, second = (trainee.optimizer.seen for trainee in trainees.values())
     assert first == second and len(first) == 10
 
