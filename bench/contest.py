@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 from unittest.mock import patch
@@ -203,7 +203,9 @@ def shapes_for(entry: Entry, workload: Workload, block: int) -> tuple[Matrix, ..
 
 
 def run_contest(contestants: Sequence[Contestant], limits: Limits, deadline: float) -> dict[int, str]:
-    """Let contestants step in turn until each has its samples; by number, why one has none."""
+    """Let contestants step in turn until each has its samples; by number, why one has none.
+
+    After the deadline none begins any more, and those that did are content with one sample of each kind."""
     problems: dict[int, str] = {}
     for number, contestant in enumerate(contestants):
         try:
@@ -220,7 +222,8 @@ def run_contest(contestants: Sequence[Contestant], limits: Limits, deadline: flo
                 contestants[number].sample()
             except Exception as error:
                 problems[number] = _give_up(contestants[number], error)
-        running = [n for n in running if n not in problems and not contestants[n].is_done(limits)]
+        enough = replace(limits, most=1) if time.perf_counter() > deadline else limits
+        running = [n for n in running if n not in problems and not contestants[n].is_done(enough)]
         turn += 1
     return problems
 

@@ -26,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 from torch import Tensor, nn
 
-from bench.demo_peers import MODULES, PEER_METHODS
+from bench.demo_peers import MODULES, PEER_METHODS, ifshampoo_with_adamw
 from bench.demo_report import Run, plot, table_of, write_summary
 from bench.memory import state_bytes
 from bench.peers import why_missing
@@ -152,6 +152,8 @@ def make_optimizer(method: str, model: nn.Module, task: Task, **settings: Any) -
         return PEER_METHODS[method](model, **settings)
     if method != "adamw":
         settings["batch_size"] = task.batch
+    if method == "ifshampoo+adamw":
+        return ifshampoo_with_adamw(model, **settings)
     return METHODS[method](model.parameters(), **settings)
 
 

@@ -32,7 +32,7 @@ class Plan:
 
 
 CPU = Plan(
-    limits=Limits(most=8, least=3, seconds=1.5, all_seconds=30.0),
+    limits=Limits(most=8, least=3, seconds=1.5, all_seconds=15.0),
     scaling_limits=Limits(most=4, least=2, seconds=0.3, all_seconds=8.0),
     copied=1 << 25,
     product=1024,

@@ -90,9 +90,9 @@ WORKLOADS = {
     for workload in (
         Workload("512²", ((512, 512),), on_cpu=True),
         Workload("1024²", ((1024, 1024),), on_cpu=True),
+        Workload("small GPT", demo_matrices(), on_cpu=True),
         Workload("1024×4096", ((1024, 4096),), on_cpu=True),
         Workload("4096²", ((4096, 4096),)),
-        Workload("small GPT", demo_matrices(), on_cpu=True),
         Workload("GPT-2 124M", gpt2_matrices(GPT2())),
         Workload("GPT-2 350M", gpt2_matrices(GPT2(depth=24, width=1024))),
         Workload("ViT-B/16", vit_matrices()),

@@ -152,6 +152,12 @@ def test_what_begins_after_the_deadline_is_left_out_and_what_has_begun_is_measur
     assert first.timings()[UPDATE].median == 1e6 and second.num_steps == 0
 
 
+def test_after_the_deadline_one_sample_of_each_kind_is_enough(contest):
+    contestant = contest.enter(cost=lambda number: 1e6)
+    assert not run_contest([contestant], Limits(most=50, least=10, seconds=1e3), contest.clock.seconds() + 4.5)
+    assert {kind: len(times) for kind, times in contestant.times.items()} == {UPDATE: 1, OTHER: 1}
+
+
 # ---- gradients -----------------------------------------------------------------------------------------------------
 
 
