@@ -26,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 from torch import Tensor, nn
 
-from bench.demo_peers import MODULES, PEER_METHODS, ifshampoo_with_adamw
+from bench.demo_peers import MODULES, PEER_METHODS
 from bench.demo_report import Run, plot, table_of, write_summary
 from bench.memory import state_bytes
 from bench.peers import why_missing
@@ -44,6 +44,8 @@ CHOSEN: dict[str, dict[str, Any]] = {
     "adamw": {"lr": 2.48e-3, "betas": (0.9, 0.9797), "weight_decay": 0.0168},
     "rfrmsprop": {"lr": 1.79e-4, "beta2": 0.0829, "damping": 3.35e-5},
     "ifshampoo": {"lr": 7.21e-5, "beta2": 0.753, "riemannian_momentum": 0.203, "damping": 2.23e-5},
+    "shampoo": {"lr": 4.21e-3, "betas": (0.9, 0.9856), "weight_decay": 0.0216, "T": 3},
+    "muon": {"lr": 2.23e-2, "adamw_lr": 3.02e-3, "weight_decay": 0.234},
 }
 
 
@@ -152,8 +154,6 @@ def make_optimizer(method: str, model: nn.Module, task: Task, **settings: Any) -
         return PEER_METHODS[method](model, **settings)
     if method != "adamw":
         settings["batch_size"] = task.batch
-    if method == "ifshampoo+adamw":
-        return ifshampoo_with_adamw(model, **settings)
     return METHODS[method](model.parameters(), **settings)
 
 

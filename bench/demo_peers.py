@@ -13,7 +13,6 @@ from torch import nn
 from torch.optim import Optimizer
 
 from bench.peers import find
-from rootfree_kernels import IFShampoo
 
 
 class Together(Optimizer):
@@ -60,30 +59,15 @@ def soap(model: nn.Module, lr: float, betas: tuple[float, float], weight_decay: 
     return optimizer
 
 
-def hidden_and_rest(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The matrices of the layers; embeddings, head and vectors."""
+def muon(model: nn.Module, lr: float, adamw_lr: float, weight_decay: float) -> Optimizer:
+    """PyTorch's for the matrices of the layers, AdamW for embeddings, head and vectors."""
     hidden = [x for name, x in model.named_parameters() if name.startswith("blocks.") and x.ndim == 2]
     inside = set(hidden)
-    return hidden, [x for x in model.parameters() if x not in inside]
-
-
-def adamw_of(params: list[nn.Parameter], lr: float, weight_decay: float) -> Optimizer:
-    """AdamW beside another optimizer."""
-    return torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True)
-
-
-def muon(model: nn.Module, lr: float, adamw_lr: float, weight_decay: float) -> Optimizer:
-    """PyTorch's for the matrices of the layers, AdamW for the rest."""
-    hidden, rest = hidden_and_rest(model)
-    muon = torch.optim.Muon(hidden, lr=lr, weight_decay=weight_decay)
-    return Together(muon, adamw_of(rest, adamw_lr, weight_decay))
-
-
-def ifshampoo_with_adamw(model: nn.Module, batch_size: int, adamw_lr: float, **settings: Any) -> Optimizer:
-    """Ours for the matrices of the layers, AdamW for the rest, as with Muon."""
-    hidden, rest = hidden_and_rest(model)
-    ours = IFShampoo(hidden, batch_size=batch_size, **settings)
-    return Together(ours, adamw_of(rest, adamw_lr, weight_decay=0.01))
+    rest = [x for x in model.parameters() if x not in inside]
+    return Together(
+        torch.optim.Muon(hidden, lr=lr, weight_decay=weight_decay),
+        torch.optim.AdamW(rest, lr=adamw_lr, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True),
+    )
 
 
 PEER_METHODS: dict[str, Callable[..., Optimizer]] = {"shampoo": distributed_shampoo, "soap": soap, "muon": muon}

@@ -1,6 +1,6 @@
 """Tune each of the demo's optimizers with the same small budget.
 
-    python -m bench.tune_demo --method adamw|rfrmsprop|ifshampoo|ifshampoo+adamw|muon|... [--trials 12] [--finalists 3]
+    python -m bench.tune_demo --method adamw|rfrmsprop|ifshampoo|shampoo|soap|muon [--trials 12] [--finalists 3]
 
 Each method gets the same number of settings, spread over its space by a scrambled Sobol sequence, each
 trained for half of the demo's steps with the demo's schedule; the best few are trained again in full. Every
@@ -35,13 +35,6 @@ SPACES: dict[str, dict[str, tuple[float, float]]] = {
         "beta2": (0.3, 0.95),
         "sgd_step": (10.0, 80.0),
         "riemannian_momentum": (0.02, 0.6),
-    },
-    "ifshampoo+adamw": {
-        "lr": (7e-5, 7e-4),
-        "beta2": (0.3, 0.95),
-        "sgd_step": (10.0, 80.0),
-        "riemannian_momentum": (0.02, 0.6),
-        "adamw_lr": (7e-4, 1e-2),
     },
     "shampoo": {"lr": (7e-4, 1e-2), "1 - beta2": (2e-3, 1e-1), "weight_decay": (1e-3, 3e-1), "T": (1, 20)},
     "soap": {"lr": (7e-4, 1e-2), "1 - beta2": (2e-3, 1e-1), "weight_decay": (1e-3, 3e-1), "T": (1, 20)},
