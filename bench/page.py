@@ -210,7 +210,8 @@ def head_lines(record: Record) -> list[str]:
     )
     versions = ", ".join(f"{name} {record[name]}" for name in ("torch", "triton", "cuda", "python") if record.get(name))
     threads = counted(record["threads"], "thread", "threads")
-    machine = record["device"] if record["device_type"] == "cuda" else f"{record['processor']}, {threads}"
+    on_gpu = record["device_type"] == "cuda"
+    machine = record["device"] if on_gpu else f"{record['processor']}, {threads}"
     return [
         f"# Side by side: {machine}",
         "",
@@ -218,14 +219,17 @@ def head_lines(record: Record) -> list[str]:
         f"{record['seconds']:.0f} s.",
         "",
         "Optimizers step the same matrices with the same gradients and take turns, step by step; fresh gradients are "
-        "copied in before each. Times: median (10th–90th percentile) in ms; with an asterisk, gaps of the host are in "
-        "them. T = 1, 2, … are the mean step where every T-th one updates the factors (or, theirs, takes the roots). "
-        "× ours: time at T = 10 over that of IFShampoo with BF16 / FP32 factors, the blocks being the same, or of 1024 "
-        "where there are none. State and peak: bytes a weight that are kept, and that were taken at most, without "
-        "weights and gradients. Launches: "
-        + ("kernels, copies and fills" if record["device_type"] == "cuda" else "operators of PyTorch")
-        + ", update / other. Of roofline: the least time by the figures above over the measured one, update / other; "
-        "above 1 where the data stays in a cache.",
+        "copied in before each.",
+        "",
+        "- Block: the longest side, – where nothing is cut.",
+        "- Times: ms, median (10th–90th percentile); with an asterisk, gaps of the host are in them.",
+        "- T = 1, 2, …: the mean step where every T-th one updates the factors (or, theirs, takes the roots).",
+        "- × ours: time at T = 10 over that of IFShampoo with BF16 / FP32 factors, the blocks being the same, or of "
+        "1024 where there are none.",
+        "- State, peak: bytes a weight that are kept, and that were taken at most, without weights and gradients.",
+        f"- Launches: {'kernels, copies and fills' if on_gpu else 'operators of PyTorch'}, update / other.",
+        "- Of roofline: the least time by the figures above over the measured one, update / other; above 1 where the "
+        "data stays in a cache.",
         "",
     ]
 
