@@ -1,4 +1,4 @@
-"""The dispatch table of a device, of what `make gpu` measured there.
+"""The dispatch table of a device, of what `make gpu` and `make gpu-bench` measured there.
 
     python -m bench.dispatch RECORD.json [RECORD.json ...] [--out FILE]
 
@@ -72,7 +72,7 @@ def read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise RecordError(f"{path}: {error}") from error
     if not isinstance(record, dict) or not isinstance(record.get("device"), str):
-        raise RecordError(f"{path} names no device: pass a record of bench.kernels.")
+        raise RecordError(f"{path} names no device: pass a record of bench.kernels or bench.run.")
     return record
 
 
@@ -135,7 +135,9 @@ def table(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         for operation, sizes, case in alternatives(record, name):
             classes[operation][sizes].append(case)
     if not classes:
-        raise RecordError(f"no alternatives in {', '.join(records)}: pass records of this version's bench.kernels.")
+        raise RecordError(
+            f"no alternatives in {', '.join(records)}: pass records of this version's bench.kernels or bench.run."
+        )
     come_from = [{"record": name, **{key: x.get(key) for key in PROVENANCE}} for name, x in records.items()]
     operations = {name: _entries(name, classes[name]) for name in OPERATIONS if name in classes}
     return {"device": next(iter(devices.values())), "records": come_from, "operations": operations}
@@ -170,7 +172,9 @@ def summary(made: Mapping[str, Any]) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the table, and return the exit status: 0 where there was something to write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("records", type=Path, nargs="+", metavar="RECORD.json", help="records of bench.kernels")
+    parser.add_argument(
+        "records", type=Path, nargs="+", metavar="RECORD.json", help="records of bench.kernels and bench.run"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help=f"default: the device's in {TABLES}")
     options = parser.parse_args(arguments)
     try:

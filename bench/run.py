@@ -31,6 +31,7 @@ from bench.memory import state_bytes
 from bench.optimizers import ENTRIES, Entry
 from bench.peers import PEERS, why_missing
 from bench.record import gpu, provenance, slug
+from bench.run_alternatives import alternatives, backend_of
 from bench.run_options import chosen_entries, chosen_workloads, parse_arguments
 from bench.run_plans import CPU, GPU, TINY, Plan
 from bench.workloads import Workload
@@ -112,6 +113,7 @@ def measure_steps(run: Run, workload: Workload) -> None:
     for number, round_ in enumerate(rounds(wanted, workload, run.device, run.plan.budget)):
         rows = _round(run, workload, gradients, round_)
         run.record["steps"] += [row | {"round": number} for row in rows]
+        run.record["rows"] += alternatives(workload, rows)
         run.save()
         release()
 
@@ -170,6 +172,8 @@ def _figures(run: Run, workload: Workload, contestant: Contestant) -> dict[str, 
         if work and roof:
             least = roofline.Roofline(**roof).limit(*work)
             figures[f"roofline of {kind}"] = least / figures[kind]["median"]
+    if entry.is_ours:
+        figures["backend"] = backend_of(contestant.optimizer)
     if entry.is_ours and entry.has_period:
         optimizer = entry.make(contestant.params, 1, block)
         optimizer.step()
@@ -260,6 +264,7 @@ def new_record(device: torch.device, given: Sequence[str]) -> dict[str, Any]:
         "roofline": None,
         "workloads": {},
         "steps": [],
+        "rows": [],
         "training": [],
         "scaling": {},
         "errors": {},
