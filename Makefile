@@ -1,5 +1,5 @@
-# `make test`, `make demo` and `make bench` need Python 3.10 or later and, for the compiled extension, a C++ compiler. The rest they
-# install into .venv, once.
+# `make test`, `make demo` and `make bench` need Python 3.10 or later and, for the compiled extension, a C++ compiler. The
+# rest they install into .venv, once.
 
 PYTHON ?= python3
 PYTEST_ARGS ?=

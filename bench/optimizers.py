@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -86,7 +87,7 @@ def rf_rmsprop(params: Sequence[Parameter], period: int, block: int, **options: 
 
 
 LEAST_MEMORY = {"packed_momentum": True, "state_dtype": BF16, "cache_products": False}
-"""Options of IFShampoo that save memory: with BF16 factors 8 bytes a weight of a square block."""
+"""Options of IFShampoo that save memory: with BF16 factors 8 + 2/n bytes a weight of an n × n block."""
 
 
 def _ours(name: str, family: str, on_cpu: bool = True, backend: str = "", weights: Any = FP32, **options: Any) -> Entry:
@@ -157,7 +158,7 @@ def distributed_shampoo(
     """Meta's, in the setting nearest to the paper's: no grafting, no bias correction, momentum on the step, and no
     small dimensions merged, which would give a small matrix one giant factor."""
     package = find("distributed_shampoo")
-    types = __import__("distributed_shampoo.shampoo_types", fromlist=["ClassicMomentumConfig"])
+    types = import_module("distributed_shampoo.shampoo_types")
     root = package.RootInvShampooPreconditionerConfig(
         amortized_computation_config=getattr(package, solver)(), use_symmetric_packing=packed
     )

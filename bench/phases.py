@@ -17,19 +17,15 @@ from torch.optim import Optimizer
 from bench.gpt2 import Work, diagonal_bytes, step_stages, update_stages
 from bench.gpu_report import Row, cell, number
 from bench.gpu_timing import Timing
+from bench.roofline import Roofline
 from bench.step_trace import Names, Step
 from rootfree_kernels.backends import makes_products
 from rootfree_kernels.optim.plan import Diagonal, Matrices
 
+MULTIPLIED = (torch.float32, torch.bfloat16)
+"""The dtypes of products whose rate is measured."""
+
 UPDATE, OTHER, ANY = "Steps with an update of the factors", "Steps without", "Steps"
-
-
-@dataclass(frozen=True)
-class Rates:
-    """What this device copies, in bytes read and written a second, and multiplies, in operations a second by dtype."""
-
-    bandwidth: float
-    products: Mapping[torch.dtype, float]
 
 
 @dataclass(frozen=True)
@@ -94,7 +90,7 @@ def _matrices(part: Matrices) -> dict[str, Task]:
 # ---- tables ------------------------------------------------------------------------------------------------------
 
 
-def rows_of(found: Sequence[Step], optimizer: Optimizer, rates: Rates, on_device: bool) -> list[Row]:
+def rows_of(found: Sequence[Step], optimizer: Optimizer, roof: Roofline, on_device: bool) -> list[Row]:
     """A table for steps with an update and one for steps without, where there are both."""
     tasks, rows = tasks_of(optimizer), []
     for update in (True, False):
@@ -102,8 +98,7 @@ def rows_of(found: Sequence[Step], optimizer: Optimizer, rates: Rates, on_device
         if some:
             table = (UPDATE if update else OTHER) if some[0].has("gather") else ANY
             rows += [
-                Row(table, _case(names), _cells(names, some, tasks[update], rates, on_device))
-                for names in some[-1].host
+                Row(table, _case(names), _cells(names, some, tasks[update], roof, on_device)) for names in some[-1].host
             ]
     return rows
 
@@ -113,7 +108,7 @@ def _case(names: Names) -> str:
 
 
 def _cells(
-    names: Names, some: Sequence[Step], tasks: Mapping[Names, Task], rates: Rates, on_device: bool
+    names: Names, some: Sequence[Step], tasks: Mapping[Names, Task], roof: Roofline, on_device: bool
 ) -> dict[str, Any]:
     times, counts = ("device", "kernels") if on_device else ("host", "operators")
     timing = Timing.of([getattr(step, times)[names] for step in some])
@@ -122,15 +117,15 @@ def _cells(
         cells["µs of the host"] = Timing.of([step.host[names] for step in some])
     cells[counts] = statistics.median_low(getattr(step, counts)[names] for step in some)
     within = [tasks[other] for other in some[-1].host if other in tasks and other[: len(names)] == names]
-    return cells | (_speeds(sum(within[1:], within[0]), timing, rates) if within else {})
+    return cells | (_speeds(sum(within[1:], within[0]), timing, roof) if within else {})
 
 
-def _speeds(task: Task, timing: Timing, rates: Rates) -> dict[str, Any]:
+def _speeds(task: Task, timing: Timing, roof: Roofline) -> dict[str, Any]:
     seconds = max(timing.median, 1e-3) * 1e-6
     bandwidth, rate = task.work.bytes / seconds, task.work.flops / seconds
-    cells = {"GB/s": bandwidth / 1e9, "of the copy": bandwidth / rates.bandwidth}
+    cells = {"GB/s": bandwidth / 1e9, "of the copy": bandwidth / roof.bandwidth}
     if rate:
-        cells |= {"TFLOP/s": rate / 1e12, "of the product": rate / rates.products[task.dtype]}
+        cells |= {"TFLOP/s": rate / 1e12, "of the product": rate / roof.rate(task.dtype)}
     return cells
 
 
@@ -148,15 +143,15 @@ WORK = (
 )
 
 
-def markdown(record: Mapping[str, Any], rows: Sequence[Row], rates: Rates, on_device: bool) -> str:
+def markdown(record: Mapping[str, Any], rows: Sequence[Row], roof: Roofline, on_device: bool) -> str:
     """The tables, and where they come from."""
-    products = ", ".join(f"{number(rate / 1e12)} TFLOP/s in {dtype}" for dtype, rate in rates.products.items())
+    products = ", ".join(f"{number(roof.rate(dtype) / 1e12)} TFLOP/s in {dtype}" for dtype in MULTIPLIED)
     lines = [
         f"# {record['optimizer']}, {record['model']}, T = {record['frequency']}, on {record['device']}",
         "",
         f"`{record['command']}`, {record['date']}, commit {record['commit']}, torch {record['torch']}, "
         f"{record['threads']} threads; {record['steps']} steps.",
-        f"This device copies {number(rates.bandwidth / 1e9)} GB/s (read and written) and multiplies {products}.",
+        f"This device copies {number(roof.bandwidth / 1e9)} GB/s (read and written) and multiplies {products}.",
         "",
         *(NOTES[on_device], WORK, ""),
     ]

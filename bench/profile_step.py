@@ -33,7 +33,7 @@ from bench import roofline
 from bench.gpt2 import GPT2
 from bench.gpu_optimizers import Model
 from bench.gpu_timing import Timer, clock_of
-from bench.phases import Rates, markdown, rows_of
+from bench.phases import MULTIPLIED, markdown, rows_of
 from bench.record import gpu, provenance, slug
 from bench.step_trace import read, steps
 from rootfree_kernels import IFShampoo, RFAdaGrad, RFRMSProp, ranges
@@ -96,11 +96,10 @@ def trace_steps(run: Callable[[], None], device: torch.device, path: Path) -> No
     profiler.export_chrome_trace(str(path))
 
 
-def measure_rates(device: torch.device, tiny: bool) -> Rates:
+def measure_roofline(device: torch.device, tiny: bool) -> roofline.Roofline:
     numbers, side = (1 << 16, 64) if tiny else CEILINGS[device.type]
     timer = Timer(clock_of(device), warmups=2, repeats=20, min_repeats=3, seconds=2.0)
-    found = roofline.measure(timer, device, numbers, side)
-    return Rates(found.bandwidth, {torch.float32: found.fp32, torch.bfloat16: found.bf16})
+    return roofline.measure(timer, device, numbers, side)
 
 
 def report(options: argparse.Namespace, optimizer: Optimizer, device: torch.device, command: str) -> Path:
@@ -109,9 +108,9 @@ def report(options: argparse.Namespace, optimizer: Optimizer, device: torch.devi
     name = f"profile-{slug(options.optimizer)}-{slug(options.model)}-{slug(record['device'])}-{record['date']}"
     trace = options.out / f"{name}.trace.json.gz"
     trace_steps(partial(take_steps, optimizer, options.steps, device), device, trace)
-    rates = measure_rates(device, options.model == "tiny")
+    roof = measure_roofline(device, options.model == "tiny")
     found = steps(read(trace), f"{options.optimizer}.step")
-    rows = rows_of(found, optimizer, rates, device.type == "cuda")
+    rows = rows_of(found, optimizer, roof, device.type == "cuda")
     record |= {
         "optimizer": options.optimizer,
         "model": options.model,
@@ -119,12 +118,12 @@ def report(options: argparse.Namespace, optimizer: Optimizer, device: torch.devi
         "steps": len(found),
         "trace": trace.name,
     }
-    record |= {"copy_bytes_per_second": rates.bandwidth}
-    record |= {"product_flops_per_second": {str(dtype): rate for dtype, rate in rates.products.items()}}
+    record |= {"copy_bytes_per_second": roof.bandwidth}
+    record |= {"product_flops_per_second": {str(dtype): roof.rate(dtype) for dtype in MULTIPLIED}}
     whole = {**record, "rows": [row.as_json() for row in rows]}
     path = options.out / f"{name}.md"
     path.with_suffix(".json").write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    path.write_text(markdown(record, rows, rates, device.type == "cuda"), encoding="utf-8")
+    path.write_text(markdown(record, rows, roof, device.type == "cuda"), encoding="utf-8")
     return path
 
 

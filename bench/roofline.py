@@ -28,10 +28,13 @@ class Roofline:
     fp32: float
     bf16: float
 
+    def rate(self, dtype: torch.dtype) -> float:
+        """Of products of this dtype; FP32's for all but BF16."""
+        return self.bf16 if dtype == torch.bfloat16 else self.fp32
+
     def limit(self, work: Work, dtype: torch.dtype) -> float:
         """µs below which the work cannot be done."""
-        rate = self.bf16 if dtype == torch.bfloat16 else self.fp32
-        return max(work.bytes / self.bandwidth, work.flops / rate) * 1e6
+        return max(work.bytes / self.bandwidth, work.flops / self.rate(dtype)) * 1e6
 
 
 def measure(timer: Timer, device: torch.device, numbers: int, side: int) -> Roofline:

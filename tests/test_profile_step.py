@@ -13,8 +13,9 @@ from cpp_calls import needs_cpp
 from bench import phases, profile_step
 from bench.gpt2 import Work, total, whole_step
 from bench.gpu_optimizers import Model
-from bench.phases import Rates, Task, markdown, rows_of, tasks_of
+from bench.phases import Task, markdown, rows_of, tasks_of
 from bench.profile_step import MODELS
+from bench.roofline import Roofline
 from bench.step_trace import read, steps
 from rootfree_kernels import IFShampoo, RFRMSProp
 
@@ -95,8 +96,8 @@ def test_speeds_are_work_over_the_kernels_time(monkeypatch: pytest.MonkeyPatch) 
     """And fractions are of what the device reached in a copy and in a product of the same dtype."""
     task = Task(Work(flops=3.2e9, bytes=64e6), torch.bfloat16)  # in the 32 µs of "apply", and the 57 of its batch
     monkeypatch.setattr(phases, "tasks_of", lambda optimizer: {False: {(BATCH, "apply"): task}})
-    rates = Rates(4e12, {torch.float32: 1e13, torch.bfloat16: 2e14})
-    rows = rows_of(steps(STEP, "IFShampoo.step"), None, rates, on_device=True)  # type: ignore[arg-type]
+    roof = Roofline(4e12, fp32=1e13, bf16=2e14)
+    rows = rows_of(steps(STEP, "IFShampoo.step"), None, roof, on_device=True)  # type: ignore[arg-type]
     values = {row.case: row.cells for row in rows}
     apply = values[f"{BATCH} / apply"]
     assert (apply["µs"].median, apply["µs of the host"].median, apply["kernels"]) == (32, 28, 2)
@@ -105,7 +106,7 @@ def test_speeds_are_work_over_the_kernels_time(monkeypatch: pytest.MonkeyPatch) 
     assert values[BATCH]["GB/s"] == pytest.approx(64e3 / 57)
     assert "GB/s" not in values[f"{BATCH} / gather"]  # of which no work is known here
     names = ("optimizer", "model", "frequency", "device", "command", "date", "commit", "torch", "threads", "steps")
-    page = markdown(dict.fromkeys(names, "x"), rows, rates, on_device=True)
+    page = markdown(dict.fromkeys(names, "x"), rows, roof, on_device=True)
     assert f"| {BATCH} / apply | 32.0 (32.0–32.0) | 28.0 (28.0–28.0) | 2 | 2,000 | 0.500 | 100 | 0.500 |" in page
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from rootfree_kernels import IFShampoo, RFRMSProp
+from rootfree_kernels.backends import matmul_dtype
 
 SIDE = 1024
 LAYERS = 12
@@ -45,8 +46,6 @@ def product(dtype: torch.dtype, layers: int, side: int) -> Callable[[], Tensor]:
 
 
 def is_slow_in_bf16() -> bool:
-    from rootfree_kernels.backends import matmul_dtype
-
     return matmul_dtype(BF16, torch.device("cpu")) != BF16
 
 

@@ -61,7 +61,7 @@ class IFShampoo(RootFreeOptimizer):
         packed_momentum: store the symmetric m_C and m_K as one triangle each, n(n+1)/2 numbers instead of n² (LAPACK's
             rectangular full packed format, see `rootfree_kernels.packing`). An update unpacks them, a batch at a time,
             and packs them again. With BF16 factors, `state_dtype=torch.bfloat16` and `cache_products=False` the state
-            of a square block then takes 8 + 2/n bytes a weight instead of 12, or 16 with products.
+            of an n × n block then takes 8 + 2/n bytes a weight instead of 12.
         factor_dtype: of C, K and m: torch.bfloat16, torch.float32 or torch.float64.
         matmul_dtype: in which the factors are multiplied; None: `factor_dtype`, but FP32 where a CPU multiplies BF16
             slowly.
