@@ -4,17 +4,27 @@
 PYTHON ?= python3
 PYTEST_ARGS ?=
 KERNEL_ARGS ?=
-GPU_ARGS ?=
+STAGES ?=
+GPU_PYTHON ?= python3.12
 BENCH_ARGS ?=
+
+# What the GPU machine runs: `make gpu-bundle` compiles for these.
+GPU_TORCH ?= 2.11.0
+GPU_TRITON ?= 3.6.0
 
 VENV := .venv
 VPY := $(VENV)/bin/python
 PIP := $(VPY) -m pip --disable-pip-version-check --quiet
 STAMP := $(VENV)/.installed
+GPU_VENV := .venv-gpu
+GPU_STAMP := $(GPU_VENV)/.installed-$(GPU_TORCH)-$(GPU_TRITON)
+ON_FAKE_GPU := python -m pytest -p fake_gpu.plugin -p no:cacheprovider -q --timeout 300
+FAKE_GPU := $(GPU_VENV)/bin/python tests/fake_gpu $(ON_FAKE_GPU)
+FAKE_GPU_PAIR := $(GPU_VENV)/bin/python tests/fake_gpu --devices 2 $(ON_FAKE_GPU)
 BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
 .DEFAULT_GOAL := help
-.PHONY: help install test kernels sanitize gpu demo peers bench gpu-bench bench-pytest lint clean
+.PHONY: help install test kernels sanitize gpu gpu-bundle fake-gpu demo peers bench gpu-bench bench-pytest lint clean
 
 help:
 	@echo "make install   set up $(VENV): pinned dependencies and this package, editable"
@@ -22,8 +32,11 @@ help:
 	@echo "make kernels   compile every kernel, Triton's for sm_80, sm_90, sm_100 and gfx942, CUDA's where there is nvcc, and"
 	@echo "               check the machine code; needs no GPU; KERNEL_ARGS='--only rf_rmsprop --all' chooses some"
 	@echo "make sanitize  run the tests of the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer"
-	@echo "make gpu       on a machine with a GPU, in \$$(PYTHON)'s own environment: install this package in place, run the"
-	@echo "               tests that need a GPU, then measure every kernel; GPU_ARGS='--quick --only graphs' chooses"
+	@echo "make gpu       on a machine with a GPU, in \$$(PYTHON)'s own environment: tests, measurements, profiles and a language"
+	@echo "               model, in stages of 12 minutes together; STAGES='machine tests quick:120' chooses some"
+	@echo "make gpu-bundle  without a GPU: compile what such a machine needs (PyTorch $(GPU_TORCH), Triton $(GPU_TRITON), the Python of"
+	@echo "               GPU_PYTHON) into .gpu-bundle/, which make gpu uses there; installs 5 GB into $(GPU_VENV) once"
+	@echo "make fake-gpu  run the tests that need a GPU on one that computes nothing: launches, devices, streams, graphs"
 	@echo "make demo      train a small language model with AdamW, RFRMSProp and IFShampoo"
 	@echo "make peers     install what a package index offers of the optimizers to compare with, and say which are there"
 	@echo "make bench     every optimizer side by side on this machine, in under 10 minutes: a page, JSON and plots in"
@@ -33,7 +46,7 @@ help:
 	@echo "make lint      ruff and mypy"
 	@echo "make clean     remove $(VENV), builds and caches"
 	@echo
-	@echo "All but gpu, gpu-bench and clean run install first where it is due. PYTHON=python3.12 chooses the interpreter,"
+	@echo "All but gpu*, fake-gpu and clean run install first where it is due. PYTHON=python3.12 chooses the interpreter,"
 	@echo "ROOTFREE_BUILD=none|cpu|cuda what is compiled (make clean before a change of either)."
 
 install: $(STAMP)
@@ -50,9 +63,14 @@ sanitize: $(STAMP)
 
 # No .venv here: PYTHON is the one that has PyTorch and Triton for the GPU, and nothing is fetched.
 gpu:
-	@$(PYTHON) -m bench.gpu_machine
-	@$(PYTHON) -m pytest -m gpu $$($(PYTHON) -m bench.gpu_machine --ignored) $(PYTEST_ARGS)
-	@$(PYTHON) -m bench.kernels $(GPU_ARGS)
+	@$(PYTHON) -m bench.gpu_run $(STAGES)
+
+gpu-bundle: $(GPU_STAMP)
+	@$(GPU_VENV)/bin/python -m bench.gpu_run.bundle
+
+fake-gpu: $(GPU_STAMP)
+	@$(FAKE_GPU) -n 2 -m gpu -k 'not more_than_2_31' $(PYTEST_ARGS)
+	@$(FAKE_GPU_PAIR) -m fake_gpu $(PYTEST_ARGS)
 
 demo: $(STAMP)
 	@$(VPY) -m bench.demo
@@ -76,7 +94,7 @@ lint: $(STAMP)
 	@$(VPY) -m mypy rootfree_kernels
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info rootfree_kernels/_C.*so rootfree_kernels/_build.json
+	rm -rf $(VENV) $(GPU_VENV) .gpu-bundle build dist *.egg-info rootfree_kernels/_C.*so rootfree_kernels/_build.json
 	rm -rf .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find bench csrc rootfree_kernels tests triton_kernels -name __pycache__ -prune -exec rm -rf {} +
 
@@ -87,6 +105,17 @@ $(STAMP): $(BUILD_INPUTS) | $(VPY)
 	@$(PIP) install --no-build-isolation -c constraints.txt -e '.[dev,bench]'
 	@$(VPY) -m rootfree_kernels
 	@touch $@
+
+$(GPU_STAMP): $(BUILD_INPUTS) bench/gpu_run/requirements.txt | $(GPU_VENV)/bin/python
+	@echo "installing PyTorch $(GPU_TORCH) for CUDA and rootfree-kernels (again only when they change) ..."
+	@$(GPU_VENV)/bin/python -m pip --disable-pip-version-check --quiet install torch==$(GPU_TORCH) triton==$(GPU_TRITON) \
+	  -r bench/gpu_run/requirements.txt
+	@ROOTFREE_BUILD=cuda $(GPU_VENV)/bin/python -m pip --disable-pip-version-check --quiet install --no-build-isolation \
+	  --no-deps -e .
+	@touch $@
+
+$(GPU_VENV)/bin/python:
+	@$(GPU_PYTHON) -m venv $(GPU_VENV)
 
 $(VPY):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

@@ -3,10 +3,10 @@
     python -m bench.kernels [--quick] [--only PATTERN] [--seconds 480] [--out DIRECTORY]
 
 Writes <device>-<date>.json to bench/results, and the same as Markdown tables next to it, after every case, so that a
-run that is cut short leaves what it has. A case that fails is recorded with its error and stops no other one; what does
-not fit into the time is recorded as left out. `make gpu` runs the tests of the kernels first, and `python -m
-bench.dispatch` makes the device's dispatch table of the record. Where the tree is a copy without its .git,
-ROOTFREE_COMMIT says which commit the record names.
+run that is cut short leaves what it has. A case that fails is recorded with its error and stops no other one: after a
+CUDA error, a crash or a case that hangs, a new process goes on with the next case. What does not fit into the time is
+recorded as left out. `python -m bench.dispatch` makes the device's dispatch table of the record. Where the tree is a
+copy without its .git, ROOTFREE_COMMIT says which commit the record names.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,10 @@ from bench.gpu_cases import QUICK, TINY, Case, Context, Sizes, check
 from bench.gpu_report import Row, summary, write
 from bench.gpu_timing import Timer, clock_of
 from bench.record import gpu, provenance, slug
+from bench.restarts import RESTART, Progress, is_spoiled, supervise
+
+STALL = 75.0
+"""Seconds without a finished case after which a process is ended: longer than any case takes."""
 
 RESULTS = Path(__file__).parent / "results"
 CEILINGS = "Ceilings"
@@ -99,23 +103,42 @@ def run(case: Case, context: Context) -> list[Row]:
             torch.cuda.empty_cache()
 
 
-def run_all(wanted: Sequence[Case], context: Context, seconds: float, save: Any) -> list[Row]:
-    """The rows of all cases; `save(rows)` is called after every one."""
-    rows: list[Row] = []
-    end = time.perf_counter() + seconds
+def run_all(
+    wanted: Sequence[Case], context: Context, progress: Progress, save: Callable[[list[Row]], None]
+) -> list[Row] | None:
+    """Return the rows of all cases; None if another process has to go on, since a CUDA error spoiled this one.
+
+    `save(rows)` is called after every case. What `progress` has from the process before is not measured again.
+    """
+    rows, context.ceilings = progress.payload or ([], None)
     for case in wanted:
-        start = time.perf_counter()
-        if start > end:
-            rows.append(Row(case.table, case.name, error=f"left out: the run's {seconds:g} s were over"))
+        name = f"{case.table}, {case.name}"
+        if name in progress.done:
             continue
-        found = run(case, context)
+        if name in progress.broken:
+            found = [Row(case.table, case.name, error=progress.broken[name])]
+        elif time.time() > progress.until:
+            found = [Row(case.table, case.name, error="left out: the run's time was over")]
+        else:
+            progress.begin(name)
+            found = _run_and_say(case, context)
         rows += found
-        problems = [row.error for row in found if row.error]
-        outcome = f"✗ {' '.join(problems[0].split())[:200]}" if problems else "done"
-        print(f"{time.perf_counter() - start:6.1f} s  {case.table}, {case.name}: {outcome}", flush=True)
+        progress.running = name
+        progress.end((rows, context.ceilings))
         save(rows)
+        if any(row.error for row in found) and is_spoiled(context.device):
+            return None
     save(rows)
     return rows
+
+
+def _run_and_say(case: Case, context: Context) -> list[Row]:
+    start = time.perf_counter()
+    found = run(case, context)
+    problems = [row.error for row in found if row.error]
+    outcome = f"✗ {' '.join(problems[0].split())[:200]}" if problems else "done"
+    print(f"{time.perf_counter() - start:6.1f} s  {case.table}, {case.name}: {outcome}", flush=True)
+    return found
 
 
 # ---- command line ------------------------------------------------------------------------------------------------
@@ -131,6 +154,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help=argparse.SUPPRESS)
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--first-step", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 
@@ -170,16 +194,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if problem := why_not(options):
         print(f"✗ {problem}")
         return 1
-    context = make_context(options)
     if options.first_step:
-        print(json.dumps(gpu_optimizers.first_steps(context)))
+        print(json.dumps(gpu_optimizers.first_steps(make_context(options))))
         return 0
-    record = {**provenance(shlex.join(["python", "-m", "bench.kernels", *given])), **gpu(context.device)}
+    if options.device == "cuda" and options.worker is None:
+        progress = options.out / ".kernels-progress"
+        command = [sys.executable, "-m", "bench.kernels", *given, "--worker", str(progress)]
+        try:
+            return supervise(command, progress, options.seconds, STALL)
+        finally:
+            progress.unlink(missing_ok=True)
+    return measure(options, given)
+
+
+def measure(options: argparse.Namespace, given: Sequence[str]) -> int:
+    """Measure in this process, and return the exit status; RESTART where another one has to go on."""
+    context = make_context(options)
+    command = [x for x in given if x not in ("--worker", str(options.worker))]
+    record = {**provenance(shlex.join(["python", "-m", "bench.kernels", *command])), **gpu(context.device)}
     path = record_path(options, record)
     same = ["--device", options.device, *(f"--{name}" for name in ("tiny", "quick") if getattr(options, name))]
     wanted = cases(context, same)
     chosen = [case for case in wanted if re.search(options.only, f"{case.table}, {case.name}") or case is wanted[0]]
-    rows = run_all(chosen, context, options.seconds, lambda rows: write(record, rows, NOTES, path))
+    new = Progress(path.with_suffix(".progress"), time.time() + options.seconds)
+    progress = Progress.load(options.worker) if options.worker else new
+    rows = run_all(chosen, context, progress, lambda rows: write(record, rows, NOTES, path))
+    new.path.unlink(missing_ok=True)
+    if rows is None:
+        return RESTART
     print("\n".join(summary(rows)))
     print(f"Wrote {path} and {path.with_suffix('.md')}.")
     return int(any(row.error for row in rows))

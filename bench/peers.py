@@ -23,6 +23,10 @@ from types import ModuleType
 ROOT = Path(__file__).resolve().parent.parent
 CHECKOUTS = ROOT / ".peers"
 CONSTRAINTS = ROOT / "constraints.txt"
+COMMIT = ".commit"
+"""A file in a copy of a checkout, written by `bench.gpu_run.bundle`: which commit it is."""
+
+UNKNOWN = "a copy without its commits"
 
 
 class MissingPeer(ImportError):
@@ -42,6 +46,9 @@ class Peer:
     """Requirements, pinned here or in constraints.txt: the package itself, where an index offers it, and what it needs
     beside PyTorch."""
 
+    carried: tuple[str, ...] = ()
+    """Those of its requirements that a machine without network may lack: pure Python, taken along by a bundle."""
+
     @property
     def checkout(self) -> Path:
         return CHECKOUTS / self.repository.rpartition("/")[2]
@@ -53,19 +60,26 @@ class Peer:
     def version(self) -> str:
         """The commit of the checkout, or the version of the installed package; where neither is known, what it is."""
         if self.checkout.is_dir():
-            return self._commit() or "a copy without its commits"
+            return self.version_of(self.checkout)
         try:
             return importlib.metadata.version(self.module.replace("_", "-"))
         except importlib.metadata.PackageNotFoundError:
             return "of an unknown version"
 
-    def _commit(self) -> str | None:
-        if not (self.checkout / ".git").exists():  # git would tell of the repository around it
-            return None
-        command = ["git", "-C", str(self.checkout), "log", "-1", "--format=%h, %as"]
+    @staticmethod
+    def version_of(checkout: Path) -> str:
+        """Return the commit of a checkout, or what a file beside a copy of one says."""
+        note = checkout / COMMIT
+        if note.exists():
+            return note.read_text(encoding="utf-8").strip()
+        if not (checkout / ".git").exists():  # git would tell of the repository around it
+            return UNKNOWN
+        command = ["git", "-C", str(checkout), "log", "-1", "--format=%h, %as"]
         found = subprocess.run(command, capture_output=True, text=True)
-        return f"git {found.stdout.strip()}" if found.returncode == 0 else None
+        return f"git {found.stdout.strip()}" if found.returncode == 0 else UNKNOWN
 
+
+SINGD = ("singd==0.0.5", "einops==0.8.2")
 
 PEERS = {
     peer.module: peer
@@ -75,7 +89,8 @@ PEERS = {
             "sirfshampoo, the authors' own",
             "sirfshampoo",
             "f-dangel/sirfshampoo",
-            ("sirfshampoo==0.0.1", "singd==0.0.5", "einops==0.8.2"),
+            ("sirfshampoo==0.0.1", *SINGD),
+            SINGD,
         ),
         Peer("SOAP, the authors' own", "soap", "nikhilvyas/SOAP"),
         Peer(

@@ -4,16 +4,20 @@
     python -m bench.run --page bench/results/<device>-<date>     draws page and plots again from what was measured
 
 Writes results.json, README.md and plots to bench/results/<device>-<date>/, the JSON after everything that was measured,
-so that a run that is cut short leaves what it has. What fails is recorded with its error and stops nothing else; what
-does not fit into the time is recorded as left out. Peers that are not here have a line that says how to install them
+so that a run that is cut short leaves what it has. What fails is recorded with its error and stops nothing else: on a
+GPU a new process goes on after a CUDA error, a crash or a piece that hangs. What does not fit into the time is recorded
+as left out. Peers that are not here have a line that says how to install them
 (`python -m bench.peers`). Without a GPU it is a reduced set on the CPU.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import shlex
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,12 +35,16 @@ from bench.memory import state_bytes
 from bench.optimizers import ENTRIES, Entry
 from bench.peers import PEERS, why_missing
 from bench.record import gpu, provenance, slug
+from bench.restarts import RESTART, Progress, is_spoiled, supervise
 from bench.run_alternatives import alternatives, backend_of
 from bench.run_options import chosen_entries, chosen_workloads, parse_arguments
 from bench.run_plans import CPU, GPU, TINY, Plan
 from bench.workloads import Workload
 
 RESULTS = Path(__file__).parent / "results"
+
+STALL = 150.0
+"""Seconds without a finished piece after which a process on a GPU is ended."""
 
 Piece = Callable[[], None]
 
@@ -181,12 +189,21 @@ def _figures(run: Run, workload: Workload, contestant: Contestant) -> dict[str, 
     return figures
 
 
-def measure_training(run: Run) -> None:
+def measure_training(run: Run, names: Sequence[str]) -> None:
     plan = run.plan
-    entries = [entry for entry in run.entries if entry.peer not in run.missing]
-    run.record["training"] = training.measure(
-        plan.task, run.clock, run.device, entries, plan.training_cycles, run.deadline
+    run.record["training"] += training.measure(
+        plan.task, run.clock, run.device, names, plan.training_cycles, run.deadline
     )
+
+
+def training_pieces(run: Run) -> list[tuple[str, Piece]]:
+    """Return one piece for each optimizer on a GPU, where it trains alone; on a CPU, where they take turns, one."""
+    entries = [entry for entry in run.entries if entry.peer not in run.missing]
+    names = training.names_of(run.device, entries)
+    groups = [[name] for name in names] if run.device.type == "cuda" else [names]
+    title = f"training, {run.plan.task.name}"
+    titles = [f"{title}, {group[0]}" if run.device.type == "cuda" else title for group in groups]
+    return [(name, partial(measure_training, run, group)) for name, group in zip(titles, groups, strict=True)]
 
 
 def measure_scaling(run: Run, of: str, sizes: Sequence[tuple[int, Workload]]) -> None:
@@ -207,7 +224,7 @@ def pieces_of(run: Run, workloads: Sequence[Workload], sections: Sequence[str]) 
     steps: list[tuple[str, Piece]] = [(f"steps, {x.name}", partial(measure_steps, run, x)) for x in workloads]
     others: list[tuple[str, Piece]] = []
     if "training" in sections:
-        others.append((f"training, {plan.task.name}", partial(measure_training, run)))
+        others += training_pieces(run)
     if "scaling" in sections:
         widths, layers = scaling.widths(plan.widths), scaling.layers(plan.layer_counts, plan.layer_side)
         others.append(("scaling, width", partial(measure_scaling, run, "width", widths)))
@@ -218,20 +235,27 @@ def pieces_of(run: Run, workloads: Sequence[Workload], sections: Sequence[str]) 
     return [first, *steps[:1], *others, *steps[1:]] if "steps" in sections else [first, *others]
 
 
-def measure(run: Run, pieces: Sequence[tuple[str, Piece]]) -> None:
+def measure(run: Run, pieces: Sequence[tuple[str, Piece]], progress: Progress) -> bool:
+    """Measure what is left to do; return False if another process has to go on, since a CUDA error spoiled this one."""
     if run.device.type == "cpu":
         torch.zeros(7 << 20)  # the C library keeps memory of this size from now on, as in any training
-    with progress(len(pieces)) as advance:
+    with progress_bar(len(pieces)) as advance:
         for name, piece in pieces:
-            run.attempt(name, piece)
+            if name not in progress.done and name not in progress.broken:
+                progress.begin(name)
+                run.attempt(name, piece)
+                progress.end()
+                if is_spoiled(run.device):
+                    return False
             advance(name)
+    return True
 
 
 # ---- command line ------------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def progress(total: int) -> Iterator[Any]:
+def progress_bar(total: int) -> Iterator[Any]:
     """A function that is told of every finished piece: a bar where there is rich and a terminal, or else lines."""
     start = time.perf_counter()
 
@@ -286,14 +310,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.page:
         write_page(options.page, json.loads((options.page / "results.json").read_text(encoding="utf-8")))
         return 0
+    if options.device == "cuda" and options.worker is None:
+        file, path = tempfile.mkstemp(prefix="bench-run-")
+        os.close(file)
+        command = [sys.executable, "-m", "bench.run", *given, "--worker", path]
+        try:
+            return supervise(command, Path(path), options.seconds, STALL)
+        finally:
+            Path(path).unlink(missing_ok=True)
+    return measure_here(options, given)
+
+
+def measure_here(options: argparse.Namespace, given: Sequence[str]) -> int:
+    """Measure in this process, and return the exit status; RESTART where another one has to go on."""
     device = torch.device("cuda", 0) if options.device == "cuda" else torch.device("cpu")
-    record = new_record(device, given)
+    record = new_record(device, [x for x in given if x not in ("--worker", str(options.worker))])
     folder = options.out or RESULTS / f"{slug(record['device'])}-{record['date']}"
     plan = TINY if options.tiny else GPU if device.type == "cuda" else CPU
-    run = Run(folder, device, plan, time.perf_counter() + options.seconds, record, chosen_entries(options))
-    measure(run, pieces_of(run, chosen_workloads(options), options.sections))
+    with tempfile.TemporaryDirectory() as scratch:
+        new = Progress(Path(scratch) / "progress", time.time() + options.seconds)
+        progress = Progress.load(options.worker) if options.worker else new
+        if progress.done and (folder / "results.json").exists():
+            record = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        record["errors"] |= progress.broken
+        deadline = time.perf_counter() + progress.until - time.time()
+        run = Run(folder, device, plan, deadline, record, chosen_entries(options))
+        finished = measure(run, pieces_of(run, chosen_workloads(options), options.sections), progress)
     write_page(folder, record)
     run.save()
+    if not finished:
+        return RESTART
     print("\n".join(page.target_lines(record)))
     print(f"Wrote {folder / 'README.md'} and results.json, {record['seconds']:.0f} s.")
     return int(has_failed(record))

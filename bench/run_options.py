@@ -36,6 +36,7 @@ def parse_arguments(arguments: Sequence[str], description: str) -> argparse.Name
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="default bench/results/<device>-<date>")
     parser.add_argument("--page", type=Path, metavar="FOLDER", help="draw page and plots of a record again, and stop")
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # for the tests
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)  # for processes that bench.run starts
     options = parser.parse_args(arguments)
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     options.all |= options.device == "cuda"

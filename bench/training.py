@@ -194,13 +194,18 @@ class Trainee:
         }
 
 
-def contestants(task: Task, device: torch.device, entries: Sequence[Entry]) -> dict[str, Trainee]:
-    """Those of these entries that there are rows for, by the row."""
+def names_of(device: torch.device, entries: Sequence[Entry]) -> list[str]:
+    """Return the rows that these entries take part in."""
+    chosen = ((name, ENTRIES[entry]) for name, (entry, _, _) in ROWS.items() if entry in ENTRIES)
+    return [name for name, entry in chosen if entry in entries and device.type in entry.devices]
+
+
+def contestants(task: Task, device: torch.device, names: Sequence[str]) -> dict[str, Trainee]:
+    """Return the trainees of these rows."""
     found = {}
-    for name, (entry_name, period, part) in ROWS.items():
-        entry = ENTRIES[entry_name]
-        if entry in entries and device.type in entry.devices:
-            found[name] = Trainee(task, device, partial(_make, part, entry, period), period)
+    for name in names:
+        entry_name, period, part = ROWS[name]
+        found[name] = Trainee(task, device, partial(_make, part, ENTRIES[entry_name], period), period)
     return found
 
 
@@ -217,12 +222,12 @@ def batches(task: Task, device: torch.device) -> Iterator[Tensor]:
 
 
 def measure(
-    task: Task, clock: Any, device: torch.device, entries: Sequence[Entry], cycles: tuple[int, int], deadline: float
+    task: Task, clock: Any, device: torch.device, names: Sequence[str], cycles: tuple[int, int], deadline: float
 ) -> list[dict[str, Any]]:
-    """A row for each optimizer; times in µs. `cycles` of T = 10 warm up and are measured. On a GPU each trains alone,
+    """Return a row for each name; times in µs. `cycles` of T = 10 warm up and are measured. On a GPU each trains alone,
     since its memory is measured; on a CPU they take turns."""
     rows = []
-    trainees = contestants(task, device, entries)
+    trainees = contestants(task, device, names)
     alone = device.type == "cuda"
     for group in [{name: x} for name, x in trainees.items()] if alone else [trainees]:
         problems = _train(group, task, clock, device, cycles, deadline)

@@ -1,7 +1,10 @@
 """Tables of addresses that stay on the device, for kernels that work on lists of tensors.
 
 A kernel takes a list of tensors as a table of addresses and sizes in the memory of its device. A table is copied there
-once and kept by its content: it is made anew when an address changes (which is seen by `data_ptr`), and only then.
+once and kept by its content: it is made anew when an address changes (which `data_ptr` shows), and only then.
+
+Whatever is kept was filled in the stream that was current then. Another stream that reads it waits for that first, once,
+and is noted by the allocator, so that memory which is given up is not reused while that stream may still read it.
 """
 
 from __future__ import annotations
@@ -15,7 +18,6 @@ import torch
 from torch import Tensor
 
 from rootfree_kernels.backends import is_captured
-from rootfree_kernels.blocks import Tile
 
 MAX_TABLES = 512
 """Tables kept on the devices. Gradients whose addresses change from step to step use up a few of them."""
@@ -23,47 +25,87 @@ MAX_TABLES = 512
 MAX_STRIDE = 1 << 23
 """Of rows that are called aligned: offsets within a tile of 128 rows then fit 32 bits."""
 
-_tables: OrderedDict[tuple[Any, ...], Tensor] = OrderedDict()
-_captured: list[Any] = []  # what CUDA graphs read, and the host's copies of tables that a replay copies again
-_constants: dict[tuple[float, torch.device, torch.dtype], Tensor] = {}
+
+class _Kept:
+    """Something on a device that stays, and the streams that may read it without waiting."""
+
+    __slots__ = ("event", "streams", "tensors", "value")
+
+    def __init__(self, value: Any, tensors: Sequence[Tensor], device: torch.device) -> None:
+        self.value, self.tensors, self.event = value, tensors, None
+        self.streams = {_stream(device)}
+        if device.type == "cuda":
+            self.event = torch.cuda.Event()
+            self.event.record(torch.cuda.current_stream(device))
+
+    def let_read(self, device: torch.device) -> None:
+        """Let the device's current stream wait until the tensors are filled."""
+        stream = torch.cuda.current_stream(device)
+        stream.wait_event(self.event)
+        for tensor in self.tensors:
+            tensor.record_stream(stream)
+        self.streams.add(stream.cuda_stream)
+
+
+_Store = OrderedDict[Any, _Kept]
+_tables: _Store = OrderedDict()
+_tensor_tables: _Store = OrderedDict()
+_block_tables: _Store = OrderedDict()
+_constants: dict[Any, _Kept] = {}
+
+_captured: dict[int, _Kept] = {}
+"""What CUDA graphs read, by its identity. It stays for good, since nothing tells when a graph is gone; capturing the
+same once more adds nothing. The same goes for the host's copies, by content, that a replay copies to the device."""
+_captured_hosts: dict[Any, Tensor] = {}
+
+_raw_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+
+
+def _stream(device: torch.device) -> int:
+    """Return the handle of the device's current stream, 0 where there are no streams."""
+    return int(_raw_stream(device.index)) if device.type == "cuda" else 0
 
 
 def table(rows: Sequence[int], device: torch.device) -> Tensor:
-    """Whole numbers as an int64 tensor on `device`, kept there by content."""
+    """Return whole numbers as an int64 tensor on `device`, kept there by content."""
     key = (tuple(rows), device)
     if (kept := _kept(_tables, key, device)) is not None:
         return kept
-    return _keep(_tables, key, device, _copied(torch.tensor(key[0], dtype=torch.int64, device="cpu"), device))
+    made = _copied(torch.tensor(key[0], dtype=torch.int64, device="cpu"), device, key[0])
+    return _keep(_tables, key, device, made, [made])
 
 
-def _kept(tables: OrderedDict[tuple[Any, ...], Any], key: tuple[Any, ...], device: torch.device) -> Any:
-    """What is kept under a key, or None. What a CUDA graph reads stays for good: nobody sees when the graph goes."""
-    kept = tables.get(key)
-    if kept is not None:
-        tables.move_to_end(key)
-        if is_captured(device):
-            _captured.append(kept)
-    return kept
+def _kept(store: _Store, key: Any, device: torch.device) -> Any:
+    """Return what is kept under a key, for kernels in the current stream to read; None if nothing is."""
+    kept = store.get(key)
+    if kept is None:
+        return None
+    store.move_to_end(key)
+    if is_captured(device):  # the steps before the capture have waited for it
+        _captured[id(kept)] = kept
+    elif _stream(device) not in kept.streams:
+        kept.let_read(device)
+    return kept.value
 
 
-def _keep(tables: OrderedDict[tuple[Any, ...], Any], key: tuple[Any, ...], device: torch.device, made: Any) -> Any:
-    """Keep what was made, unless it was made within a CUDA graph, where it is filled only by a replay."""
+def _keep(store: _Store, key: Any, device: torch.device, made: Any, tensors: Sequence[Tensor]) -> Any:
+    """Keep what was made, unless it was made within a CUDA graph, where only a replay fills it."""
     if not is_captured(device):
-        tables[key] = made
-        if len(tables) > MAX_TABLES:
-            tables.popitem(last=False)
+        store[key] = _Kept(made, tensors, device)
+        if len(store) > MAX_TABLES:
+            store.popitem(last=False)
     return made
 
 
-def _copied(host: Tensor, device: torch.device) -> Tensor:
-    """A copy of `host` on `device`, without waiting for it."""
+def _copied(host: Tensor, device: torch.device, content: Any) -> Tensor:
+    """Return a copy of `host`, which `content` stands for, on `device`, without waiting for it."""
     if device.type != "cuda":
         return host.to(device)
-    host = host.pin_memory()
-    copy = host.to(device, non_blocking=True)
-    if is_captured(device):  # not filled before a replay, which reads `host` every time
-        _captured.extend((host, copy))
-    return copy
+    if is_captured(device):  # every replay reads the host's memory
+        host = _captured_hosts.setdefault((content, host.dtype), host if host.is_pinned() else host.pin_memory())
+    else:
+        host = host.pin_memory()
+    return host.to(device, non_blocking=True)
 
 
 class TensorTable(NamedTuple):
@@ -75,13 +117,11 @@ class TensorTable(NamedTuple):
     num_programs: int
 
 
-_tensor_tables: OrderedDict[tuple[Any, ...], TensorTable] = OrderedDict()
-
-
 def tensor_table(
     columns: tuple[tuple[int, ...], ...], programs_of: Callable[[tuple[int, ...]], int], device: torch.device
 ) -> TensorTable:
-    """The table of a list of tensors, kept by content: `columns` have one number, an address, say, for each tensor.
+    """Return the table of a list of tensors, kept by content: `columns` have one number, an address, say, for each
+    tensor.
 
     `programs_of` is a function of a row of the columns and of nothing else: how many programs work on that tensor.
     """
@@ -95,12 +135,12 @@ def tensor_table(
     repeats = torch.tensor(counts, dtype=torch.int64, device="cpu")
     owners = torch.arange(len(tensors), dtype=torch.int32, device="cpu").repeat_interleave(repeats)
     made = TensorTable(
-        _copied(torch.tensor(numbers, dtype=torch.int64, device="cpu"), device),
-        _copied(owners, device),
+        _copied(torch.tensor(numbers, dtype=torch.int64, device="cpu"), device, tuple(numbers)),
+        _copied(owners, device, tuple(counts)),
         torch.zeros(len(tensors), dtype=torch.int64, device=device),
         firsts[-1],
     )
-    return _keep(_tensor_tables, key, device, made)
+    return _keep(_tensor_tables, key, device, made, made[:3])
 
 
 class BlockTable(NamedTuple):
@@ -111,38 +151,61 @@ class BlockTable(NamedTuple):
     aligned: bool  # whether every row of every block begins on 16 bytes and lies in one piece
 
 
-_block_tables: OrderedDict[tuple[Any, ...], BlockTable] = OrderedDict()
+def block_table(
+    lists: Sequence[Sequence[Tensor]], tiles: Sequence[int], block_shape: tuple[int, int], device: torch.device
+) -> BlockTable:
+    """Return the table of the blocks of one tile of each tensor of every list.
 
-
-def block_table(lists: tuple[Sequence[Tensor], ...], tiles: Sequence[Tile], device: torch.device) -> BlockTable:
-    """The table of the blocks of `tiles`, one tile of each tensor of every list; the tensors have two axes."""
-    places = tuple([(x.data_ptr(), x.stride(), x.element_size()) for tensors in lists for x in tensors])
-    key = (places, tuple(tiles), device)
+    The tensors have two axes, those of a list one dtype. `tiles` are the tiles' `Tile.numbers`, end to end.
+    """
+    places = tuple([_places(tensors) for tensors in lists])
+    key = (places, tuple(tiles), block_shape, device)
     if (kept := _kept(_block_tables, key, device)) is not None:
         return kept
-    blocks: list[int] = []
+    rows, aligned = _block_rows(places, key[1], block_shape)
+    made = BlockTable(table(rows, device), len(rows) // (3 * len(lists)), aligned)
+    return _keep(_block_tables, key, device, made, [made.rows])
+
+
+_Places = tuple[tuple[int, ...], tuple[tuple[int, ...], ...], int]
+
+
+def _places(tensors: Sequence[Tensor]) -> _Places:
+    """Return addresses and strides, made by loops in C, and the bytes of an element."""
+    return tuple(map(Tensor.data_ptr, tensors)), tuple(map(Tensor.stride, tensors)), tensors[0].element_size()
+
+
+def _block_rows(
+    places: Sequence[_Places], tiles: Sequence[int], block_shape: tuple[int, int]
+) -> tuple[list[int], bool]:
+    """Return the numbers of a table, and whether every row of every block begins on 16 bytes and lies in one piece."""
+    numbers: list[int] = []
     aligned = True
-    for index, tile in enumerate(tiles):
-        (row_start, down, height), (col_start, across, width) = tile
+    height, width = block_shape
+    for index, (row_start, down, col_start, across) in enumerate(zip(*(iter(tiles),) * 4, strict=True)):
         for i in range(down * across):
             row, col = row_start + i // across * height, col_start + i % across * width
-            for start in range(index, len(places), len(tiles)):
-                address, (row_stride, col_stride), size = places[start]
-                address += (row * row_stride + col * col_stride) * size
-                blocks += (address, row_stride, col_stride)
+            for addresses, strides, size in places:
+                row_stride, col_stride = strides[index]
+                address = addresses[index] + (row * row_stride + col * col_stride) * size
+                numbers += (address, row_stride, col_stride)
                 aligned &= address % 16 == 0 and row_stride % 8 == 0 and col_stride == 1 and row_stride < MAX_STRIDE
-    made = BlockTable(table(blocks, device), sum(tile.num_blocks for tile in tiles), aligned)
-    return _keep(_block_tables, key, device, made)
+    return numbers, aligned
 
 
 def constant(value: float, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A 0-d tensor, kept, for an argument that was left out: so that no second kernel is compiled for its absence."""
-    kept = _constants.get((value, device, dtype))
+    """Return a 0-d tensor that stands for an argument that was left out, so that no second kernel is compiled for its
+    absence. It is kept."""
+    key = (value, device, dtype)
+    kept = _constants.get(key)
     if kept is None:
-        kept = torch.full((), value, dtype=dtype, device=device)
+        made = torch.full((), value, dtype=dtype, device=device)
         if not is_captured(device):
-            _constants[value, device, dtype] = kept
-    return kept
+            _constants[key] = _Kept(made, [made], device)
+        return made
+    if _stream(device) not in kept.streams and not is_captured(device):
+        kept.let_read(device)
+    return kept.value
 
 
 def on_device(device: torch.device, scalar: Tensor | None, default: float) -> Tensor:
@@ -170,9 +233,10 @@ class Draws(NamedTuple):
 
 
 def draws(seeds: Tensor, steps: Tensor, device: torch.device) -> Draws:
-    """The draws of `seeds` [n], int32 on the device, and `steps` [n], any dtype, anywhere; any bits where these are
-    empty. Steps on the CPU that are all the same, as they mostly are, go to a GPU as a number: nothing is copied."""
-    if not len(seeds) or not len(steps):
+    """Return the draws of `seeds` [n], int32 on the device, and `steps` [n], any dtype, anywhere; any bits where these
+    are empty. Steps on the CPU that are all the same, as they mostly are, go to a GPU as a number: nothing is copied.
+    """
+    if not seeds.shape[0] or not steps.shape[0]:
         return Draws(constant(0, device, torch.int32), constant(0.0, device), 0, 0, 0.0)
     if steps.device.type != device.type and len(values := set(steps.tolist())) == 1:
         return Draws(seeds, constant(0.0, device), 1, 0, float(values.pop()))

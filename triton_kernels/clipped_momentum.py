@@ -207,7 +207,7 @@ def clipped_momentum(
     )
     numbers = float(riemannian_momentum), 1.0 - riemannian_momentum
     where, m_type = (call.where.rows, call.where.owners, call.sums), TRITON_DTYPES[call.dtype]
-    launch(norms_kernel, call.where.num_programs, (*where, *numbers), (m_type, row_sum), NUM_WARPS)
-    arguments = (*where, call.found_inf, call.clips, *numbers, *call.clips.shape)
-    launch(momentum_kernel, call.where.num_programs, arguments, (m_type, clip), NUM_WARPS)
+    launch(norms_kernel, call.where.num_programs, where, numbers, (m_type, row_sum), NUM_WARPS)
+    tensors = (*where, call.found_inf, call.clips)
+    launch(momentum_kernel, call.where.num_programs, tensors, (*numbers, *call.clips.shape), (m_type, clip), NUM_WARPS)
     return call.finish()

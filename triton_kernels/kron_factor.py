@@ -274,7 +274,7 @@ def kron_factor_by(
     m_K have the dtype of `grad`, BF16 (or FP32, under Triton's interpreter).
     """
     device = grad.device
-    num_blocks, p, d = len(grad), factor_c.shape[-1], factor_k.shape[-1]
+    num_blocks, p, d = grad.shape[0], factor_c.shape[-1], factor_k.shape[-1]
     p_pad, d_pad = grad.shape[1:]
     config = tile_config(p, d)
     row_sum = clip == "row_sum"
@@ -299,8 +299,8 @@ def kron_factor_by(
     launch(
         kron_momentum_kernel,
         norms.numel(),
+        (a, c, k, m_c, m_k, new_m_c, new_m_k, squares, norms, sums_c, sums_k),
         (
-            *(a, c, k, m_c, m_k, new_m_c, new_m_k, squares, norms, sums_c, sums_k),
             *(num_blocks, squares.shape[-1], *sizes),
             *map(float, (batch_size, riemannian_momentum, damping, gamma)),
         ),
@@ -317,9 +317,8 @@ def kron_factor_by(
             *((new_c, new_k) if lo_c is None else (lo_c, lo_k)),
             *(norms, sums_c, sums_k),
             *(drawn.seeds, drawn.steps, on_device(device, found_inf, 0.0), ok),
-            *(drawn.stride, drawn.step_stride, *sizes),
-            *(drawn.step, float(beta2), int(clip != "none")),
         ),
+        (drawn.stride, drawn.step_stride, *sizes, drawn.step, float(beta2), int(clip != "none")),
         (config.block, config.depth, row_sum, effective_rounding(c.dtype, rounding)),
         config.num_warps,
         config.num_stages,

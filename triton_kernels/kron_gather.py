@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rootfree_kernels.blocks import matrix_view, tiles_of_numbers
+from rootfree_kernels.blocks import matrix_view
 from rootfree_kernels.tables import block_table, on_device
 from rootfree_kernels.triton_kernels.common import TRITON_DTYPES, round_nearest
 from rootfree_kernels.triton_kernels.configuration import Configuration
@@ -140,19 +140,17 @@ def kron_gather(
     device = grads[0].device
     if len({grad.dtype for grad in grads}) > 1 or grads[0].dtype not in TRITON_DTYPES:
         grads = [grad.float() for grad in grads]
-    views, every_tile = [matrix_view(grad) for grad in grads], tiles_of_numbers(tiles, rows, cols)
-    table = block_table((views,), every_tile, device)
-    parts = num_partial_sums(rows, cols)
-    num_blocks = table.num_blocks
-    out = torch.empty((num_blocks, padded(rows), padded(cols)), dtype=dtype, device=device)
-    squares = torch.empty((1 + len(factors), num_blocks, parts), dtype=torch.float32, device=device)
+    views = [matrix_view(grad) for grad in grads]
+    table = block_table((views,), tiles, (rows, cols), device)
+    num_blocks, parts = table.num_blocks, num_partial_sums(rows, cols)
+    out = grads[0].new_empty((num_blocks, padded(rows), padded(cols)), dtype=dtype)
+    squares = grads[0].new_empty((1 + len(factors), num_blocks, parts), dtype=torch.float32)
     c, k = factors or (out, out)
     launch(
         kron_gather_kernel,
         num_blocks * parts,
+        (table.rows, c, k, out, squares, on_device(device, grad_scale, 1.0)),
         (
-            *(table.rows, c, k, out, squares),
-            on_device(device, grad_scale, 1.0),
             *(-1.0 if maximize else 1.0, num_blocks, parts),
             *(rows, cols, out.shape[1] // PADDING, out.shape[2] // PADDING),
         ),

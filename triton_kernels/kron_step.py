@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rootfree_kernels import ranges
-from rootfree_kernels.blocks import matrix_view, tiles_of_numbers
+from rootfree_kernels.blocks import matrix_view
 from rootfree_kernels.rounding import SLOT_WEIGHT
 from rootfree_kernels.tables import block_table, constant, draws, on_device, split_lr
 from rootfree_kernels.triton_kernels.common import (
@@ -175,13 +175,13 @@ def kron_step_by(
     `make_products` is the launch of P_C and P_K: `products.make_products`, or what does the same in another way.
     """
     device = grad.device
-    num_blocks, p, d = len(grad), factor_c.shape[-1], factor_k.shape[-1]
+    num_blocks, p, d = grad.shape[0], factor_c.shape[-1], factor_k.shape[-1]
     ranges.phase("precondition")
     # All memory is taken before anything changes.
     c, k = pad_square(factor_c.to(grad.dtype)), pad_square(factor_k.to(grad.dtype))
     x = torch.empty_like(grad)
     lists = [[matrix_view(tensor) for tensor in tensors] for tensors in (params, buffers, residuals or buffers)]
-    table = block_table(tuple(lists), tiles_of_numbers(tiles, p, d), device)
+    table = block_table(lists, tiles, (p, d), device)
     aligned = table.aligned and p % PADDING == 0 == d % PADDING
     config = tile_config(p, d) if aligned else SMALL
     drawn = draws(seeds, steps, device)
@@ -200,8 +200,11 @@ def kron_step_by(
         (
             *(x, k, table.rows, skipped, squares),
             constant(1.0, device, torch.bool) if ok is None else ok,
-            *(on_device(device, found_inf, 0.0), drawn.seeds, drawn.steps, lr, lr_value, drawn.step),
-            *(int(ok is not None), drawn.stride, drawn.step_stride, squares.shape[-1]),
+            *(on_device(device, found_inf, 0.0), drawn.seeds, drawn.steps, lr),
+        ),
+        (
+            *(lr_value, drawn.step, int(ok is not None)),
+            *(drawn.stride, drawn.step_stride, squares.shape[-1]),
             *(p, d, grad.shape[1] // PADDING, grad.shape[2] // PADDING),
             *(float(momentum), float(weight_decay), int(decoupled)),
         ),

@@ -197,8 +197,9 @@ def make_products(c: Tensor, k: Tensor, product_c: Tensor, product_k: Tensor, ke
     config = tile_config(p, d)
     launch(
         kron_products_kernel,
-        len(c) * (config.triangle(p) + config.triangle(d)),
-        (c, k, product_c, product_k, *(kept or (c, k)), p // PADDING, d // PADDING),
+        c.shape[0] * (config.triangle(p) + config.triangle(d)),
+        (c, k, product_c, product_k, *(kept or (c, k))),
+        (p // PADDING, d // PADDING),
         (config.block, config.depth, kept is not None),
         config.num_warps,
         config.num_stages,
@@ -219,15 +220,16 @@ def products_by_bmm(c: Tensor, k: Tensor, product_c: Tensor, product_k: Tensor, 
 
 
 def pad(x: Tensor, rows: int, cols: int) -> Tensor:
-    """`x` [L, p, d], or a copy of it [L, rows, cols] filled up with zeros, contiguous and beginning on 16 bytes."""
+    """Return `x` [L, p, d], or a copy [L, rows, cols] filled up with zeros, contiguous and beginning on 16 bytes."""
     if x.shape[1:] == (rows, cols):
-        x = x.contiguous()
-        return x if x.data_ptr() % 16 == 0 else x.clone()
+        return x if x.is_contiguous() and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
     return torch.nn.functional.pad(x, (0, cols - x.shape[2], 0, rows - x.shape[1]))
 
 
 def pad_square(x: Tensor) -> Tensor:
-    """`x` [L, n, n] with n filled up to a multiple of 8."""
+    """Return `x` [L, n, n] with n filled up to a multiple of 8, likewise."""
+    if x.shape[-1] % PADDING == 0 and x.is_contiguous() and x.data_ptr() % 16 == 0:
+        return x
     return pad(x, padded(x.shape[1]), padded(x.shape[2]))
 
 

@@ -239,8 +239,8 @@ def rf_rmsprop(
         (
             *(call.where.rows, call.grads, call.where.owners, call.where.counters),
             *(call.drawn.seeds, call.drawn.steps, call.lr, call.grad_scale, call.found_inf),
-            *(call.drawn.stride, call.drawn.step_stride, call.drawn.step, call.lr_value, *call.numbers),
         ),
+        (call.drawn.stride, call.drawn.step_stride, call.drawn.step, call.lr_value, *call.numbers),
         (*(TRITON_DTYPES[dtype] for dtype in call.dtypes), *call.modes),
         NUM_WARPS,
     )

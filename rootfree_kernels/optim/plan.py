@@ -195,7 +195,7 @@ class Plan:
         self._sizes = [len(part.owners) for part in self.parts]
         owners = [row for part in self.parts for row in part.owners]
         self._owners = torch.tensor(owners, dtype=torch.int64, device=self._counts.device)
-        self._no_steps = None if owners else [torch.empty(0, device=self.device)] * len(self.parts)
+        self._no_steps = None if owners else [self._counts[:0]] * len(self.parts)
         steps = [float(grad is not None) for grad in grads]
         self._increment = torch.tensor(steps, dtype=torch.float32, device=self._counts.device)
 
@@ -208,11 +208,11 @@ class Plan:
         return ordered if kinds(ordered) == self._kinds else None
 
     def steps(self) -> list[Tensor]:
-        """For each part the counts of steps that its random bits depend on."""
+        """Return for each part the counts of steps that its random bits depend on, where the counts are kept: kernels
+        on a GPU are told one that all have in common as a number."""
         if self._no_steps is not None:
             return self._no_steps
-        counts = self._counts.index_select(0, self._owners).to(self.device, non_blocking=True)
-        return list(counts.split(self._sizes))
+        return list(self._counts.index_select(0, self._owners).split(self._sizes))
 
     def count_step(self) -> None:
         self._counts.add_(self._increment)

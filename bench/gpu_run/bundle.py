@@ -1,0 +1,198 @@
+"""What a machine with a GPU needs and cannot fetch or should not spend its time on, prepared on one without a GPU.
+
+    python -m bench.gpu_run.bundle [--peers FOLDER]      (`make gpu-bundle` makes an environment for it first)
+
+Writes .gpu-bundle/: the compiled extension, Triton's cache with every kernel that a run launches, checkouts of other
+people's optimizers and the packages they need, and the commit. Python, PyTorch and Triton of the environment must be
+those of the GPU machine. `python -m bench.gpu_run` finds the bundle there and unpacks it. Make it again after a change
+in triton_kernels/, csrc/ or setup.py: line numbers are part of Triton's keys.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from bench.gpu_run.stages import HUGE
+from bench.peers import CHECKOUTS, COMMIT, PEERS
+from bench.record import commit
+from rootfree_kernels.backends import build_record
+
+ROOT = Path(__file__).resolve().parents[2]
+BUNDLE = ROOT / ".gpu-bundle"
+ABOUT, CACHE, OTHERS, PACKAGES = "about.json", "triton-cache.tgz", "peers.tgz", "packages.tgz"
+FAKE_GPU = ROOT / "tests" / "fake_gpu"
+
+LAUNCHING_TESTS = ("kron", "rf_rmsprop", "clipped_momentum", "optimizers")
+"""Tests of Triton kernels, whose launches are compiled as well."""
+
+
+def python_tag() -> str:
+    """Return what compiled modules of this Python end with."""
+    return str(sysconfig.get_config_var("EXT_SUFFIX"))
+
+
+# ---- the parts -----------------------------------------------------------------------------------------------------
+
+
+def extension() -> list[Path]:
+    """Return the compiled extension of this Python and the record of its build.
+
+    Raises:
+        SystemExit: it is missing, or has no CUDA part.
+    """
+    if build_record()["left_out"]["cuda"]:
+        reason = build_record()["left_out"]["cuda"]
+        raise SystemExit(
+            f"✗ the extension has no CUDA part: {reason}. Install with ROOTFREE_BUILD=cuda; see the Makefile."
+        )
+    package = ROOT / "rootfree_kernels"
+    return [*package.glob(f"_C*{python_tag()}"), *package.glob("_build*.json")]
+
+
+def link_kernels(tree: Path) -> None:
+    """Let rootfree_kernels.triton_kernels be found in a tree that is not installed."""
+    link = tree / "rootfree_kernels" / "triton_kernels"
+    if not link.is_symlink():
+        link.symlink_to(Path("..") / "triton_kernels")
+
+
+def fill_cache(cache: Path) -> int:
+    """Run on the fake GPU what a run launches; return how many kernels Triton's cache holds then."""
+    environment = {
+        **os.environ,
+        "TRITON_CACHE_DIR": str(cache),
+        "TRITON_STORE_BINARY_ONLY": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    fake = [sys.executable, str(FAKE_GPU), "python", "-m"]
+    tests = [f"tests/test_triton_{name}.py" for name in LAUNCHING_TESTS]
+    options = ["-p", "fake_gpu.plugin", "-m", "gpu", "-q", "-p", "no:cacheprovider", "--tb=no"]
+    for command in (["bench.gpu_run.warm_cache"], ["pytest", *options, "-k", f"not {HUGE}", *tests]):
+        run = subprocess.run([*fake, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+        if run.returncode:
+            print(f"✗ {' '.join(command)} failed:\n{run.stdout[-3000:]}{run.stderr[-1000:]}", flush=True)
+    return len([*cache.rglob("*.cubin")])
+
+
+def copy_peers(source: Path, folder: Path) -> list[str]:
+    """Copy the checkouts of peers without their history, each with a file that names its commit."""
+    found = []
+    for peer in PEERS.values():
+        checkout = source / peer.checkout.name
+        if checkout.is_dir():
+            shutil.copytree(checkout, folder / checkout.name, ignore=shutil.ignore_patterns(".git", "*.png", "*.gif"))
+            (folder / checkout.name / COMMIT).write_text(peer.version_of(checkout) + "\n")
+            found.append(peer.title)
+    return found
+
+
+def download_packages(folder: Path) -> list[str]:
+    """Unpack the pure Python packages that peers need beside PyTorch."""
+    wanted = [name for peer in PEERS.values() for name in peer.carried]
+    options = ["--disable-pip-version-check", "--quiet", "install", "--no-deps", "--no-compile"]
+    command = [sys.executable, "-m", "pip", *options, "--target", str(folder), *wanted]
+    return [] if subprocess.run(command).returncode else wanted
+
+
+# ---- packing and unpacking -----------------------------------------------------------------------------------------
+
+
+def pack(folder: Path, archive: Path) -> None:
+    """Write a folder to an archive."""
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(folder, ".")
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Write an archive to a folder, in place of what was there."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    with tarfile.open(archive) as tar:
+        tar.extractall(folder, filter="data")
+
+
+def relocate(cache: Path) -> None:
+    """Let Triton's cache name its own folder: each group of files is listed with the paths at which it was made."""
+    for listing in cache.rglob("__grp__*"):
+        group = json.loads(listing.read_text())
+        group["child_paths"] = {name: str(listing.parent / name) for name in group["child_paths"]}
+        listing.write_text(json.dumps(group))
+
+
+def unfit(about: dict[str, str]) -> list[str]:
+    """Return in what this environment differs from the one that the bundle was made in."""
+    here = versions()
+    return [f"{name} is {here[name]}, the bundle's {about.get(name)}" for name in here if here[name] != about.get(name)]
+
+
+def versions() -> dict[str, str]:
+    """Return what a bundle depends on."""
+    return {
+        "python": python_tag(),
+        **{name: version(name) for name in ("torch", "triton")},
+    }
+
+
+# ---- command line --------------------------------------------------------------------------------------------------
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--peers", type=Path, default=CHECKOUTS, metavar="FOLDER", help="default .peers/")
+    return parser.parse_args(arguments)
+
+
+def say(begin: float, text: str) -> None:
+    print(f"{time.monotonic() - begin:5.0f} s  {text}", flush=True)
+
+
+def make(peers: Path, bundle: Path = BUNDLE) -> None:
+    """Make the bundle anew."""
+    begin = time.monotonic()
+    shutil.rmtree(bundle, ignore_errors=True)
+    bundle.mkdir()
+    copy_all(extension(), bundle)
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        (work / "peers").mkdir()
+        found = copy_peers(peers, work / "peers")
+        pack(work / "peers", bundle / OTHERS)
+        packages = download_packages(work / "packages")
+        if packages:
+            pack(work / "packages", bundle / PACKAGES)
+        say(begin, f"peers: {', '.join(found) or f'none is in {peers}'}; packages: {', '.join(packages) or 'none'}")
+        kernels = fill_cache(work / "cache")
+        pack(work / "cache", bundle / CACHE)
+        say(begin, f"{kernels} kernels are compiled")
+    about = {**versions(), "commit": commit(), "kernels": kernels, "peers": found}
+    (bundle / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
+    size = sum(path.stat().st_size for path in bundle.iterdir())
+    say(begin, f"{bundle.name}/ holds {size / 1e6:.1f} MB for torch {about['torch']}, triton {about['triton']}")
+
+
+def copy_all(files: Iterable[Path], folder: Path) -> None:
+    for path in files:
+        shutil.copy2(path, folder)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Make the bundle and return the exit status."""
+    options = parse_arguments(arguments)
+    make(options.peers)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

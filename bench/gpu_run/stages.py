@@ -1,0 +1,178 @@
+"""The stages of a run on a GPU: what each one runs, and for how long at most."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+FAILED = "failed.txt"
+"""Names of the tests that failed: in a run's folder, and in a bundle those that stage `again` repeats."""
+
+Command = list[str]
+
+TESTS = (
+    *("test_triton_kron.py", "test_cuda_kernels_gpu.py", "test_capture.py", "test_triton_rf_rmsprop.py"),
+    *("test_triton_clipped_momentum.py", "test_triton_optimizers.py", "test_streams.py", "test_dispatch_runs.py"),
+    *("test_conventions.py", "test_ranges.py", "test_packed_momentum.py", "test_bench_run.py", "test_compile.py"),
+)
+"""Files with tests for a GPU, the most telling first."""
+
+HUGE = "more_than_2_31"
+"""In the name of a test that needs tens of GB."""
+
+CONTESTANTS = (
+    *("IFShampoo", "IFShampoo, least memory", "RFRMSProp", "AdamW, fused", "SGD, fused", "Muon of torch"),
+    *("Muon of Dion, Triton", "Distributed Shampoo, eigh, unpacked", "sirfshampoo"),
+)
+"""What stage `peers` lets take part."""
+
+
+class Limits(NamedTuple):
+    """What a command may know of its stage."""
+
+    seconds: int
+    folder: Path
+    """For everything the stage writes."""
+
+
+class Stage(NamedTuple):
+    """Commands that run one after the other, whether or not the one before failed."""
+
+    name: str
+    seconds: int
+    """For all commands together, unless the command line says otherwise."""
+
+    what: str
+    commands: Callable[[Limits], Sequence[Command]]
+    by_default: bool = True
+
+
+def python(module: str, *arguments: object) -> Command:
+    """Return the command that runs a module with this Python."""
+    return [sys.executable, "-m", module, *map(str, arguments)]
+
+
+def pytest(*arguments: object, workers: int = 0) -> Command:
+    """Return the command that runs tests marked gpu.
+
+    Where pytest-xdist is installed, a CUDA error ends one of several processes and not all tests; where pytest-timeout
+    is installed, a call that hangs is ended.
+    """
+    options = ["-p", "bench.gpu_run.pytest_plugin", "-m", "gpu", "-q", "--no-header", "--tb=short", "-rf"]
+    options += ["-p", "no:cacheprovider"]
+    if find_spec("pytest_timeout"):
+        options += ["--timeout", "60", "--timeout-method", "thread"]
+    if workers and find_spec("xdist"):
+        options += ["-n", str(workers), "--dist", "loadfile", "--max-worker-restart", "16"]
+    return python("pytest", *options, *arguments)
+
+
+def number_of_workers() -> int:
+    """Return how many processes run tests: each takes half a gigabyte of the GPU's memory for its context alone."""
+    return max(1, min(8, (os.cpu_count() or 2) // 2))
+
+
+# ---- what the stages run -------------------------------------------------------------------------------------------
+
+
+def machine(limits: Limits) -> list[Command]:
+    smi = [["nvidia-smi"]] if shutil.which("nvidia-smi") else []
+    return [*smi, python("rootfree_kernels"), python("bench.gpu_run.probe")]
+
+
+def tests(limits: Limits) -> list[Command]:
+    return [pytest("-k", f"not {HUGE}", *_test_files(), workers=number_of_workers())]
+
+
+def huge(limits: Limits) -> list[Command]:
+    return [pytest("-k", HUGE, *_test_files())]
+
+
+def again(limits: Limits) -> list[Command]:
+    """Those that failed in this folder before, or else those that the bundle names."""
+    lists = (limits.folder / FAILED, ROOT / ".gpu-bundle" / FAILED)
+    found = next((path for path in lists if path.exists()), None)
+    names = found.read_text(encoding="utf-8").splitlines() if found else []
+    return [pytest(*dict.fromkeys(names), workers=number_of_workers())] if names else []
+
+
+def memcheck(limits: Limits) -> list[Command]:
+    chosen = "if_shampoo_steps_as_eager_pytorch and (fp32 or compensated)"
+    sanitizer = ["compute-sanitizer", "--tool", "memcheck", "--print-limit", "20"]
+    files = ["tests/test_triton_optimizers.py", "tests/test_triton_kron.py"]
+    return [["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", *sanitizer, *pytest(*files, "-k", chosen)]]
+
+
+def quick(limits: Limits) -> list[Command]:
+    return [_kernels(limits, "--quick")]
+
+
+def kernels(limits: Limits) -> list[Command]:
+    return [_kernels(limits)]
+
+
+def peers(limits: Limits) -> list[Command]:
+    names = "|".join(CONTESTANTS)
+    options = ["--device", "cuda", "--only", "GPT-2 124M", "--sections", "steps", "training"]
+    options += ["--optimizers", f"^({names})$", "--seconds", max(10, limits.seconds - 30)]
+    return [python("bench.run", *options, "--out", limits.folder / "peers")]
+
+
+def profile(limits: Limits) -> list[Command]:
+    options = ["--device", "cuda", "--out", limits.folder / "profile"]
+    return [
+        python("bench.profile_step", "--steps", 5, *options),
+        python("bench.profile_step", "--frequency", 10, "--steps", 10, *options),
+    ]
+
+
+def ncu(limits: Limits) -> list[Command]:
+    """Two batches' launches of the matrix kernels, in an update and the step behind it."""
+    report = limits.folder / "ncu"
+    options = ["--clock-control", "none", "--profile-from-start", "off", "-k", "regex:kron_", "-c", "10"]
+    step = python("bench.profile_step", "--nsys", "--steps", 1)
+    return [
+        ["ncu", *options, "--set", "full", "-o", str(report), "-f", *step],
+        ["ncu", "--import", f"{report}.ncu-rep", "--page", "details"],
+    ]
+
+
+def language(limits: Limits) -> list[Command]:
+    methods = 4
+    each = max(5, (limits.seconds - 35) // methods)
+    options = ["--device", "cuda", "--size", "30m", "--seconds", each, "--out", limits.folder / "language"]
+    return [python("bench.demo", *options)]
+
+
+def _kernels(limits: Limits, *options: str) -> Command:
+    seconds = max(10, limits.seconds - 20)
+    return python("bench.kernels", *options, "--seconds", seconds, "--only", "^(?!First step)", "--out", limits.folder)
+
+
+def _test_files() -> list[str]:
+    return [f"tests/{name}" for name in TESTS if (ROOT / "tests" / name).exists()]
+
+
+STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage("machine", 30, "driver, versions, which backend serves what, one product", machine),
+        Stage("tests", 150, "all tests that need a GPU, but those that need tens of GB", tests),
+        Stage("quick", 170, "kernels at the main sizes: ceilings, cuBLAS, eager PyTorch, fused AdamW", quick),
+        Stage("peers", 130, "GPT-2 124M, steps and training, beside AdamW, Muon and other people's Shampoo", peers),
+        Stage("profile", 45, "where the time of a step goes, by phase", profile),
+        Stage("ncu", 60, "Nsight Compute on the matrix kernels", ncu),
+        Stage("language", 135, "a language model trained by four optimizers, loss against time", language),
+        Stage("kernels", 300, "kernels at all sizes", kernels, by_default=False),
+        Stage("again", 120, "tests that failed before", again, by_default=False),
+        Stage("huge", 120, "tests that need tens of GB", huge, by_default=False),
+        Stage("memcheck", 180, "tests of the matrix kernels under compute-sanitizer", memcheck, by_default=False),
+    )
+}
+"""By name, the most wanted first; those that run by default take 12 minutes together."""

@@ -1,0 +1,130 @@
+"""Builds the fake GPU: two libraries that stand in for the CUDA runtime, cuBLAS and the driver.
+
+Every function that PyTorch or Triton links against and that runtime.c and driver.c do not define is generated: it does
+nothing and returns 0, which is success.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import re
+import shlex
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+SOURCES = ("runtime.c", "driver.c")
+RUNTIME, DRIVER = "libfakecuda.so", "libcuda.so.1"
+
+RUNTIME_NAMES = re.compile(r"(?:cuda[A-Z]|__cuda|cublas)\w+")
+DRIVER_NAMES = re.compile(r"cu[A-Z]\w+")
+LIBRARIES_OF_THEIR_OWN = re.compile(r"cu(?:DNN|FFT|RAND|SPARSE|SOLVER)")
+DEFINED = re.compile(r"^[\w *]*?\b\*{0,2}((?:cu|__cuda|fake_gpu)\w+)\(", re.MULTILINE)
+
+
+def why_not() -> str:
+    """Return why there can be no fake GPU in this environment, or an empty text."""
+    for package in ("torch", "triton"):
+        if importlib.util.find_spec(package) is None:
+            return f"{package} is not installed"
+    if not _torch_libraries():
+        return "this PyTorch is not built for CUDA"
+    return "" if _headers() else "there are no headers of this PyTorch's CUDA runtime: install nvcc or set CUDA_HOME"
+
+
+def build() -> Path:
+    """Return the folder of the two libraries, which are compiled again only if something changed."""
+    texts = [(HERE / name).read_text() for name in (*SOURCES, "library.py")]
+    key = "\n".join([*texts, version("torch"), version("triton")])
+    folder = ROOT / "build" / "fake_gpu" / hashlib.sha256(key.encode()).hexdigest()[:12]
+    if not (folder / DRIVER).exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        _compile_into(folder)
+    return folder
+
+
+def environment(folder: Path, devices: int, caching: bool) -> dict[str, str]:
+    """Return the variables of a process that sees `devices` fake GPUs.
+
+    Without PyTorch's caching allocator every tensor is new memory, filled with zeros, and what is freed is known.
+    """
+    return {
+        **({} if caching else {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}),
+        "ROOTFREE_FAKE_GPU": "1",
+        "FAKE_GPU_DEVICES": str(devices),
+        "LD_PRELOAD": str(folder / RUNTIME),
+        "LD_LIBRARY_PATH": str(folder),
+        "TRITON_LIBCUDA_PATH": str(folder),
+    }
+
+
+def _compile_into(folder: Path) -> None:
+    wanted = _undefined_names()
+    generated = {
+        "runtime": {name for name in wanted if RUNTIME_NAMES.fullmatch(name)} - _defined("runtime.c"),
+        "driver": {name for name in wanted if DRIVER_NAMES.fullmatch(name)} - _defined("driver.c"),
+    }
+    for part, names in generated.items():
+        lines = [f"int {name}(void) {{ return 0; }}" for name in sorted(names)]
+        (folder / f"generated_{part}.c").write_text("\n".join(lines) + "\n")
+    flags = ["-w", "-shared", "-fPIC", "-O1", f"-I{_headers()}", f"-I{_triton_driver() / 'include'}"]
+    _run(*flags, HERE / "runtime.c", folder / "generated_runtime.c", "-o", folder / RUNTIME, "-ldl", "-lpthread")
+    part = folder / f"{DRIVER}.part"  # the driver is there only when everything is
+    soname = f"-Wl,-soname,{DRIVER}"
+    _run(*flags, soname, HERE / "driver.c", folder / "generated_driver.c", "-o", part)
+    part.replace(folder / DRIVER)
+
+
+def _run(*arguments: object) -> None:
+    subprocess.run([*shlex.split(os.environ.get("CC") or "cc"), *map(str, arguments)], check=True)
+
+
+def _defined(source: str) -> set[str]:
+    return set(DEFINED.findall((HERE / source).read_text()))
+
+
+def _undefined_names() -> set[str]:
+    """Return the names that PyTorch's libraries leave undefined, and those that Triton looks up."""
+    output = subprocess.run(
+        ["nm", "-D", "--undefined-only", *map(str, _torch_libraries())], capture_output=True, text=True, check=True
+    ).stdout
+    names = {line.split()[-1].partition("@")[0] for line in output.splitlines() if " U " in line}
+    names |= set(re.findall(r"\bcu[A-Z]\w+", (_triton_driver() / "driver.c").read_text()))
+    return {name for name in names if not name.endswith("_t") and not LIBRARIES_OF_THEIR_OWN.match(name)}
+
+
+def _torch_libraries() -> list[Path]:
+    folder = _torch() / "lib"
+    names = (
+        "libc10_cuda.so",
+        "libtorch_cuda.so",
+        "libtorch_cuda_linalg.so",
+        "libtorch_python.so",
+        "libcaffe2_nvrtc.so",
+    )
+    return [folder / name for name in names] if (folder / "libtorch_cuda.so").exists() else []
+
+
+def _torch() -> Path:
+    return _folder_of("torch")
+
+
+def _triton_driver() -> Path:
+    return _folder_of("triton") / "backends" / "nvidia"
+
+
+def _folder_of(package: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    assert spec is not None and spec.origin is not None
+    return Path(spec.origin).parent
+
+
+def _headers() -> Path | None:
+    """Return the folder of the CUDA runtime's headers: those installed with PyTorch, or a toolkit's."""
+    toolkit = Path(os.environ.get("CUDA_HOME") or "/usr/local/cuda") / "include"
+    folders = [*_torch().parent.glob("nvidia/cu*/include"), toolkit]
+    return next((folder for folder in folders if (folder / "cuda_runtime_api.h").exists()), None)

@@ -1,0 +1,147 @@
+"""A pytest plugin for tests on the fake GPU (see `__main__.py`): pytest -p fake_gpu.plugin
+
+A kernel there computes nothing, so a test that compares numbers fails. Such failures, and no others, are reported as
+expected. A test fails if it raises anything else, or if it does what a GPU would refuse:
+
+- a launch whose tensors, or the tensors of whose tables, are on another device than its stream or are freed,
+- a launch with too many threads, or too much shared memory,
+- a synchronization, or a copy from pageable memory, during the capture of a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from collections.abc import Callable, Iterator
+from functools import wraps
+from typing import Any
+
+import hypothesis
+import pytest
+import torch
+
+from fake_gpu import library
+
+MAX_REPORTED = 3
+SMALLEST_ADDRESS = 1 << 32  # numbers of a table that are below are sizes and strides
+
+hypothesis.settings.register_profile(
+    "fake_gpu",
+    phases=(hypothesis.Phase.explicit, hypothesis.Phase.generate),
+    max_examples=2,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(hypothesis.HealthCheck),
+)
+hypothesis.settings.load_profile("fake_gpu")
+
+
+class FakeGpu:
+    """What the libraries of the fake GPU counted in this process."""
+
+    def __init__(self) -> None:
+        self.library: Any = ctypes.CDLL(library.RUNTIME)
+        for name in ("launches", "synchronizations", "problems"):
+            getattr(self.library, f"fake_gpu_{name}").restype = ctypes.c_long
+        self.library.fake_gpu_last_problem.restype = ctypes.c_char_p
+        self.library.fake_gpu_device_of.argtypes = [ctypes.c_void_p]
+        self.wrong_launches: list[str] = []
+
+    def launches(self) -> int:
+        """Return the number of kernels that were launched."""
+        return int(self.library.fake_gpu_launches())
+
+    def synchronizations(self) -> int:
+        """Return how often the host waited for the device."""
+        return int(self.library.fake_gpu_synchronizations())
+
+    def problems(self) -> list[str]:
+        """Return what a GPU would have refused so far, of the libraries' problems the last one."""
+        count = int(self.library.fake_gpu_problems())
+        last = self.library.fake_gpu_last_problem().decode()
+        return [*self.wrong_launches, *([f"{count} problems, the last: {last}"] if count else [])]
+
+    def forget_problems(self) -> list[str]:
+        """Return what `problems` returns, for the last time."""
+        found = self.problems()
+        self.library.fake_gpu_forget_problems()
+        self.wrong_launches.clear()
+        return found
+
+    def check_launch(self, kernel: Any, tensors: tuple[torch.Tensor, ...]) -> None:
+        """Note a launch of a kernel on tensors of another device, or with a table that names memory of another one."""
+        device = torch.cuda.current_device()
+        for x in tensors:
+            if x.device != torch.device("cuda", device):
+                self.wrong_launches.append(f"{kernel.__name__} on device {device} gets a tensor on {x.device}")
+        for x in tensors:
+            if x.dtype == torch.int64 and x.ndim:
+                self._check_table(kernel.__name__, x, device)
+
+    def _check_table(self, name: str, table: torch.Tensor, device: int) -> None:
+        numbers = (ctypes.c_int64 * table.numel()).from_address(table.data_ptr())
+        for number in numbers:
+            if number >= SMALLEST_ADDRESS and (found := self.library.fake_gpu_device_of(number)) != device:
+                where = {-1: "the host's memory", -2: "freed memory"}.get(found, f"memory of device {found}")
+                self.wrong_launches.append(f"a table of {name} on device {device} names {where}")
+                return
+
+
+fake = FakeGpu()
+
+
+def checked(launch: Callable[..., None]) -> Callable[..., None]:
+    """Return `launch` of `triton_kernels/launch.py` with a check of what it is given."""
+
+    @wraps(launch)
+    def call(kernel: Any, grid: int, tensors: tuple[torch.Tensor, ...], *rest: Any) -> None:
+        launch(kernel, grid, tensors, *rest)
+        if grid and tensors[0].is_cuda and not torch.cuda.is_current_stream_capturing():
+            with torch.cuda.device(tensors[0].device):
+                fake.check_launch(kernel, tensors)
+
+    return call
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if os.environ.get("ROOTFREE_FAKE_GPU") != "1":
+        raise pytest.UsageError("this plugin needs the fake GPU: python tests/fake_gpu python -m pytest ...")
+    import rootfree_kernels.triton_kernels as kernels
+
+    for name, module in [*sys.modules.items()]:
+        if name.startswith(f"{kernels.__name__}.") and hasattr(module, "launch"):
+            module.launch = checked(module.launch)  # type: ignore[attr-defined]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    fake.forget_problems()
+    try:
+        return (yield)
+    finally:
+        item.stash[PROBLEMS] = fake.forget_problems()[:MAX_REPORTED]
+
+
+PROBLEMS = pytest.StashKey[list[str]]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    report: Any = yield
+    if call.when != "call":
+        return report
+    if problems := item.stash.get(PROBLEMS, []):
+        report.outcome, report.longrepr = "failed", "\n".join(["a GPU would refuse this:", *problems])
+    elif report.failed and call.excinfo is not None and is_about_values(call.excinfo.value):
+        report.outcome, report.wasxfail = "skipped", "the fake GPU computes nothing"
+    return report
+
+
+def is_about_values(error: BaseException) -> bool:
+    """Return whether a failure may be due to numbers alone."""
+    if errors := getattr(error, "exceptions", ()):  # of a group, as Hypothesis raises it
+        return all(map(is_about_values, errors))
+    if type(error).__name__ == "OpCheckError":  # it compares copies, which are not made here
+        return any(text in str(error) for text in ("was mutated", "are different"))
+    return isinstance(error, AssertionError) or type(error).__name__ == "CheckFailed"
