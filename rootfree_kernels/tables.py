@@ -3,8 +3,8 @@
 A kernel takes a list of tensors as a table of addresses and sizes in the memory of its device. A table is copied there
 once and kept by its content: it is made anew when an address changes (which `data_ptr` shows), and only then.
 
-Whatever is kept was filled in the stream that was current then. Another stream that reads it waits for that first, once,
-and is noted by the allocator, so that memory which is given up is not reused while that stream may still read it.
+What is kept was filled in the stream that was current then. Another stream waits for that once, before it reads, and
+the allocator is told of it: memory that is given up is not reused while that stream may still read it.
 """
 
 from __future__ import annotations

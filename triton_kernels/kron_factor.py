@@ -1,10 +1,15 @@
-"""One update of the Kronecker factors of a batch, in five launches whatever the number of blocks (Lin et al., ICML
-2024, Fig. 5 right and Fig. 7):
+"""One update of the Kronecker factors of a batch, in five launches whatever the number of blocks, or six where the norm
+is the largest row sum (Lin et al., ICML 2024, Fig. 5 right and Fig. 7):
 
     1, 2  A = CᵀGK                                                               cuBLAS, batched
     3     m' = α₂m + (1−α₂)·½[(B/d)·AAᵀ + (λ/d)·‖K‖²_F·CᵀC − γI], ‖m'‖          likewise m_K, K' and P_K in the
     4     C' = C − β₂/max(1, ‖m'‖)·C·m', rounded;  m ← m'                        same launches
     5     P_C = C'C'ᵀ;  C ← C'
+
+Launch 3 leaves one number of ‖m'‖²_F a tile, and of row sums BLOCK numbers a tile. At n = 4096 that is 528 numbers a
+side or 131,072. Launch 4 adds up the 528 in every program: one load a side, which takes less time than a launch of its
+own (2–3 µs) would on the whole. Row sums took 256 loads one after the other in every program, so that a small launch
+between 3 and 4 makes one number a side of them.
 
 Results of 3 and 4 wait in memory of their own until it is known whether the block is finite on both sides: nothing that
 is not enters the state. No launch depends on another one's order of programs, so a run repeats bit for bit.
@@ -112,12 +117,20 @@ def kron_momentum_kernel(
     size = tl.where(is_c, p, d)  # beyond it lies padding
     tiles, index = tl.cdiv(n, BLOCK), tl.arange(0, BLOCK)
     sums_ptr = tl.where(is_c, row_sums_c_ptr, row_sums_k_ptr) + block * tiles * n
+    # Two branches that other kernels do without: they keep Triton 3.6 from converting m between layouts twice, in FP32,
+    # for which there are no registers.
+    whole = (row + BLOCK <= n) & (col + BLOCK <= n)
     square, row_sum = 0.0, tl.zeros((BLOCK,), dtype=tl.float32)
     for part in tl.static_range(4):
         tile, a, b, offsets, mask = part_of_tile(row, col, n, part, BLOCK)
         on_diagonal = (row + a == col + b) & (row + a < size)
-        delta = quarter(acc, part) * scale - tl.where(on_diagonal, 0.5 * gamma, 0.0)
-        m = tl.load(m_ptr + tile + offsets, mask=mask, other=0.0).to(tl.float32)
+        delta = quarter(acc, part) * scale
+        if i == j:
+            delta -= tl.where(on_diagonal, 0.5 * gamma, 0.0)
+        if whole:
+            m = tl.load(m_ptr + tile + offsets).to(tl.float32)
+        else:
+            m = tl.load(m_ptr + tile + offsets, mask=mask, other=0.0).to(tl.float32)
         m = alpha2 * m + (1.0 - alpha2) * delta
         store_symmetric(round_nearest(m, new_m_ptr.dtype.element_ty), new_m_ptr, row, col, n, part, BLOCK)
         if ROW_SUM:
@@ -133,14 +146,23 @@ def kron_momentum_kernel(
         tl.store(norms_ptr + tl.program_id(0), square * tl.where(i == j, 1.0, 2.0))
 
 
+@kernel
+def kron_norms_kernel(row_sums_c_ptr, row_sums_k_ptr, norms_ptr, p8, d8, BLOCK: tl.constexpr):
+    """Write the largest row sums of m_C and m_K to `norms_ptr` [L, 2]; a program takes one side of a block."""
+    block, is_c = (tl.program_id(0) // 2).to(tl.int64), tl.program_id(0) % 2 == 0
+    n = tl.where(is_c, p8, d8) * 8
+    tiles = tl.cdiv(n, BLOCK)
+    sums_ptr = tl.where(is_c, row_sums_c_ptr, row_sums_k_ptr) + block * tiles * n
+    tl.store(norms_ptr + tl.program_id(0), largest_row_sum(sums_ptr, tiles, n))
+
+
 @triton.jit
-def both_norms(norms_ptr, row_sums_c_ptr, row_sums_k_ptr, block, p, d, BLOCK: tl.constexpr, ROW_SUM: tl.constexpr):
-    """‖m_C‖ and ‖m_K‖ of a block, from what `kron_momentum_kernel` left."""
-    tiles_p, tiles_d = tl.cdiv(p, BLOCK), tl.cdiv(d, BLOCK)
+def both_norms(norms_ptr, block, p, d, BLOCK: tl.constexpr, ROW_SUM: tl.constexpr):
+    """Return ‖m_C‖ and ‖m_K‖ of a block, from what `kron_norms_kernel` or else `kron_momentum_kernel` wrote."""
     if ROW_SUM:
-        norm_c = largest_row_sum(row_sums_c_ptr + block * tiles_p * p, tiles_p, p)
-        norm_k = largest_row_sum(row_sums_k_ptr + block * tiles_d * d, tiles_d, d)
+        norm_c, norm_k = tl.load(norms_ptr + 2 * block), tl.load(norms_ptr + 2 * block + 1)
     else:
+        tiles_p, tiles_d = tl.cdiv(p, BLOCK), tl.cdiv(d, BLOCK)
         triangle_p, triangle_d = tiles_p * (tiles_p + 1) // 2, tiles_d * (tiles_d + 1) // 2
         norms_ptr += block * (triangle_p + triangle_d)
         norm_c = tl.sqrt(sum_of_parts(norms_ptr, triangle_p))
@@ -161,8 +183,6 @@ def kron_factor_kernel(
     residual_c_ptr,
     residual_k_ptr,
     norms_ptr,
-    row_sums_c_ptr,
-    row_sums_k_ptr,
     seeds_ptr,
     steps_ptr,
     found_inf_ptr,
@@ -196,7 +216,7 @@ def kron_factor_kernel(
     product = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
     product = product_nn(x_ptr, new_m_ptr, row, col, n, n, n, product, BLOCK, DEPTH)
 
-    norm_c, norm_k = both_norms(norms_ptr, row_sums_c_ptr, row_sums_k_ptr, block, p8 * 8, d8 * 8, BLOCK, ROW_SUM)
+    norm_c, norm_k = both_norms(norms_ptr, block, p8 * 8, d8 * 8, BLOCK, ROW_SUM)
     ok = is_finite(norm_c) & is_finite(norm_k) & (tl.load(found_inf_ptr) == 0.0)
     norm = tl.where(is_c, norm_c, norm_k)
     scale = beta2 / tl.where(clipped != 0, tl.maximum(norm, 1.0), 1.0)
@@ -218,9 +238,15 @@ def kron_factor_kernel(
         tl.store(m_ptr + tile + offsets, tl.load(new_m_ptr + tile + offsets, mask=mask), mask=mask)
 
 
+NORM_WARPS = 16
+"""Of `kron_norms_kernel`: few programs with much to read each."""
+
+
 def configurations() -> Iterator[Configuration]:
     for config in TILE_CONFIGS:
         block, depth, num_warps, num_stages, max_registers = config
+        types = ("*fp32", "*fp32", "*fp32", "i32", "i32")
+        yield Configuration(kron_norms_kernel, types, (block,), NORM_WARPS, 1, kind="irregular")
         for row_sum in (False, True):
             yield Configuration(
                 kron_momentum_kernel,
@@ -235,7 +261,7 @@ def configurations() -> Iterator[Configuration]:
                 yield Configuration(
                     kron_factor_kernel,
                     (
-                        *(*("*bf16",) * 8, "*i16", "*i16", "*fp32", "*fp32", "*fp32"),
+                        *(*("*bf16",) * 8, "*i16", "*i16", "*fp32"),
                         *("*i32", "*fp32", "*fp32", "*i1", *("i32",) * 6, "fp32", "fp32", "i32"),
                     ),
                     (block, depth, row_sum, rounding),
@@ -285,7 +311,8 @@ def kron_factor_by(
     c, k, m_c, m_k, lo_c, lo_k = padded
     new_c, new_k, new_m_c, new_m_k = (torch.empty_like(x) for x in (c, k, m_c, m_k))
     x, a = torch.empty_like(grad), torch.empty_like(grad)
-    norms = squares.new_empty((num_blocks, config.triangle(p_pad) + config.triangle(d_pad)))
+    num_tiles = config.triangle(p_pad) + config.triangle(d_pad)
+    norms = squares.new_empty((num_blocks, 2 if row_sum else num_tiles))
     sums_c, sums_k = (squares.new_empty((num_blocks, config.tiles(n), n) if row_sum else (0,)) for n in (p_pad, d_pad))
     ok = torch.empty(num_blocks, dtype=torch.bool, device=device)
     products = [product_c, product_k]
@@ -298,7 +325,7 @@ def kron_factor_by(
     sizes = (p, d, p_pad // PADDING, d_pad // PADDING)
     launch(
         kron_momentum_kernel,
-        norms.numel(),
+        num_blocks * num_tiles,
         (a, c, k, m_c, m_k, new_m_c, new_m_k, squares, norms, sums_c, sums_k),
         (
             *(num_blocks, squares.shape[-1], *sizes),
@@ -309,13 +336,16 @@ def kron_factor_by(
         config.num_stages,
         config.max_registers,
     )
+    if row_sum:
+        sizes_8 = (p_pad // PADDING, d_pad // PADDING)
+        launch(kron_norms_kernel, 2 * num_blocks, (sums_c, sums_k, norms), sizes_8, (config.block,), NORM_WARPS)
     launch(
         kron_factor_kernel,
         num_blocks * (config.tiles(p_pad) ** 2 + config.tiles(d_pad) ** 2),
         (
             *(c, k, new_m_c, new_m_k, new_c, new_k, m_c, m_k),
             *((new_c, new_k) if lo_c is None else (lo_c, lo_k)),
-            *(norms, sums_c, sums_k),
+            norms,
             *(drawn.seeds, drawn.steps, on_device(device, found_inf, 0.0), ok),
         ),
         (drawn.stride, drawn.step_stride, *sizes, drawn.step, float(beta2), int(clip != "none")),

@@ -22,10 +22,15 @@ from rootfree_kernels.triton_kernels.launch import kernel, launch
 PADDING = 8
 """Sides of G are padded to a multiple of this."""
 
-MAX_PARTIAL_SUMS = 128
+MAX_PARTIAL_SUMS = 512
+"""Programs of a block, at most. Two blocks of 4096 × 4096 then give each of 132 multiprocessors seven programs, eight
+rows each. Every program of the kernels that read the sums loads all of a block's at once."""
+
 NUMBERS_PER_PROGRAM = 1 << 15
 
-ROWS, COLS = tl.constexpr(8), tl.constexpr(256)
+ROWS = tl.constexpr(8)
+COLS, NARROW_COLS = tl.constexpr(256), tl.constexpr(128)
+"""Columns of a tile; fewer where numbers are read one by one, each of which needs an address of its own."""
 
 
 def padded(size: int) -> int:
@@ -38,17 +43,29 @@ def num_partial_sums(rows: int, cols: int) -> int:
 
 
 @triton.jit
-def sum_of_squares(x_ptr, numel, part, num_parts):
-    """Σx² over one of `num_parts` shares of a contiguous tensor, FP32."""
-    share = tl.cdiv(tl.cdiv(numel, num_parts), ROWS * COLS) * ROWS * COLS
+def sum_of_squares(x_ptr, numel, part, num_parts, SIZE: tl.constexpr):
+    """Return Σx² of one of `num_parts` shares of a contiguous tensor, FP32; SIZE numbers are loaded at once."""
+    share = tl.cdiv(tl.cdiv(numel, num_parts), SIZE) * SIZE
     start = part * share
     stop = tl.minimum(start + share, numel)
-    total = tl.zeros((ROWS * COLS,), dtype=tl.float32)
-    for offset in range(start, stop, ROWS * COLS):
-        index = offset + tl.arange(0, ROWS * COLS)
+    total = tl.zeros((SIZE,), dtype=tl.float32)
+    for offset in range(start, stop, SIZE):
+        index = offset + tl.arange(0, SIZE)
         x = tl.load(x_ptr + index, mask=index < stop, other=0.0).to(tl.float32)
         total += x * x
     return tl.sum(total)
+
+
+@triton.jit
+def factor_squares(x_ptr, block, n, n8, part, num_parts):
+    """Return Σx² of one of `num_parts` shares of a block's factor [n, n], n8 being n / 8 rounded up."""
+    if n == n8 * 8:  # as Triton can see: the factors of all blocks begin on 16 bytes, and loads are wide
+        numel = n8.to(tl.int64) * n8 * 64
+        total = sum_of_squares(x_ptr + block * numel, numel, part, num_parts, ROWS * COLS)
+    else:
+        numel = n.to(tl.int64) * n
+        total = sum_of_squares(x_ptr + block * numel, numel, part, num_parts, ROWS * NARROW_COLS)
+    return total
 
 
 @kernel
@@ -75,33 +92,37 @@ def kron_gather_kernel(
     row_stride = tl.load(grads_table + 3 * block + 1)
     col_stride = tl.load(grads_table + 3 * block + 2)
     grad_ptr = tl.load(grads_table + 3 * block).to(tl.pointer_type(DTYPE))
-    if ALIGNED:  # addresses out of a table have no alignment of their own
-        grad_ptr = tl.multiple_of(grad_ptr, 16)
-        row_stride = tl.multiple_of(row_stride, 8)
-        col_stride = 1
-        p, d = p8 * 8, d8 * 8
     rows, cols = p8 * 8, d8 * 8
     out_ptr += block * rows * cols
     factor = sign / tl.load(scale_ptr)
+    WIDTH: tl.constexpr = COLS if ALIGNED else NARROW_COLS
+    i, j = tl.arange(0, ROWS)[:, None], tl.arange(0, WIDTH)[None, :]
+    grad_cols = cols if ALIGNED else d  # an aligned block has a multiple of 8 columns, and any number of rows
+    if ALIGNED:  # numbers out of a table have no alignment of their own
+        grad_ptr = tl.multiple_of(grad_ptr, 16)
+        row_stride = tl.multiple_of(row_stride, 8)
+        offsets = i * tl.multiple_of(row_stride.to(tl.int32), 8) + j
+        col_stride = 1
+    else:
+        offsets = i * row_stride + j * col_stride
 
+    out_stride = cols.to(tl.int64)
     share = tl.cdiv(tl.cdiv(rows, num_parts), ROWS) * ROWS
-    total = tl.zeros((ROWS, COLS), dtype=tl.float32)
-    for first_row in range(part * share, tl.minimum(part * share + share, rows), ROWS):
-        row = (first_row + tl.arange(0, ROWS))[:, None]
-        for first_col in range(0, cols, COLS):
-            col = (first_col + tl.arange(0, COLS))[None, :]
-            offsets = row.to(tl.int64) * row_stride + col.to(tl.int64) * col_stride
-            grad = tl.load(grad_ptr + offsets, mask=(row < p) & (col < d), other=0.0).to(tl.float32)
+    total = tl.zeros((ROWS, WIDTH), dtype=tl.float32)
+    for row in range(part * share, tl.minimum(part * share + share, rows), ROWS):
+        for col in range(0, cols, WIDTH):
+            tile_ptr = grad_ptr + row * row_stride + col * col_stride
+            grad = tl.load(tile_ptr + offsets, mask=(i < p - row) & (j < grad_cols - col), other=0.0).to(tl.float32)
             grad *= factor
             total += grad * grad
             value = round_nearest(grad, out_ptr.dtype.element_ty)
-            tl.store(out_ptr + row.to(tl.int64) * cols + col, value, mask=(row < rows) & (col < cols))
+            tile_ptr = out_ptr + (row * out_stride + col)
+            tl.store(tile_ptr + (i * cols + j), value, mask=(i < rows - row) & (j < cols - col))
     tl.store(squares_ptr + block * num_parts + part, tl.sum(total))
 
     if WITH_FACTORS:
-        p_numel, d_numel = p.to(tl.int64) * p, d.to(tl.int64) * d
-        c_sum = sum_of_squares(c_ptr + block * p_numel, p_numel, part, num_parts)
-        k_sum = sum_of_squares(k_ptr + block * d_numel, d_numel, part, num_parts)
+        c_sum = factor_squares(c_ptr, block, p, p8, part, num_parts)
+        k_sum = factor_squares(k_ptr, block, d, d8, part, num_parts)
         tl.store(squares_ptr + (num_blocks + block) * num_parts + part, c_sum)
         tl.store(squares_ptr + (2 * num_blocks + block) * num_parts + part, k_sum)
 
@@ -154,6 +175,6 @@ def kron_gather(
             *(-1.0 if maximize else 1.0, num_blocks, parts),
             *(rows, cols, out.shape[1] // PADDING, out.shape[2] // PADDING),
         ),
-        (TRITON_DTYPES[views[0].dtype], table.aligned and rows % PADDING == 0 == cols % PADDING, bool(factors)),
+        (TRITON_DTYPES[views[0].dtype], table.aligned and cols % PADDING == 0, bool(factors)),
     )
     return out, squares

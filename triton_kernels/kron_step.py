@@ -37,8 +37,8 @@ from rootfree_kernels.triton_kernels.products import (
     MakeProducts,
     make_products,
     pad_square,
+    part_of_columns,
     product_nn,
-    quarter,
     tile_config,
 )
 
@@ -111,9 +111,12 @@ def kron_step_kernel(
     step = step_value + tl.load(steps_ptr + block * step_stride)
     key = random_key(tl.load(seeds_ptr + block * seed_stride), step, _SLOT)
     if ALIGNED:
-        p, d = rows, cols
-    for part in tl.static_range(4):
-        i, j = tl.arange(0, BLOCK)[:, None], part * (BLOCK // 4) + tl.arange(0, BLOCK // 4)[None, :]
+        d = cols  # rows of any number only need a mask
+    # Both halves of a weight next to an FP32 buffer: in quarters of a large tile there are not registers enough.
+    PARTS: tl.constexpr = 8 if (ROUNDING == "compensated") & (tl.float32 == BUFFER) & (BLOCK > 64) else 4
+    WIDTH: tl.constexpr = BLOCK // PARTS
+    for part in tl.static_range(PARTS):
+        i, j = tl.arange(0, BLOCK)[:, None], part * WIDTH + tl.arange(0, WIDTH)[None, :]
         mask = only_if(ok, (i < p - row) & (j < d - col))
         weight_ptrs = block_pointers(blocks_table + 9 * block, row, col, i, j, WEIGHT, ALIGNED)
         buffer_ptrs = block_pointers(blocks_table + 9 * block + 3, row, col, i, j, BUFFER, ALIGNED)
@@ -121,7 +124,7 @@ def kron_step_kernel(
         weight = load_stored(weight_ptrs, residual_ptrs, 0, mask, ROUNDING)
         buffer = load_stored(buffer_ptrs, buffer_ptrs, 0, mask, "nearest")
         decay = tl.where(weight_decay != 0.0, weight_decay * weight, 0.0)  # 0 times an infinite weight would be NaN
-        buffer = momentum * buffer + quarter(direction, part) + tl.where(decoupled != 0, 0.0, decay)
+        buffer = momentum * buffer + part_of_columns(direction, part, PARTS) + tl.where(decoupled != 0, 0.0, decay)
         weight -= lr * (buffer + tl.where(decoupled != 0, decay, 0.0))
         index = (row + i) * d + (col + j)
         store_rounded(buffer, buffer_ptrs, buffer_ptrs, 0, mask, 0, index, "nearest")
@@ -145,6 +148,7 @@ def configurations() -> Iterator[Configuration]:
                         config.num_warps,
                         config.num_stages,
                         kind="matrix",
+                        max_registers=config.max_registers,
                     )
 
 
@@ -182,7 +186,7 @@ def kron_step_by(
     x = torch.empty_like(grad)
     lists = [[matrix_view(tensor) for tensor in tensors] for tensors in (params, buffers, residuals or buffers)]
     table = block_table(lists, tiles, (p, d), device)
-    aligned = table.aligned and p % PADDING == 0 == d % PADDING
+    aligned = table.aligned and d % PADDING == 0
     config = tile_config(p, d) if aligned else SMALL
     drawn = draws(seeds, steps, device)
     lr_value, lr = split_lr(lr, device)
@@ -216,6 +220,7 @@ def kron_step_by(
         ),
         config.num_warps,
         config.num_stages,
+        config.max_registers,
     )
     ranges.end_phase()
     torch.autograd.graph.increment_version([*params, *buffers, *residuals, skipped])

@@ -105,6 +105,15 @@ def quarter(x, number: tl.constexpr):
 
 
 @triton.jit
+def part_of_columns(x, number: tl.constexpr, PARTS: tl.constexpr):
+    """Return one of PARTS equal parts of a tile's columns, PARTS being 4 or 8."""
+    if PARTS == 4:
+        return quarter(x, number)
+    first, second = _halves(quarter(x, number // 2))
+    return first if number % 2 == 0 else second
+
+
+@triton.jit
 def part_of_tile(row, col, n, part: tl.constexpr, BLOCK: tl.constexpr):
     """(offset of the tile at (row, col) of an n × n matrix, i, j, offsets of the part's numbers within it, mask)."""
     i, j = tl.arange(0, BLOCK)[:, None], part * (BLOCK // 4) + tl.arange(0, BLOCK // 4)[None, :]
