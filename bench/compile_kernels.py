@@ -5,7 +5,8 @@
 It needs no GPU and loads no driver: what the compilers made is read from the machine code. The table shows each number
 with the bound that it must meet. The exit status is 1 where a bound is broken, a kernel does not compile, or one named
 *_kernel has no configuration. What was compiled before comes from Triton's cache, whose key covers source, options and
-versions.
+versions. The last line names the version of Triton, which is the one on PYTHONPATH, if any: `make kernels` runs the gate
+with the pinned version and with the oldest one that is supported.
 
 Columns: registers, a thread; stack and shared, bytes a thread and a block; tmem, columns of sm_100's tensor memory; and
 numbers of instructions. spills: accesses to local memory (AMD: spilled registers); mma: the tensor-core instruction of
@@ -297,6 +298,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Compile, print the table and return the exit status."""
     args = parse_arguments(arguments)
     os.environ.pop("TRITON_INTERPRET", None)
+    import triton
+
     start = time.perf_counter()
     modules = import_modules(args.module)
     listed = [each for module in modules if hasattr(module, "configurations") for each in module.configurations()]
@@ -311,7 +314,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         save(rows, seconds, args.output)
     failed = sum(bool(row.violations) for row in rows)
     verdict = f"✗ {failed} of {len(rows)} do not pass" if failed else "all pass"
-    print(f"{len(chosen)} configurations × {len(args.targets)} targets in {seconds} s: {verdict}")
+    compiled = f"{len(chosen)} configurations × {len(args.targets)} targets"
+    print(f"{compiled} by Triton {triton.__version__} in {seconds} s: {verdict}")
     missing = forgotten(modules, listed)
     if missing:
         print(f"✗ no configuration is listed of {', '.join(missing)}")

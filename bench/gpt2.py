@@ -125,6 +125,20 @@ def update_stages(p: int, d: int, grad_bytes: int = 4, factor_bytes: int = 2) ->
     }
 
 
+TILE = 128
+"""Rows and columns of a tile of m, of which the kernel leaves one sum a row where the clip is by row sums."""
+
+
+def row_sum_stages(p: int, d: int) -> dict[str, Work]:
+    """Return the launches of an update with clip="row_sum": those of `update_stages`, and one that reads what the tiles
+    of m left of FP32 row sums."""
+    sums = Work(0, 4 * sum(n * -(-n // TILE) for n in (p, d)))
+    stages = update_stages(p, d)
+    stages["momentum"] += sums
+    last = {name: stages.pop(name) for name in ("factor", "products")}
+    return {**stages, "norms": sums, **last}
+
+
 def step_stages(p: int, d: int, grad_bytes: int = 4, weight_bytes: int = 4, factor_bytes: int = 2) -> dict[str, Work]:
     """The launches of a step of a p × d block whose P_C and P_K are kept, gather included: 2pd(p+d) operations."""
     pd, size = p * d, factor_bytes

@@ -43,11 +43,16 @@ class Sizes:
     )
     """(L, p, d) of updates and steps."""
 
+    row_sum_blocks: tuple[tuple[int, int, int], ...] = ((48, 768, 768), (2, 4096, 4096))
+    """(L, p, d) of updates with clip="row_sum", which take one launch more."""
+
     model: GPT2 = field(default_factory=GPT2)
 
 
-QUICK = Sizes(blocks=((48, 768, 768), (2, 4096, 4096)), squares=((48, 768), (2, 4096)))
-TINY = Sizes(3000, 100, 32, 10, ((1, 16),), ((1, 16, 24),), GPT2(1, 8, 50, 4))
+QUICK = Sizes(
+    blocks=((48, 768, 768), (2, 4096, 4096)), row_sum_blocks=((2, 4096, 4096),), squares=((48, 768), (2, 4096))
+)
+TINY = Sizes(3000, 100, 32, 10, ((1, 16),), ((1, 16, 24),), ((1, 16, 24),), GPT2(1, 8, 50, 4))
 
 
 @dataclass

@@ -10,7 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.gpt2 import Work, least_step, least_update, random_tensors, step_stages, total, update_stages
+from bench.gpt2 import (
+    Work,
+    least_step,
+    least_update,
+    random_tensors,
+    row_sum_stages,
+    step_stages,
+    total,
+    update_stages,
+)
 from bench.gpu_cases import Case, Context, check, poisoned_memory, ratio
 from bench.gpu_report import Alternatives, Row, Target
 from bench.gpu_timing import Measured, Timing, num_inputs
@@ -19,10 +28,13 @@ from rootfree_kernels.backends import makes_products
 from rootfree_kernels.blocks import Tile
 
 UPDATE, STEP, LAUNCHES = "Factor update", "Preconditioned step", "Launches"
+ROW_SUMS = ", row sums"
+"""What is added to the name of a case whose clip is by row sums."""
 
 NOTES = {
     UPDATE: "Gather and update with P_C and P_K; at T = 1 with the step behind it, for which the eager backend does "
-    "without P_C and P_K. Of roofline: max(bytes / copy bandwidth, operations / 8192³ rate) "
+    "without P_C and P_K. With row sums: clipped by the largest row sum instead of the Frobenius norm, which takes one "
+    "launch more. Of roofline: max(bytes / copy bandwidth, operations / 8192³ rate) "
     "over the time, bytes being those of the launches, each reading its inputs and writing its outputs once; of least "
     "bytes: gradient and state alone, nothing between launches.",
     STEP: "Gather and step, P_C and P_K kept, FP32 gradients, weights and momentum buffers. Columns as above.",
@@ -39,6 +51,7 @@ UPDATE_STAGES = {
     "bmm": "CᵀG",
     "bmm 2": "·K",
     "kron_momentum_kernel": "momentum",
+    "kron_norms_kernel": "norms",
     "kron_factor_kernel": "factor",
     "kron_products_kernel": "products",
 }
@@ -51,8 +64,10 @@ BATCH_SIZE, BETA2, ALPHA2, DAMPING, GAMMA = 16.0, 0.2, 0.5, 1e-4, 1.0
 class Blocks:
     """L blocks of p × d in BF16, or FP64 as the reference: the factors' state, and a weight and a gradient each."""
 
-    def __init__(self, count: int, p: int, d: int, device: torch.device, seed: int = 0) -> None:
-        self.count, self.p, self.d, self.device = count, p, d, device
+    def __init__(
+        self, count: int, p: int, d: int, device: torch.device, seed: int = 0, clip: str = "frobenius"
+    ) -> None:
+        self.count, self.p, self.d, self.device, self.clip = count, p, d, device, clip
         self.weights, self.buffers, self.grads = (
             random_tensors([(p, d)] * count, device, scale=scale, seed=seed + index)
             for index, scale in enumerate((0.02, 0.1, 0.3))
@@ -102,7 +117,7 @@ class Blocks:
 
     def _factor(self, backend: str, products: Sequence[Tensor | None], grad: Tensor, squares: Tensor) -> Tensor:
         state = [self.c, self.k, self.m_c, self.m_k, None, None, *products]
-        numbers = [BATCH_SIZE, BETA2, ALPHA2, DAMPING, GAMMA, "frobenius", "stochastic"]
+        numbers = [BATCH_SIZE, BETA2, ALPHA2, DAMPING, GAMMA, self.clip, "stochastic"]
         return ops.kron_factor(*state, grad, squares, self.seeds, self.steps, None, *numbers, backend)
 
     def _weight(
@@ -130,9 +145,9 @@ def _symmetric(count: int, n: int, device: torch.device, scale: float, seed: int
 # ---- checks ------------------------------------------------------------------------------------------------------
 
 
-def check_update(count: int, p: int, d: int, context: Context) -> None:
+def check_update(count: int, p: int, d: int, context: Context, clip: str = "frobenius") -> None:
     """At most two blocks against FP64, in poisoned memory; products are symmetric to the bit."""
-    blocks = Blocks(min(count, 2), p, d, context.device)
+    blocks = Blocks(min(count, 2), p, d, context.device, clip=clip)
     expected = blocks.in_double()
     expected.update("eager")
     with poisoned_memory():
@@ -175,6 +190,15 @@ def update_rows(count: int, p: int, d: int, context: Context) -> list[Row]:
     return _block_rows(UPDATE, "update", (count, p, d), (stages, least), UPDATE_STAGES, target, context)
 
 
+def row_sum_rows(count: int, p: int, d: int, context: Context) -> list[Row]:
+    """Rows of an update with clip="row_sum", likewise; dispatch tables go by those of the other clip."""
+    check_update(count, p, d, context, "row_sum")
+    work = row_sum_stages(p, d), least_update(p, d) * count
+    rows = _block_rows(UPDATE, "update", (count, p, d), work, UPDATE_STAGES, None, context, "row_sum")
+    rows[0].alternatives = None
+    return rows
+
+
 def step_rows(count: int, p: int, d: int, context: Context) -> list[Row]:
     """A step, likewise."""
     check_step(count, p, d, context)
@@ -191,11 +215,11 @@ def together_rows(count: int, p: int, d: int, context: Context) -> list[Row]:
     return [Row(UPDATE, f"{count} × {p}×{d}, T = 1", cells, alternatives=_alternatives(count, p, d, times))]
 
 
-def _sets(count: int, p: int, d: int, context: Context) -> list[Blocks]:
+def _sets(count: int, p: int, d: int, context: Context, clip: str = "frobenius") -> list[Blocks]:
     """The same blocks with other numbers, as many as the cache asks for."""
-    first = Blocks(count, p, d, context.device)
+    first = Blocks(count, p, d, context.device, clip=clip)
     sets = num_inputs(first.bytes(), context.device)
-    return [first, *(Blocks(count, p, d, context.device, seed=10 * index) for index in range(1, sets))]
+    return [first, *(Blocks(count, p, d, context.device, 10 * index, clip) for index in range(1, sets))]
 
 
 def _times(method: str, every: list[Blocks], context: Context) -> dict[str, Timing]:
@@ -216,10 +240,11 @@ def _block_rows(
     labels: Mapping[str, str],
     target: Target | None,
     context: Context,
+    clip: str = "frobenius",
 ) -> list[Row]:
     """Rows of `Blocks.update` or `Blocks.step` on L blocks; `work` is that of a block's launches, and the least."""
-    name, (stages, least) = f"{shape[0]} × {shape[1]}×{shape[2]}", work
-    every = _sets(*shape, context)
+    name, (stages, least) = f"{shape[0]} × {shape[1]}×{shape[2]}{ROW_SUMS if clip == 'row_sum' else ''}", work
+    every = _sets(*shape, context, clip)
     times = _times(method, every, context)
     ours, eagerly = times.values()
     done = total(stages) * shape[0]
@@ -259,4 +284,6 @@ def block_cases(context: Context) -> list[Case]:
     for table, rows, more in ((UPDATE, update_rows, ""), (STEP, step_rows, ""), (UPDATE, together_rows, ", T = 1")):
         for count, p, d in context.sizes.blocks:
             cases.append(Case(table, f"{count} × {p}×{d}{more}", partial(rows, count, p, d, context)))
+    for count, p, d in context.sizes.row_sum_blocks:
+        cases.append(Case(UPDATE, f"{count} × {p}×{d}{ROW_SUMS}", partial(row_sum_rows, count, p, d, context)))
     return cases

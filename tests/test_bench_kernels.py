@@ -25,6 +25,7 @@ from bench.gpt2 import (
     least_step,
     least_update,
     momentum_bytes,
+    row_sum_stages,
     step_stages,
     total,
     update_stages,
@@ -75,6 +76,15 @@ def test_bytes_of_a_block():
     first, second, symmetric = 2 * (4 + 6 + 6), 2 * (6 + 9 + 6), 2 * 6 + 13 * 6
     assert [*by_launch.values()] == [gather, first, second, symmetric, 13 * 8, 13 * 6]
     assert [work.bytes for work in step_stages(p, d).values()] == [6 * (4 + 2), first, 2 * (6 + 9) + 6 * 16]
+
+
+def test_row_sums_are_written_and_read_once_more():
+    """Of 300 × 128: three tiles a row of m_C and one of m_K, 4 bytes each."""
+    plain, row_sum = update_stages(300, 128), row_sum_stages(300, 128)
+    sums = Work(0, 4 * (300 * 3 + 128))
+    assert [*row_sum] == ["gather", "CᵀG", "·K", "momentum", "norms", "factor", "products"]
+    assert row_sum.pop("norms") == sums
+    assert row_sum == {**plain, "momentum": plain["momentum"] + sums}
 
 
 def test_bytes_of_a_number():
@@ -370,14 +380,17 @@ def test_products_that_are_wrong_are_no_alternative(wrong: str, context: Context
 def test_updates_and_steps_show_every_launch(context: Context):
     """A launch that has no name here would have no limit in the record."""
     rows = rows_of(gpu_factors.block_cases(context), context)
-    update, step, together = (row for row in rows if row.table in (gpu_factors.UPDATE, gpu_factors.STEP))
+    tables = (gpu_factors.UPDATE, gpu_factors.STEP)
+    update, step, together, row_sum = (row for row in rows if row.table in tables)
     assert together.case == "1 × 16×24, T = 1"
+    assert row_sum.case == "1 × 16×24, row sums" and row_sum.alternatives is None
     for row in (update, step, together):
         assert_alternatives(row, {"triton": "µs", "eager": "eager µs"}, "matrices", side=24, blocks=1)
-    assert all({"of roofline", "of least bytes", "eager / ours"} <= set(row.cells) for row in (update, step))
+    assert all({"of roofline", "of least bytes", "eager / ours"} <= set(row.cells) for row in (update, step, row_sum))
     launches = columns(rows, gpu_factors.LAUNCHES)
     expected = [f"1 × 16×24 update: {name}" for name in update_stages(1, 1)]
     expected += [f"1 × 16×24 step: {name}" for name in step_stages(1, 1)]
+    expected += [f"1 × 16×24, row sums update: {name}" for name in row_sum_stages(1, 1)]
     assert [*launches] == expected
     assert all({"of limit", "µs above limit"} <= cells for cells in launches.values())
 

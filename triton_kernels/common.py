@@ -179,7 +179,7 @@ def triangle_tile(t):
 _PIECE = tl.constexpr(1024)
 """Numbers loaded at once: the tiles of a triangle of 44 × 44 tiles, so that up to n = 5632 nothing waits twice."""
 
-_SUM_TILES, _SUM_ROWS = tl.constexpr(32), tl.constexpr(512)
+_SUM_TILES, _SUM_ROWS = tl.constexpr(16), tl.constexpr(512)
 
 
 @triton.jit

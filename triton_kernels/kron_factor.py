@@ -238,7 +238,7 @@ def kron_factor_kernel(
         tl.store(m_ptr + tile + offsets, tl.load(new_m_ptr + tile + offsets, mask=mask), mask=mask)
 
 
-NORM_WARPS = 16
+NORM_WARPS = 8
 """Of `kron_norms_kernel`: few programs with much to read each."""
 
 

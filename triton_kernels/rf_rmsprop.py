@@ -162,6 +162,7 @@ def rf_rmsprop_kernel(
             bad = tl.maximum(bad, part_is_bad)
 
     before = tl.atomic_add(counter_ptr + tensor, (bad.to(tl.int64) << 32) + 1, sem="relaxed")
+    size = tl.load(row_table + 6)  # once more: kept since the start, it spills on sm_100
     if (before & 0xFFFFFFFF) == tl.cdiv(size, _CHUNK) - 1:
         tl.store(counter_ptr + tensor, 0)
         skipped_ptr = tl.load(row_table + 5).to(tl.pointer_type(tl.int32))
