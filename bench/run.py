@@ -290,7 +290,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     record = new_record(device, given)
     folder = options.out or RESULTS / f"{slug(record['device'])}-{record['date']}"
     plan = TINY if options.tiny else GPU if device.type == "cuda" else CPU
-    run = Run(folder, device, plan, time.perf_counter() + options.seconds, record, chosen_entries(options))
+    chosen = chosen_entries(options)
+    record["missing"] |= {entry.name: why for entry in chosen if (why := entry.why_left_out(device))}
+    entries = [entry for entry in chosen if entry.name not in record["missing"]]
+    run = Run(folder, device, plan, time.perf_counter() + options.seconds, record, entries)
     measure(run, pieces_of(run, chosen_workloads(options), options.sections))
     write_page(folder, record)
     run.save()
