@@ -76,7 +76,7 @@ lint: $(STAMP)
 	@$(VPY) -m mypy rootfree_kernels
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info rootfree_kernels/_C.*so rootfree_kernels/_build.json
+	rm -rf $(VENV) build dist *.egg-info rootfree_kernels/_C.*so rootfree_kernels/_build*.json
 	rm -rf .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find bench csrc rootfree_kernels tests triton_kernels -name __pycache__ -prune -exec rm -rf {} +
 
