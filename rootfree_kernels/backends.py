@@ -47,8 +47,8 @@ FactorDtypes = tuple[torch.dtype, "torch.dtype | None"]
 
 
 def _record_names() -> tuple[str, str]:
-    """Return the names of the file that setup.py writes: in a source tree, where several Pythons may have built, that of
-    this Python; in a wheel, `_build.json`."""
+    """Return the names of the file that setup.py writes: that of this Python in a source tree, where several may have
+    built, and `_build.json` in a wheel."""
     suffix = sysconfig.get_config_var("EXT_SUFFIX") or ""
     return f"_build{suffix.rpartition('.')[0]}.json", "_build.json"
 
