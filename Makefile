@@ -94,7 +94,7 @@ lint: $(STAMP)
 	@$(VPY) -m mypy rootfree_kernels
 
 clean:
-	rm -rf $(VENV) $(GPU_VENV) .gpu-bundle build dist *.egg-info rootfree_kernels/_C.*so rootfree_kernels/_build.json
+	rm -rf $(VENV) $(GPU_VENV) .gpu-bundle build dist *.egg-info rootfree_kernels/_C.*so rootfree_kernels/_build*.json
 	rm -rf .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find bench csrc rootfree_kernels tests triton_kernels -name __pycache__ -prune -exec rm -rf {} +
 

@@ -2,7 +2,7 @@
 
 pyproject.toml holds the metadata. Here is what it cannot say: the folder triton_kernels/ is installed inside
 the package, and rootfree_kernels._C is compiled against the PyTorch of this environment. Whatever keeps it
-from being compiled is printed, is recorded in rootfree_kernels/_build.json (pip hides what a build prints),
+from being compiled is printed, is recorded beside the modules in _build.json (pip hides what a build prints),
 and leaves a working install in pure Python.
 
 ROOTFREE_BUILD=none compiles nothing; =cpu wants the C++ part alone, =cuda both parts, and what is wanted by
@@ -12,7 +12,9 @@ name and cannot be built is an error.
 import json
 import os
 import platform
+import re
 import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -24,8 +26,61 @@ from pathlib import Path
 from setuptools import Command, find_packages, setup
 from setuptools.command.build import build
 
+
+def is_toolkit(folder):
+    """Whether a folder has what a build needs of a CUDA toolkit: the compiler and the headers."""
+    return (folder / "bin/nvcc").is_file() and (folder / "include/cuda_runtime_api.h").is_file()
+
+
+def toolkit_of(nvcc):
+    """Return the toolkit that an nvcc says it runs in, or None. It may be a script that calls another one."""
+    command = [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=60).stderr
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    found = re.search(r"^#\$ _HERE_=(.+)$", said, re.MULTILINE)
+    return Path(found[1].strip()).parent if found else None
+
+
+def find_toolkit(usual=Path("/usr/local/cuda")):
+    """Return the CUDA toolkit to build with, and None; or None, and why there is none.
+
+    The first guesses are PyTorch's own. It takes the folder above the nvcc on the PATH for a toolkit without looking
+    for headers, which fails where that nvcc is a script; such an nvcc is asked.
+    """
+    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = shutil.which("nvcc")
+    guesses = [Path(named)] if named else []
+    guesses += [Path(nvcc).parents[1], Path(nvcc).resolve().parents[1]] if nvcc else []
+    for folder in guesses:
+        if is_toolkit(folder):
+            return folder, None
+    guesses += [folder for folder in (nvcc and toolkit_of(nvcc), usual) if folder and folder.exists()]
+    for folder in guesses:
+        if is_toolkit(folder):
+            return folder, None
+    if not guesses:
+        return None, "no CUDA toolkit: set CUDA_HOME or put nvcc on the PATH"
+    where = ", ".join(map(str, dict.fromkeys(guesses)))
+    return None, f"no CUDA toolkit: not both bin/nvcc and include/cuda_runtime_api.h in {where}; set CUDA_HOME"
+
+
+def set_cuda_home():
+    """Tell PyTorch where the toolkit is, before it guesses; return why there is none, or None."""
+    if torch.version.cuda is None or os.name == "nt":
+        return None
+    folder, problem = find_toolkit()
+    if folder:
+        os.environ["CUDA_HOME"] = str(folder)
+    return problem
+
+
+toolkit_problem = None
 try:
     import torch
+
+    toolkit_problem = set_cuda_home()
     from torch.utils import cpp_extension
 except Exception as error:  # a broken install of torch raises anything, and must not break this one
     torch = cpp_extension = None
@@ -34,6 +89,9 @@ except Exception as error:  # a broken install of torch raises anything, and mus
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "rootfree_kernels"
 TABLES = f"{PACKAGE}.dispatch_tables"  # a folder of data
+# What was left out of a wheel, which is of one Python, and of a tree, in which every Python has a build of its own.
+WHEEL_RECORD = "_build.json"
+TREE_RECORD = f"_build{sysconfig.get_config_var('EXT_SUFFIX').rpartition('.')[0]}.json"
 CPU_SOURCES = ["csrc/bindings.cpp", "csrc/operators.cpp", *sorted(glob("csrc/cpu/*.cpp", root_dir=ROOT))]
 VECTORIZED_SOURCES = sorted(glob("csrc/cpu/kernels/*.cpp", root_dir=ROOT))
 CUDA_SOURCES = sorted(glob("csrc/cuda/*.cu", root_dir=ROOT) + glob("csrc/cuda/*.cpp", root_dir=ROOT))
@@ -100,6 +158,8 @@ def why_no_cuda():
         return "this version has no CUDA sources"
     if torch.version.cuda is None:
         return f"PyTorch {torch.__version__} is built without CUDA"
+    if toolkit_problem:
+        return toolkit_problem
     if cpp_extension.CUDA_HOME is None:
         return "no CUDA toolkit: set CUDA_HOME or put nvcc on the PATH"
     return None
@@ -240,7 +300,7 @@ def tolerant_build_ext():
 
 
 class BuildRecord(Command):
-    """Print what was left out, and write it into _build.json beside the modules, of the wheel or the tree."""
+    """Print what was left out, and write it into a file beside the modules, of the wheel or the tree."""
 
     def initialize_options(self):
         self.build_lib = None
@@ -260,7 +320,10 @@ class BuildRecord(Command):
             print(f"rootfree-kernels: compiled extension {parts}; {cuda}", flush=True)
         version = None if torch is None else str(torch.__version__)
         record = {"extension": LEFT_OUT["cpp"] is None, "left_out": LEFT_OUT, "torch": version}
-        (self.folder() / "_build.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        self.file().write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+    def file(self):
+        return self.folder() / (TREE_RECORD if self.editable_mode else WHEEL_RECORD)
 
     def folder(self):
         folder = (ROOT if self.editable_mode else Path(self.build_lib)) / PACKAGE
@@ -272,7 +335,7 @@ class BuildRecord(Command):
         return sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*") if path.is_file())
 
     def get_outputs(self):
-        return [] if self.editable_mode else [str(self.folder() / "_build.json")]
+        return [] if self.editable_mode else [str(self.file())]
 
     def get_output_mapping(self):
         return {}

@@ -4,28 +4,28 @@
 
 Every optimizer starts from the same weights and sees the same batches in the same order. The run
 prints a table, writes ``summary.json`` and ``loss.png`` to ``--out`` and samples text from the best model.
+
+    python -m bench.demo --device cuda --size 30m|124m --seconds 60
+
+trains a larger model of the same kind on a GPU instead: ``--size`` and ``--device cuda`` are options of
+`bench.language_model`, whose ``--help`` has the others.
 """
 
 import argparse
-import hashlib
 import math
 import shlex
 import sys
-import sysconfig
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from rich.console import Console
-from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.text import Text
 from torch import Tensor, nn
 
+from bench import language_model
+from bench.demo_model import GPT, Task, batches, standard_library, warmup_cosine
 from bench.demo_peers import MODULES, PEER_METHODS
 from bench.demo_report import Run, plot, table_of, write_summary
 from bench.memory import state_bytes
@@ -49,105 +49,6 @@ CHOSEN: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass(frozen=True)
-class Task:
-    """What is trained, and for how long. One batch is ``batch`` sequences of ``length`` bytes."""
-
-    steps: int = 400
-    warmup: int = 20
-    batch: int = 16
-    length: int = 128
-    width: int = 128
-    layers: int = 5
-    seed: int = 0
-
-
-def standard_library() -> tuple[Tensor, Tensor]:
-    """The standard library's sources as (train, held-out) bytes; the hash of a file's name picks its side.
-
-    Left out: what is not part of every installation (tests, IDLE, installed packages) and files that are
-    tables rather than code (codecs, pydoc's topics).
-    """
-    root = Path(sysconfig.get_path("stdlib"))
-    left_out = {
-        "site-packages",
-        "dist-packages",
-        "test",
-        "tests",
-        "idlelib",
-        "idle_test",
-        "encodings",
-        "pydoc_data",
-    }
-    sides: tuple[bytearray, bytearray] = (bytearray(), bytearray())
-    for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
-        name = path.relative_to(root)
-        if left_out.isdisjoint(name.parts):
-            held_out = hashlib.sha256(name.as_posix().encode()).digest()[0] < 26  # about one file in ten
-            sides[held_out].extend(path.read_bytes())
-    return torch.frombuffer(sides[0], dtype=torch.uint8), torch.frombuffer(sides[1], dtype=torch.uint8)
-
-
-def batches(data: Tensor, count: int, task: Task, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """``count`` batches of (inputs, targets), each [batch, length], from places that ``seed`` decides."""
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(count):
-        starts = torch.randint(len(data) - task.length, (task.batch, 1), generator=generator)
-        window = data[starts + torch.arange(task.length + 1)].long()
-        yield window[:, :-1], window[:, 1:]
-
-
-class Block(nn.Module):
-    """Pre-norm causal attention, then a pre-norm MLP of four times the width."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.heads = max(1, width // 32)
-        self.norm1, self.norm2 = nn.RMSNorm(width), nn.RMSNorm(width)
-        self.query, self.key, self.value, self.mix = (nn.Linear(width, width, bias=False) for _ in range(4))
-        self.up, self.down = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.norm1(x)
-        maps = (self.query, self.key, self.value)
-        query, key, value = (f(y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in maps)
-        y = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        x = x + self.mix(y.transpose(1, 2).flatten(2))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
-
-
-class GPT(nn.Module):
-    """Bytes [batch, length] to logits [batch, length, 256]."""
-
-    def __init__(self, task: Task) -> None:
-        super().__init__()
-        self.bytes, self.places = nn.Embedding(256, task.width), nn.Embedding(task.length, task.width)
-        self.blocks = nn.Sequential(*(Block(task.width) for _ in range(task.layers)))
-        self.norm, self.head = nn.RMSNorm(task.width), nn.Linear(task.width, 256, bias=False)
-        for name, weight in self.named_parameters():
-            if weight.ndim == 2:
-                std = 0.02 if name in ("bytes.weight", "places.weight") else weight.shape[1] ** -0.5
-                into_residual = name.endswith(("mix.weight", "down.weight"))
-                nn.init.normal_(weight, std=std / math.sqrt(2 * task.layers) if into_residual else std)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.norm(self.blocks(self.bytes(x) + self.places.weight[: x.shape[1]])))
-
-    def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats per byte."""
-        return F.cross_entropy(self(inputs).flatten(0, 1), targets.flatten())
-
-    @torch.no_grad()
-    def sample(self, prompt: str, count: int, seed: int, temperature: float = 0.7) -> str:
-        """``prompt`` and ``count`` bytes after it."""
-        generator = torch.Generator().manual_seed(seed)
-        text = torch.tensor([list(prompt.encode())])
-        for _ in range(count):
-            logits = self(text[:, -len(self.places.weight) :])[:, -1] / temperature
-            text = torch.cat([text, torch.multinomial(logits.softmax(-1), 1, generator=generator)], 1)
-        return bytes(text[0].tolist()).decode(errors="replace")
-
-
 def make_optimizer(method: str, model: nn.Module, task: Task, **settings: Any) -> torch.optim.Optimizer:
     """``method`` on all of the model's weights. The root-free methods count a sequence as one loss term."""
     if method in PEER_METHODS:
@@ -155,14 +56,6 @@ def make_optimizer(method: str, model: nn.Module, task: Task, **settings: Any) -
     if method != "adamw":
         settings["batch_size"] = task.batch
     return METHODS[method](model.parameters(), **settings)
-
-
-def warmup_cosine(step: int, task: Task) -> float:
-    """The learning rate's factor: up in a line over the warm-up, then down to 0 along a cosine."""
-    warmup = min(task.warmup, task.steps // 10 + 1)
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, task.steps - warmup)))
 
 
 @torch.no_grad()
@@ -220,6 +113,8 @@ def timed_step(model: GPT, optimizer: torch.optim.Optimizer, batch: tuple[Tensor
 
 def train_with_bar(method: str, task: Task, data: tuple[Tensor, Tensor]) -> tuple[Run, GPT]:
     """Train with the chosen settings under a progress bar that shows the loss."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
     columns = (TextColumn(f"{method:>10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TextColumn("loss {task.fields[loss]:.3f}")) as progress:
         bar = progress.add_task(method, total=task.steps, loss=math.nan)
@@ -235,6 +130,7 @@ def parse() -> tuple[argparse.Namespace, Task]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--optimizers", nargs="+", choices=CHOSEN, default=list(METHODS), metavar="NAME")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--device", choices=["cpu"], default="cpu", help="cuda: see bench.language_model")
     for name, default in asdict(Task()).items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
     options = parser.parse_args()
@@ -245,6 +141,13 @@ def parse() -> tuple[argparse.Namespace, Task]:
 
 
 def main() -> None:
+    if language_model.is_asked_for(sys.argv[1:]):
+        sys.exit(language_model.main(sys.argv[1:]))
+    # Imported late: a machine with a GPU need not have rich to train the larger model.
+    from rich.console import Console
+    from rich.panel import Panel
+    from rich.text import Text
+
     options, task = parse()
     console, data = Console(), standard_library()
     weights = sum(weight.numel() for weight in GPT(task).parameters())

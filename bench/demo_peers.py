@@ -59,13 +59,13 @@ def soap(model: nn.Module, lr: float, betas: tuple[float, float], weight_decay: 
     return optimizer
 
 
-def muon(model: nn.Module, lr: float, adamw_lr: float, weight_decay: float) -> Optimizer:
+def muon(model: nn.Module, lr: float, adamw_lr: float, weight_decay: float, momentum: float = 0.95) -> Optimizer:
     """PyTorch's for the matrices of the layers, AdamW for embeddings, head and vectors."""
     hidden = [x for name, x in model.named_parameters() if name.startswith("blocks.") and x.ndim == 2]
     inside = set(hidden)
     rest = [x for x in model.parameters() if x not in inside]
     return Together(
-        torch.optim.Muon(hidden, lr=lr, weight_decay=weight_decay),
+        torch.optim.Muon(hidden, lr=lr, weight_decay=weight_decay, momentum=momentum),
         torch.optim.AdamW(rest, lr=adamw_lr, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True),
     )
 

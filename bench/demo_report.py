@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.figure import Figure
-from rich.table import Table
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 @dataclass
@@ -70,6 +70,8 @@ def seconds_to_baseline(runs: dict[str, Run]) -> dict[str, float | None]:
 
 def table_of(runs: dict[str, Run]) -> Table:
     """The runs' summaries, one line a method."""
+    from rich.table import Table
+
     table = Table("optimizer", caption="losses in nats per byte; train: mean of the last tenth of the steps")
     first, seconds = next(iter(runs)), seconds_to_baseline(runs)
     for name in ("train loss", "held-out", "steps/s", "in optimizer", "state", f"s to {first}'s loss"):
@@ -85,6 +87,8 @@ def table_of(runs: dict[str, Run]) -> Table:
 
 def plot(runs: dict[str, Run], path: Path) -> None:
     """Train loss, smoothed over about ten steps, as lines; held-out loss as markers."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for method, run in runs.items():

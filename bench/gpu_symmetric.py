@@ -36,6 +36,8 @@ NOTES = {
 }
 
 TARGETS = {768: 1.15, 1024: 1.15, 2048: 1.3, 4096: 1.5}
+"""The time of `torch.bmm` over ours by n. With t = n/128 tiles a side, t² / (t(t + 1)/2) is the most that the saved
+multiplications allow: 1.71, 1.78, 1.88 and 1.94."""
 
 
 def symmetric_rows(count: int, n: int, context: Context) -> list[Row]:

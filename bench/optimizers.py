@@ -9,6 +9,7 @@ updates of the factors (or of their roots).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -20,6 +21,7 @@ from torch.optim import Optimizer
 
 from bench.peers import find
 from rootfree_kernels import IFShampoo, RFRMSProp
+from rootfree_kernels.backends import why_not
 
 LR = 1e-4
 SETTINGS = {"beta2": 0.2, "momentum": 0.9, "riemannian_momentum": 0.5, "damping": 1e-4, "batch_size": 16}
@@ -72,6 +74,16 @@ class Entry:
     def option(self, name: str) -> Any:
         """The value that the entry gives an option of the optimizer, None where it leaves it alone."""
         return self.make.keywords.get(name)
+
+    def why_left_out(self, device: torch.device) -> str | None:
+        """Return why the backend that the entry asks for was not built or cannot run here; None where it can.
+
+        An extension that was built and is broken is no reason: the entry's first step raises an error that says so.
+        """
+        with suppress(ImportError):
+            if self.backend and (reason := why_not(self.backend, device, self.weights)):
+                return f"left out: backend {self.backend}: {reason}"
+        return None
 
 
 # ---- ours --------------------------------------------------------------------------------------------------------

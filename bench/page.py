@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from bench.contest import OTHER, UPDATE, mean_step
-from bench.gpu_report import number
+from bench.gpu_report import Target, number
 from bench.optimizers import ENTRIES, WHOLE
 from bench.page_targets import DEFAULT, FP32, LEAST, META, Record, Row, measured_rows, pick, targets
 from bench.scaling import exponent, theory
@@ -56,10 +56,17 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 def target_lines(record: Record) -> list[str]:
     rows = []
     for statement, figure, target in targets(record):
-        verdict = "not measured" if figure is None else "met" if target.is_met(figure) else "**missed**"
         shown = "–" if figure is None else f"{figure:.3f}" if figure < 100 else number(figure)
-        rows.append((statement, shown, f"{target.sign} {target.bound:g}", verdict))
+        rows.append((statement, shown, *_verdict(figure, target)))
     return ["## Targets", "", *table(("what", "measured", "target", ""), rows)]
+
+
+def _verdict(figure: float | None, target: Target | None) -> tuple[str, str]:
+    """Return the bound and whether it is met, as text."""
+    bound = f"{target.sign} {target.bound:g}" if target else "none"
+    if figure is None:
+        return bound, "not measured"
+    return bound, "" if target is None else "met" if target.is_met(figure) else "**missed**"
 
 
 # ---- steps -------------------------------------------------------------------------------------------------------

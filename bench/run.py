@@ -327,6 +327,9 @@ def measure_here(options: argparse.Namespace, given: Sequence[str]) -> int:
     record = new_record(device, [x for x in given if x not in ("--worker", str(options.worker))])
     folder = options.out or RESULTS / f"{slug(record['device'])}-{record['date']}"
     plan = TINY if options.tiny else GPU if device.type == "cuda" else CPU
+    chosen = chosen_entries(options)
+    record["missing"] |= {entry.name: why for entry in chosen if (why := entry.why_left_out(device))}
+    entries = [entry for entry in chosen if entry.name not in record["missing"]]
     with tempfile.TemporaryDirectory() as scratch:
         new = Progress(Path(scratch) / "progress", time.time() + options.seconds)
         progress = Progress.load(options.worker) if options.worker else new
@@ -334,7 +337,7 @@ def measure_here(options: argparse.Namespace, given: Sequence[str]) -> int:
             record = json.loads((folder / "results.json").read_text(encoding="utf-8"))
         record["errors"] |= progress.broken
         deadline = time.perf_counter() + progress.until - time.time()
-        run = Run(folder, device, plan, deadline, record, chosen_entries(options))
+        run = Run(folder, device, plan, deadline, record, entries)
         finished = measure(run, pieces_of(run, chosen_workloads(options), options.sections), progress)
     write_page(folder, record)
     run.save()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sysconfig
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
@@ -45,14 +46,21 @@ FactorDtypes = tuple[torch.dtype, "torch.dtype | None"]
 """Dtypes in which the factors of a batch are stored and multiplied; None leaves the latter to the backend."""
 
 
+def _record_names() -> tuple[str, str]:
+    """Return the names of the file that setup.py writes: that of this Python in a source tree, where several may have
+    built, and `_build.json` in a wheel."""
+    suffix = sysconfig.get_config_var("EXT_SUFFIX") or ""
+    return f"_build{suffix.rpartition('.')[0]}.json", "_build.json"
+
+
 @cache
 def build_record() -> dict[str, Any]:
-    """What the installation compiled and what it left out, and why (`_build.json`, written by setup.py)."""
-    try:
-        return dict(json.loads(resources.files("rootfree_kernels").joinpath("_build.json").read_text()))
-    except FileNotFoundError:
-        reason = "no record of a build: the package was not installed but found on the path"
-        return {"extension": False, "left_out": {"cpp": reason, "cuda": reason}}
+    """Return what the installation compiled and what it left out, and why, as setup.py recorded it."""
+    for name in _record_names():
+        with suppress(FileNotFoundError):
+            return dict(json.loads(resources.files("rootfree_kernels").joinpath(name).read_text()))
+    reason = "no record of a build: the package was not installed but found on the path"
+    return {"extension": False, "left_out": {"cpp": reason, "cuda": reason}}
 
 
 _WIDE = "its arithmetic is FP32, and parameters or state are FP64"

@@ -103,6 +103,11 @@ def matrix_view(tensor: Tensor) -> Tensor:
     return tensor if tensor.dim() == 2 else tensor.reshape(tensor.shape[0], -1)
 
 
+def matrix_views(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return `matrix_view` of every tensor; the list itself where all of them have two axes."""
+    return tensors if set(map(Tensor.dim, tensors)) == {2} else [matrix_view(tensor) for tensor in tensors]
+
+
 def block_views(matrix: Tensor, tile: Tile) -> list[Tensor]:
     """The blocks of a tile, row by row, each a strided view [block rows, block columns] of `matrix`."""
     if tile.num_blocks == 1 and tile.block_shape == tuple(matrix.shape):

@@ -158,7 +158,8 @@ def block_table(
 
     The tensors have two axes, those of a list one dtype. `tiles` are the tiles' `Tile.numbers`, end to end.
     """
-    places = tuple([_places(tensors) for tensors in lists])
+    known = {id(tensors): _places(tensors) for tensors in {id(x): x for x in lists}.values()}
+    places = tuple([known[id(tensors)] for tensors in lists])
     key = (places, tuple(tiles), block_shape, device)
     if (kept := _kept(_block_tables, key, device)) is not None:
         return kept

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from bench.peers import PEERS, why_missing
 from bench.run_options import SECTIONS, chosen_entries, chosen_workloads, parse_arguments
 from bench.run_plans import TINY, TINY_WORKLOADS
 from bench.workloads import WORKLOADS, Workload
+from rootfree_kernels import backends
 
 STEPS_ONLY = ("--only", "16²", "--sections", "steps")
 
@@ -161,6 +163,34 @@ def test_an_optimizer_that_fails_is_on_the_page_with_its_error_and_in_the_exit_s
     assert status == 1 and bad["error"] == "RuntimeError: broken in step 4" and UPDATE in good
     assert "- bad, whole: RuntimeError: broken in step 4\n" in text and "| good |" in text
     assert run_tiny(tmp_path, *STEPS_ONLY, "--optimizers", "good")[0] == 0
+
+
+@pytest.mark.parametrize("extension", ["left out", "broken"])
+def test_an_entry_whose_backend_was_not_built_is_a_line_and_no_failure(
+    extension, none_here, tmp_path, monkeypatch, request
+):
+    def broken(name):
+        raise ImportError("undefined symbol")
+
+    if extension == "broken":
+        monkeypatch.setattr(backends, "import_module", broken)
+        monkeypatch.setattr(backends, "BACKENDS", {"eager": backends.eager})
+        backends._import_problem.cache_clear()
+        request.addfinalizer(backends._import_problem.cache_clear)
+    left_out = None if extension == "broken" else "ROOTFREE_BUILD=none"
+    built = {"extension": not left_out, "left_out": {"cpp": left_out, "cuda": left_out}}
+    monkeypatch.setattr(backends, "build_record", lambda: built)
+    monkeypatch.setenv("ROOTFREE_BACKEND", "eager")  # for all but the entry itself
+    cpp = replace(ENTRIES["RFRMSProp, CUDA"], name="RFRMSProp, C++", backend="cpp", devices=("cpu",))
+    with in_place_of_all(cpp, ENTRIES["SGD, fused"]):
+        status, record, text, _ = run_tiny(tmp_path, *STEPS_ONLY)
+    rows = {row["optimizer"]: row for row in record["steps"]}
+    if extension == "left out":
+        assert status == 0 and [*rows] == ["SGD, fused"]
+        assert "- RFRMSProp, C++: left out: backend cpp: it was not built: ROOTFREE_BUILD=none\n" in text
+    else:
+        assert status == 1 and "undefined symbol" in rows["RFRMSProp, C++"]["error"]
+        assert "left out" not in text
 
 
 @pytest.mark.parametrize("part", ["steps", "training", "scaling"])

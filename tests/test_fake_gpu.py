@@ -125,7 +125,7 @@ def test_a_table_that_names_another_device_s_memory_is_noticed(fake: Any) -> Non
 
 
 def test_a_table_that_names_freed_memory_is_noticed(fake: Any) -> None:
-    address = torch.ones(4, device="cuda").data_ptr()
+    address = torch.ones(1 << 22, device="cuda").data_ptr()  # so large that the table does not take its place
     fake.check_launch(named("kernel"), (torch.tensor([address, 4], device="cuda"),))
     assert fake.wrong_launches.pop() == "a table of kernel on device 0 names freed memory"
 

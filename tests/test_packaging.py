@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ["pyproject.toml", "setup.py", "README.md", "LICENSE", "csrc", "rootfree_kernels", "triton_kernels"]
-BUILD_PRODUCTS = shutil.ignore_patterns("__pycache__", "*.so", "*.pyd", "_build.json")
+BUILD_PRODUCTS = shutil.ignore_patterns("__pycache__", "*.so", "*.pyd", "_build*.json")
 WHEEL_HOLDS = (
     *("__init__.py", "py.typed", "_build.json", "triton_kernels/__init__.py"),
     *("dispatch_tables/README.md", "dispatch_tables/a-device.json"),  # the latter is put into the copy of the tree
@@ -51,15 +51,20 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> str:
     return result.stdout
 
 
-def build_wheel(folder: Path, **environment: str) -> Path:
-    """Build a wheel from a copy of the tree, so that nothing built earlier slips in."""
-    tree, wheels = folder / "tree", folder / "wheels"
+def copy_tree(tree: Path) -> Path:
+    """Copy the tree without what was built in it."""
     tree.mkdir()
     for name in SOURCES:
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, tree / name, ignore=BUILD_PRODUCTS)
         else:
             shutil.copy2(ROOT / name, tree / name)
+    return tree
+
+
+def build_wheel(folder: Path, **environment: str) -> Path:
+    """Build a wheel from a copy of the tree, so that nothing built earlier slips in."""
+    tree, wheels = copy_tree(folder / "tree"), folder / "wheels"
     (tree / "rootfree_kernels/dispatch_tables/a-device.json").write_text("{}")
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
     run(*pip, "wheel", "--no-build-isolation", "--no-deps", "-w", wheels, tree, cwd=folder, **environment)
@@ -152,3 +157,90 @@ def test_extension_tells_how_it_was_built(installed: Path, tmp_path: Path) -> No
     assert set(info) == {"compiler", "cxx_standard", "torch", "cuda", "build_type"}
     torch_built_against = json.loads((installed / "rootfree_kernels/_build.json").read_text())["torch"]
     assert torch_built_against.startswith(info["torch"])
+
+
+# ---- a build in the tree -------------------------------------------------------------------------------------------
+
+
+def record_seen(tree: Path) -> dict:
+    """Return the record that the package in a tree finds."""
+    program = "import json; from rootfree_kernels.backends import build_record; print(json.dumps(build_record()))"
+    return json.loads(run(sys.executable, "-c", program, cwd=tree.parent, PYTHONPATH=str(tree)).splitlines()[-1])
+
+
+def test_every_python_that_builds_in_a_tree_has_a_record_of_its_own(tmp_path: Path) -> None:
+    tree = copy_tree(tmp_path / "tree")
+    package = tree / "rootfree_kernels"
+    others = {"_build.json": "of an earlier version", "_build.cpython-39-x86_64-linux-gnu.json": "of another Python"}
+    for name, why in others.items():
+        (package / name).write_text(json.dumps({"extension": False, "left_out": {"cpp": why, "cuda": why}}))
+    assert record_seen(tree)["left_out"]["cpp"] == "of an earlier version"  # where there is nothing newer
+
+    program = "import setuptools.build_meta as backend; backend.build_editable('wheels')"
+    run(sys.executable, "-c", program, cwd=tree, ROOTFREE_BUILD="none")
+    assert record_seen(tree)["left_out"]["cpp"] == "ROOTFREE_BUILD=none"
+    (name,) = {path.name for path in package.glob("_build*.json")} - set(others)
+    assert name == f"_build{sysconfig.get_config_var('EXT_SUFFIX').rpartition('.')[0]}.json"
+    for other, why in others.items():
+        assert why in (package / other).read_text()
+
+
+# ---- the CUDA toolkit ----------------------------------------------------------------------------------------------
+
+FIND_TOOLKIT = """
+import json, os, runpy, sys
+from pathlib import Path
+import setuptools, torch
+setuptools.setup = lambda **options: None
+torch.version.cuda = "13.0"
+names = runpy.run_path(sys.argv[1])
+homes = {"set": os.environ.get("CUDA_HOME")}
+for case, environment in json.loads(sys.argv[2]).items():
+    os.environ.pop("CUDA_HOME", None)
+    os.environ.update(environment)
+    homes[case] = [x and str(x) for x in names["find_toolkit"](usual=Path("/nowhere"))]
+print(json.dumps(homes))
+"""
+
+
+def script(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def toolkit(tmp_path: Path) -> Path:
+    """A folder with an nvcc that says where it is, and with headers."""
+    home = tmp_path / "cuda"
+    script(home / "bin/nvcc", f'echo "#\\$ _HERE_={home}/bin" >&2')
+    (home / "include").mkdir()
+    (home / "include/cuda_runtime_api.h").touch()
+    return home
+
+
+@pytest.mark.skipif(os.name == "nt", reason="scripts stand in for nvcc")
+def test_an_nvcc_that_is_a_script_is_asked_for_its_toolkit(toolkit: Path, tmp_path: Path) -> None:
+    wrapper = script(tmp_path / "local/bin/nvcc", f'exec {toolkit}/bin/nvcc "$@"').parent
+    silent = script(tmp_path / "broken/bin/nvcc", "exit 1").parent
+    (tmp_path / "linked/bin").mkdir(parents=True)
+    (tmp_path / "linked/bin/nvcc").symlink_to(toolkit / "bin/nvcc")
+    system = "/usr/bin:/bin"
+    cases = {
+        "the toolkit's own": {"PATH": f"{toolkit}/bin:{system}"},
+        "a link": {"PATH": f"{tmp_path}/linked/bin:{system}"},
+        "CUDA_HOME without headers": {"PATH": f"{wrapper}:{system}", "CUDA_HOME": str(tmp_path / "local")},
+        "broken": {"PATH": f"{silent}:{system}"},
+        "none": {"PATH": str(tmp_path / "empty")},
+    }
+    command = (sys.executable, "-c", FIND_TOOLKIT, ROOT / "setup.py", json.dumps(cases))
+    path = os.pathsep.join([str(wrapper), os.environ["PATH"]])
+    environment = {"PATH": path, "CUDA_HOME": "", "CUDA_PATH": "", "ROOTFREE_BUILD": "none"}
+    homes = json.loads(run(*command, cwd=tmp_path, **environment).splitlines()[-1])
+    found = [str(toolkit), None]
+    assert homes["set"] == str(toolkit)  # a wrapper on the PATH
+    assert homes["the toolkit's own"] == homes["a link"] == homes["CUDA_HOME without headers"] == found
+    assert homes["broken"][0] is None
+    assert f"not both bin/nvcc and include/cuda_runtime_api.h in {tmp_path}/broken; set CUDA_HOME" in homes["broken"][1]
+    assert homes["none"] == [None, "no CUDA toolkit: set CUDA_HOME or put nvcc on the PATH"]

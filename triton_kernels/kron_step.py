@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rootfree_kernels import ranges
-from rootfree_kernels.blocks import matrix_view
+from rootfree_kernels.blocks import matrix_views
 from rootfree_kernels.rounding import SLOT_WEIGHT
 from rootfree_kernels.tables import block_table, constant, draws, on_device, split_lr
 from rootfree_kernels.triton_kernels.common import (
@@ -184,8 +184,8 @@ def kron_step_by(
     # All memory is taken before anything changes.
     c, k = pad_square(factor_c.to(grad.dtype)), pad_square(factor_k.to(grad.dtype))
     x = torch.empty_like(grad)
-    lists = [[matrix_view(tensor) for tensor in tensors] for tensors in (params, buffers, residuals or buffers)]
-    table = block_table(lists, tiles, (p, d), device)
+    lists = [matrix_views(tensors) for tensors in (params, buffers, residuals) if tensors]
+    table = block_table([*lists, *lists[1:]][:3], tiles, (p, d), device)  # the buffers stand in for no residuals
     aligned = table.aligned and d % PADDING == 0
     config = tile_config(p, d) if aligned else SMALL
     drawn = draws(seeds, steps, device)
