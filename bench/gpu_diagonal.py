@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bench.gpt2 import Shape, Work, diagonal_bytes, momentum_bytes, random_tensors
-from bench.gpu_cases import Case, Context, attempt, check, ratio
+from bench.gpu_cases import Case, Context, attempt, check, ratio, require
 from bench.gpu_report import Alternatives, Row, Target
 from bench.gpu_timing import Call, Measured, num_inputs
 from rootfree_kernels import ops
@@ -91,8 +91,7 @@ def check_diagonal(shapes: Sequence[Shape], precision: Precision, context: Conte
     lists.step(backend, 0.1)
     names = ("weights", "s", "m")
     errors = [check(name, x, y) for name, x, y in zip(names, lists.changed(), expected, strict=False)]
-    if any(int(x) for x in lists.skipped):
-        raise AssertionError("numbers were skipped that are finite")
+    require(not any(int(x) for x in lists.skipped), "numbers were skipped that are finite")
     return max(errors)
 
 

@@ -20,7 +20,7 @@ from bench.gpt2 import (
     total,
     update_stages,
 )
-from bench.gpu_cases import Case, Context, check, poisoned_memory, ratio
+from bench.gpu_cases import Case, Context, check, poisoned_memory, ratio, require
 from bench.gpu_report import Alternatives, Row, Target
 from bench.gpu_timing import Measured, Timing, num_inputs
 from rootfree_kernels import ops
@@ -152,8 +152,7 @@ def check_update(count: int, p: int, d: int, context: Context, clip: str = "frob
     expected.update("eager")
     with poisoned_memory():
         ok = blocks.update(context.backend)
-    if not bool(ok.all()):
-        raise AssertionError("a block was skipped that is finite")
+    require(bool(ok.all()), "a block was skipped that is finite")
     names = ("C", "K", "m_C", "m_K", "P_C", "P_K")
     for name, x, y in zip(names, blocks.state(), expected.state(), strict=True):
         check(f"{name} of {p} × {d}", [x], [y])
@@ -170,13 +169,11 @@ def check_step(count: int, p: int, d: int, context: Context, method: str = "step
         getattr(blocks, method)(context.backend)
     for name, x, y in (("W", blocks.weights, expected.weights), ("buffer", blocks.buffers, expected.buffers)):
         check(f"{name} of {p} × {d}", x, y, torch.bfloat16)  # FP32 numbers that are made of BF16 products
-    if bool(blocks.skipped.any()):
-        raise AssertionError("a block was skipped that is finite")
+    require(not bool(blocks.skipped.any()), "a block was skipped that is finite")
 
 
 def check_symmetric(tensors: list[Tensor]) -> None:
-    if not all(torch.equal(x, x.mT) for x in tensors):
-        raise AssertionError("a symmetric result is not symmetric")
+    require(all(torch.equal(x, x.mT) for x in tensors), "a symmetric result is not symmetric")
 
 
 # ---- updates and steps -------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bench.gpt2 import GPT2, Work, diagonal_bytes, random_tensors, whole_step
-from bench.gpu_cases import Case, Context, attempt, ratio, relative_error
+from bench.gpu_cases import Case, Context, attempt, ratio, relative_error, require
 from bench.gpu_report import Row, Target
 from rootfree_kernels import IFShampoo, RFRMSProp
 
@@ -142,8 +142,7 @@ def graph_rows(name: str, make: Callable[..., torch.optim.Optimizer], context: C
         graph.replay()
         plain.step()
     error = relative_error([x.detach() for x in model.params], [x.detach().double() for x in twin.params])
-    if not error < 1e-6:
-        raise AssertionError(f"a replay is not the step: relative error {error:.1e}")
+    require(error < 1e-6, f"a replay is not the step: relative error {error:.1e}")
     measured = context.timer.measure({"graph": [graph.replay], "plain": [plain.step]})
     cells = {
         "replayed, device µs": measured["graph"].total,

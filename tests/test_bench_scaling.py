@@ -282,7 +282,7 @@ def test_training_takes_the_time_of_the_steps_and_records_who_failed(clock, monk
 
     monkeypatch.setattr(Transformer, "forward", slow_forward)
     entries = fake_rows(monkeypatch, good=fake_entry("good", clock), bad=fake_entry("bad", clock, cost=failing_at(3)))
-    good, bad = training.measure(TINY.task, clock, CPU, entries, (1, 2), inf)
+    good, bad = training.measure(TINY.task, clock, CPU, training.names_of(CPU, entries), (1, 2), inf)
     assert bad == {"optimizer": "bad", "task": "tiny GPT", "error": "RuntimeError: broken in step 3"}
     assert good["in_optimizer"] == pytest.approx((700.0 + 9 * 100.0) / 10)
     assert good["mean"] == pytest.approx(280.0 + 160.0) and good["spread"]["samples"] == 20
@@ -291,7 +291,7 @@ def test_training_takes_the_time_of_the_steps_and_records_who_failed(clock, monk
 
 def test_training_that_finds_no_time_says_so_and_who_is_not_chosen_has_no_row(clock, monkeypatch):
     entries = fake_rows(monkeypatch, good=fake_entry("good", clock), other=fake_entry("other", clock))
-    rows = training.measure(TINY.task, clock, CPU, entries[:1], (0, 1), clock.seconds() - 1)
+    rows = training.measure(TINY.task, clock, CPU, training.names_of(CPU, entries[:1]), (0, 1), clock.seconds() - 1)
     assert rows == [
         {"optimizer": "good", "task": "tiny GPT", "error": "TimeoutError: left out: the run's time was over"}
     ]
@@ -299,7 +299,7 @@ def test_training_that_finds_no_time_says_so_and_who_is_not_chosen_has_no_row(cl
 
 def test_all_trainees_see_the_same_tokens_and_begin_with_the_same_weights(clock, monkeypatch):
     entries = fake_rows(monkeypatch, a=fake_entry("a", clock), b=fake_entry("b", clock))
-    trainees = training.contestants(TINY.task, CPU, entries)
+    trainees = training.contestants(TINY.task, CPU, training.names_of(CPU, entries))
     assert training._train(trainees, TINY.task, clock, CPU, (0, 1), inf) == {}
     first, second = (trainee.optimizer.seen for trainee in trainees.values())
     assert first == second and len(first) == 10
