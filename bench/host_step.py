@@ -1,10 +1,17 @@
-"""What a step costs the host: Python and the dispatcher, with operators that do nothing.
+"""What a step costs the host: Python, the dispatcher and launches.
 
-    python -m bench.host_step [--repeats N] [--profile] [--json FILE]
+    python -m bench.host_step [--device cpu|cuda] [--against FOLDER] [--repeats N] [--profile] [--json FILE]
 
-The parameters are those of GPT-2 124M in number and kind (50 matrices, 98 vectors), with sides divided by 16 so that
-they fit anywhere. The backend is a stand-in for Triton whose functions return at once. AdamW, `foreach` and `fused`, on
-the same parameters is the yardstick; its share includes the arithmetic of 148 small tensors, which a CPU does at once.
+The parameters are those of GPT-2 124M in number and kind (50 matrices, 98 vectors). On a CPU their sides are divided by
+16, so that they fit anywhere, and operators do nothing: the backend is a stand-in for Triton whose functions return at
+once. On a GPU it is Triton's, and the device's queue is empty before each step. AdamW, `foreach` and `fused`, on the
+same parameters is the yardstick; on a CPU its share includes the arithmetic of 148 small tensors.
+
+On the fake GPU, whose launches cost what they cost elsewhere and which computes nothing:
+
+    python tests/fake_gpu --caching python -m bench.host_step --device cuda
+
+--against FOLDER, a checkout of another commit, measures both in turn, in processes of their own.
 """
 
 from __future__ import annotations
@@ -14,9 +21,12 @@ import cProfile
 import json
 import os
 import pstats
+import shlex
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,9 +39,12 @@ from bench.record import provenance
 from rootfree_kernels import IFShampoo, RFRMSProp, backends
 
 SCALE = 16
+ROOT = Path(__file__).resolve().parent.parent
+YARDSTICK = "AdamW, fused"
 COMMON = {"lr": 1e-3, "batch_size": 16}
-MODEL = GPT2(width=768 // SCALE, vocabulary=50257 // SCALE, context=1024 // SCALE)
-BLOCKS = {"max_preconditioner_dim": 1024 // SCALE}
+SMALL = GPT2(width=768 // SCALE, vocabulary=50257 // SCALE, context=1024 // SCALE)
+ROUNDS = 3
+"""Of processes that take turns where two checkouts are compared."""
 
 
 def idle_backend() -> Any:
@@ -67,79 +80,137 @@ def idle_backend() -> Any:
     )
 
 
-def make(cls: Any, **options: Any) -> torch.optim.Optimizer:
-    params = [nn.Parameter(torch.zeros(shape)) for shape in MODEL.shapes().values()]
+def make(cls: Any, device: torch.device, **options: Any) -> torch.optim.Optimizer:
+    model = GPT2() if device.type == "cuda" else SMALL
+    params = [nn.Parameter(torch.zeros(shape, device=device)) for shape in model.shapes().values()]
     for param in params:
         param.grad = torch.zeros_like(param)
     optimizer: torch.optim.Optimizer = cls(params, **options)
     return optimizer
 
 
-def contestants() -> dict[str, torch.optim.Optimizer]:
-    return {
-        "IFShampoo, T = 1": make(IFShampoo, **COMMON, **BLOCKS),
-        "IFShampoo, T = 1, capturable, lr Tensor": make(
-            IFShampoo, **{**COMMON, "lr": torch.tensor(1e-3)}, **BLOCKS, capturable=True
+def contestants(device: torch.device) -> dict[str, torch.optim.Optimizer]:
+    blocks = {} if device.type == "cuda" else {"max_preconditioner_dim": 1024 // SCALE}
+    lr = torch.tensor(1e-3, device=device)
+    every = {
+        "IFShampoo, T = 1": (IFShampoo, {**COMMON, **blocks}),
+        "IFShampoo, T = 1, capturable, lr Tensor": (IFShampoo, {**COMMON, **blocks, "lr": lr, "capturable": True}),
+        "IFShampoo, T = 10, other step": (
+            IFShampoo,
+            {**COMMON, **blocks, "precondition_frequency": lambda step: step == 0},
         ),
-        "IFShampoo, T = 10, other step": make(
-            IFShampoo, **COMMON, **BLOCKS, precondition_frequency=lambda step: step == 0
-        ),
-        "RFRMSProp": make(RFRMSProp, **COMMON),
-        "RFRMSProp, BF16 state": make(RFRMSProp, **COMMON, state_dtype=torch.bfloat16),
-        "AdamW, foreach": make(torch.optim.AdamW, lr=1e-3, foreach=True),
-        "AdamW, fused": make(torch.optim.AdamW, lr=1e-3, fused=True),
+        "RFRMSProp": (RFRMSProp, COMMON),
+        "RFRMSProp, BF16 state": (RFRMSProp, {**COMMON, "state_dtype": torch.bfloat16}),
+        "AdamW, foreach": (torch.optim.AdamW, {"lr": 1e-3, "foreach": True}),
+        "AdamW, fused": (torch.optim.AdamW, {"lr": 1e-3, "fused": True}),
     }
+    return {name: make(cls, device, **options) for name, (cls, options) in every.items()}
 
 
-def microseconds(run: Callable[[], Any], calls: int) -> float:
-    start = time.perf_counter()
+def microseconds(run: Callable[[], Any], calls: int, device: torch.device) -> float:
+    """Return the mean time of a call that does not wait for the device."""
+    total = 0.0
     for _ in range(calls):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
         run()
-    return (time.perf_counter() - start) / calls * 1e6
+        total += time.perf_counter() - start
+    return total / calls * 1e6
 
 
-def measure(repeats: int, calls: int = 20) -> dict[str, dict[str, float]]:
-    """Median and least microseconds of a step of every contestant, taking turns."""
-    optimizers = contestants()
+def measure(device: torch.device, repeats: int, calls: int = 20) -> dict[str, dict[str, float]]:
+    """Return median and least microseconds of a step of every contestant, taking turns."""
+    optimizers = contestants(device)
     times: dict[str, list[float]] = {name: [] for name in optimizers}
     for optimizer in optimizers.values():
-        microseconds(optimizer.step, 3)  # state and plans are made
+        microseconds(optimizer.step, 3, device)  # state and plans are made
     for _ in range(repeats):
         for name, optimizer in optimizers.items():
             optimizer.step()  # brings its objects back into the caches
-            times[name].append(microseconds(optimizer.step, calls))
+            times[name].append(microseconds(optimizer.step, calls, device))
     return {name: {"median": statistics.median(values), "least": min(values)} for name, values in times.items()}
 
 
-def profile(calls: int = 200) -> None:
-    """Where the time of the first contestant goes."""
-    optimizer = next(iter(contestants().values()))
-    microseconds(optimizer.step, 3)
+def compare(folders: Sequence[Path], device: torch.device, repeats: int) -> list[dict[str, dict[str, float]]]:
+    """Return the times of checkouts, which take turns in processes of their own; of each the median of its rounds."""
+    found: list[list[dict[str, dict[str, float]]]] = [[] for _ in folders]
+    for _ in range(ROUNDS):
+        for folder, rounds in zip(folders, found, strict=True):
+            command = [sys.executable, __file__, "--device", device.type, "--repeats", str(repeats), "--json", "-"]
+            environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
+            run = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+            rounds.append(json.loads(run.stdout.splitlines()[-1]))
+    return [
+        {name: {key: statistics.median(x[name][key] for x in rounds) for key in rounds[0][name]} for name in rounds[0]}
+        for rounds in found
+    ]
+
+
+def profile(device: torch.device, calls: int = 200) -> None:
+    """Print where the time of the first contestant goes."""
+    optimizer = next(iter(contestants(device).values()))
+    microseconds(optimizer.step, 3, device)
     with cProfile.Profile() as profiler:
-        microseconds(optimizer.step, calls)
+        microseconds(optimizer.step, calls, device)
     pstats.Stats(profiler).sort_stats("tottime").print_stats(25)
 
 
-def main() -> None:
+def print_table(rows: dict[str, dict[str, float]], others: dict[str, dict[str, float]] | None) -> None:
+    """Print times, and those of another checkout beside them; ratios are to AdamW, fused, of the same checkout."""
+    print(f"{'host time of a step':42}{'median µs':>12}{'least µs':>12}{'to AdamW':>10}{'before':>12}{'to AdamW':>10}")
+    for name, row in rows.items():
+        line = f"{name:42}{row['median']:12.0f}{row['least']:12.0f}{row['least'] / rows[YARDSTICK]['least']:10.2f}"
+        if others:
+            before = others[name]["least"]
+            line += f"{before:12.0f}{before / others[YARDSTICK]['least']:10.2f}"
+        print(line)
+
+
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default %(default)s")
+    parser.add_argument("--against", type=Path, metavar="FOLDER", help="a checkout to compare with, e.g. a worktree")
     parser.add_argument("--repeats", type=int, default=50, help="rounds of 20 steps each")
     parser.add_argument("--profile", action="store_true", help="say where the time of IFShampoo at T = 1 goes")
-    parser.add_argument("--json", type=Path, help="write the times to this file as well")
-    args = parser.parse_args()
+    parser.add_argument("--json", help="write the times to this file as well; -: print nothing else")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    device = torch.device(args.device, 0) if args.device == "cuda" else torch.device("cpu")
     torch.set_num_threads(1)
-    os.environ.update(TRITON_INTERPRET="1", ROOTFREE_BACKEND="triton")  # or Triton does not serve a CPU
-    backends.BACKENDS["triton"] = idle_backend()
+    if device.type == "cpu":
+        os.environ.update(TRITON_INTERPRET="1", ROOTFREE_BACKEND="triton")  # or Triton does not serve a CPU
+        backends.BACKENDS["triton"] = idle_backend()
     if args.profile:
-        profile()
+        profile(device)
         return
-    rows = measure(args.repeats)
-    print(f"{'host time of a step':44} {'median µs':>10} {'least µs':>10}")
-    for name, row in rows.items():
-        print(f"{name:44} {row['median']:10.0f} {row['least']:10.0f}")
+    others = None
+    if args.against:
+        from bench.gpu_run.bundle import link_kernels  # which a checkout that is measured may not have
+
+        for folder in (ROOT, args.against.resolve()):
+            link_kernels(folder)
+        rows, others = compare([ROOT, args.against.resolve()], device, args.repeats)
+    else:
+        rows = measure(device, args.repeats)
+    if args.json == "-":
+        print(json.dumps(rows))
+        return
+    print_table(rows, others)
     if args.json:
-        record = {**provenance("python -m bench.host_step"), "rows": rows}
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
+        write_record(Path(args.json), rows, others)
+
+
+def write_record(path: Path, rows: dict[str, dict[str, float]], others: dict[str, dict[str, float]] | None) -> None:
+    """Write the times and where they come from."""
+    record = {**provenance(shlex.join(["python", "-m", "bench.host_step", *sys.argv[1:]])), "rows": rows}
+    if others:
+        record["rows of the other checkout"] = others
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -157,6 +157,20 @@ def test_if_shampoo_steps_as_eager_pytorch_where_gradients_come_and_go() -> None
         twins.step(step, present)
 
 
+@pytest.mark.parametrize("optimizer", [IFShampoo, RFRMSProp])
+def test_a_gradient_that_is_negated_when_it_is_read_has_the_right_sign(optimizer: Any) -> None:
+    """PyTorch hands out such gradients for the imaginary part of a conjugate."""
+    stepped = []
+    for lazily in (False, True):
+        params = parameters(start([(24, 16), (9, 5), (7,)]))
+        set_gradients(params, 0)
+        for param in params if lazily else ():
+            param.grad = torch._neg_view(-param.grad)  # type: ignore[operator]
+        optimizer(params, lr=0.1, batch_size=4, fused=True).step()
+        stepped.append([x.detach().clone() for x in params])
+    assert all(map(torch.equal, *stepped))
+
+
 def test_if_shampoo_steps_as_eager_pytorch_weights_of_any_strides() -> None:
     shapes, layouts = [(8, 3, 2, 2), (4, 3, 2, 2), (9, 5), (7, 5)], [channels_last, permuted, permuted, sliced]
     tensors = [arrange(x) for arrange, x in zip(layouts, start(shapes, BF16), strict=True)]

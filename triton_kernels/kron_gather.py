@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rootfree_kernels.blocks import matrix_views
+from rootfree_kernels.memory_order import without_negation
 from rootfree_kernels.tables import block_table, on_device
 from rootfree_kernels.triton_kernels.common import TRITON_DTYPES, round_nearest
 from rootfree_kernels.triton_kernels.configuration import Configuration
@@ -161,7 +162,7 @@ def kron_gather(
     device = grads[0].device
     if len({grad.dtype for grad in grads}) > 1 or grads[0].dtype not in TRITON_DTYPES:
         grads = [grad.float() for grad in grads]
-    views = matrix_views(grads)
+    views = matrix_views(without_negation(grads))
     table = block_table((views,), tiles, (rows, cols), device)
     num_blocks, parts = table.num_blocks, num_partial_sums(rows, cols)
     out = grads[0].new_empty((num_blocks, padded(rows), padded(cols)), dtype=dtype)
