@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rootfree_kernels.memory_order import alike, write_back
+from rootfree_kernels.memory_order import alike, without_negation, write_back
 from rootfree_kernels.tables import Draws, TensorTable, draws, on_device, split_lr, table, tensor_table
 
 GRAD_DTYPES = {
@@ -67,7 +67,7 @@ def diagonal_call(
     skipped: list[Tensor],
     square_residuals: list[Tensor],
     weight_residuals: list[Tensor],
-    grads: list[Tensor],
+    grads: Sequence[Tensor],
     lr: Tensor,
     seeds: Tensor,
     steps: Tensor,
@@ -99,6 +99,7 @@ def diagonal_call(
     buffer = _dtype_of("buffers", buffers, STATE_DTYPES)
     if _dtypes(grads) not in [{dtype} for dtype in GRAD_DTYPES[param]]:
         grads = [grad.float() for grad in grads]
+    grads = without_negation(grads)
     modes = (_mode(square, square_residuals, rounding), _mode(param, weight_residuals, weight_rounding))
     decays = (0.0, weight_decay) if decoupled else (weight_decay, 0.0)
     numbers = (-1 if maximize else 1, 1 - beta2 * gamma, beta2 * batch_size, momentum, damping, *decays)

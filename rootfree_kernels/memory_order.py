@@ -24,18 +24,18 @@ def is_dense(x: Tensor) -> bool:
 
 
 def alike(lists: Sequence[Sequence[Tensor]], in_any_order: bool) -> Sequence[Sequence[Tensor]]:
-    """`lists` with copies in place of tensors, so that all of an index lie alike in memory, none of them negated.
+    """`lists` with copies in place of tensors, so that all of an index lie alike in memory.
 
     The order is that of the first list's tensor, if it is dense and `in_any_order`, and row by row otherwise. Lists
     may be empty. `write_back` copies what was changed to where it belongs.
     """
-    if all(all(map(Tensor.is_contiguous, tensors)) and not any(map(Tensor.is_neg, tensors)) for tensors in lists):
+    if all(all(map(Tensor.is_contiguous, tensors)) for tensors in lists):
         return lists
     new: list[list[Tensor]] = [[*tensors] for tensors in lists]
     for index, first in enumerate(lists[0]):
         like = first if in_any_order and is_dense(first) else torch.empty(first.shape, device="meta")
         for tensors in new:
-            if tensors and (_order(tensors[index]) != _order(like) or tensors[index].is_neg()):
+            if tensors and _order(tensors[index]) != _order(like):
                 x = tensors[index]
                 tensors[index] = torch.empty_strided(like.shape, like.stride(), dtype=x.dtype, device=x.device).copy_(x)
     return new

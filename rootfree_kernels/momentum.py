@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rootfree_kernels.memory_order import alike, write_back
+from rootfree_kernels.memory_order import alike, without_negation, write_back
 from rootfree_kernels.tables import TensorTable, on_device, tensor_table
 
 
@@ -37,7 +37,7 @@ class MomentumCall(NamedTuple):
 def momentum_call(
     shares_of: Callable[[int, int], tuple[int, int]],
     momenta: list[Tensor],
-    deltas: list[Tensor],
+    deltas: Sequence[Tensor],
     found_inf: Tensor | None,
 ) -> MomentumCall:
     """The call of kernels with the arguments of `rootfree_kernels.eager.clipped_momentum`.
@@ -46,6 +46,7 @@ def momentum_call(
     the numbers of a block and those of its last axis, the numbers of a share and the shares of a block.
     """
     num_blocks, device = deltas[0].shape[0], deltas[0].device
+    deltas = without_negation(deltas)
     mixed = len({m.dtype for m in momenta}) > 1
     copies = alike(([m.float() for m in momenta] if mixed else momenta, deltas), in_any_order=False)
     rows = []

@@ -32,11 +32,11 @@ class _Kept:
     __slots__ = ("event", "streams", "tensors", "value")
 
     def __init__(self, value: Any, tensors: Sequence[Tensor], device: torch.device) -> None:
-        self.value, self.tensors, self.event = value, tensors, None
+        self.value, self.tensors = value, tensors
         self.streams = {_stream(device)}
+        self.event: Any = None  # where there are no streams
         if device.type == "cuda":
-            self.event = torch.cuda.Event()
-            self.event.record(torch.cuda.current_stream(device))
+            self.event = torch.cuda.current_stream(device).record_event()
 
     def let_read(self, device: torch.device) -> None:
         """Let the device's current stream wait until the tensors are filled."""
