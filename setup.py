@@ -53,13 +53,10 @@ def find_toolkit(usual=Path("/usr/local/cuda")):
     nvcc = shutil.which("nvcc")
     guesses = [Path(named)] if named else []
     guesses += [Path(nvcc).parents[1], Path(nvcc).resolve().parents[1]] if nvcc else []
-    for folder in guesses:
-        if is_toolkit(folder):
-            return folder, None
-    guesses += [folder for folder in (nvcc and toolkit_of(nvcc), usual) if folder and folder.exists()]
-    for folder in guesses:
-        if is_toolkit(folder):
-            return folder, None
+    if not any(map(is_toolkit, guesses)):
+        guesses += [folder for folder in (nvcc and toolkit_of(nvcc), usual) if folder and folder.exists()]
+    if found := next(filter(is_toolkit, guesses), None):
+        return found, None
     if not guesses:
         return None, "no CUDA toolkit: set CUDA_HOME or put nvcc on the PATH"
     where = ", ".join(map(str, dict.fromkeys(guesses)))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -273,7 +274,8 @@ def test_the_whole_writes_as_it_goes_and_sums_up(tmp_path: Path) -> None:
             line["held_out_loss"] for line in lines if line["optimizer"] == method
         ]
         assert method in (tmp_path / "README.md").read_text()
-    assert {path.name for path in tmp_path.glob("*.png")} == {"loss-by-seconds.png", "loss-by-steps.png"}
+    drawn = {"loss-by-seconds.png", "loss-by-steps.png"} if find_spec("matplotlib") else set()
+    assert {path.name for path in tmp_path.glob("*.png")} == drawn
 
 
 def test_lines_are_on_the_disk_before_the_next_step(tmp_path: Path) -> None:
