@@ -25,6 +25,8 @@ from rootfree_kernels import eager
 
 CPU = torch.device("cpu")
 FP32, BF16 = torch.float32, torch.bfloat16
+PRODUCT = matmul_dtype(BF16, CPU).itemsize
+"""Bytes of an element of CCᵀ or KKᵀ of BF16 factors, which are FP32 on a CPU that multiplies BF16 slowly."""
 
 # ---- bytes that are kept -------------------------------------------------------------------------------------------
 
@@ -48,11 +50,11 @@ def stepped(name, period=1, **changes):
 BYTES_A_WEIGHT = {
     # factors C, K and their momenta m_C, m_K of 2 bytes each and the momentum of 4; from T = 2 on also CCᵀ and KKᵀ
     ("IFShampoo", 1): 4 * 2 + 4,
-    ("IFShampoo", 2): 6 * 2 + 4,
+    ("IFShampoo", 2): 4 * 2 + 2 * PRODUCT + 4,
     ("IFShampoo, FP32 factors", 1): 4 * 4 + 4,
     ("IFShampoo, FP32 factors", 2): 6 * 4 + 4,
     ("IFShampoo, compensated", 1): 4 * 2 + 2 * 2 + 4,  # and the remainders of C and K
-    ("IFShampoo, eager", 2): 6 * 2 + 4,
+    ("IFShampoo, eager", 2): 4 * 2 + 2 * PRODUCT + 4,
     # C, K, half of m_C and of m_K, whose diagonals add 2 · 256 bytes, and a momentum of 2
     ("IFShampoo, least memory", 1): 2 * 2 + 2 + 2 + 2 * SIDE / SQUARE,
     ("IFShampoo, least memory", 2): 2 * 2 + 2 + 2 + 2 * SIDE / SQUARE,
