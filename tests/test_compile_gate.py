@@ -22,6 +22,7 @@ import triton.language as tl
 from bench import compile_kernels
 from bench.compile_kernels import Job, Row, worst
 from bench.machine_code import TARGETS, count, parse_amdgcn, parse_resource_usage, parse_sass
+from rootfree_kernels.triton_kernels.common import dot
 from rootfree_kernels.triton_kernels.configuration import Configuration
 
 TESTS = Path(__file__).resolve().parent
@@ -67,6 +68,14 @@ def product(a_ptr, b_ptr, c_ptr, num_tiles, M: tl.constexpr, N: tl.constexpr, K:
     tl.store(c_ptr + rows * N + cols, total)
 
 
+@triton.jit
+def our_product(a_ptr, b_ptr, c_ptr, SIZE: tl.constexpr):
+    """C = AB of row-major A, B and C [SIZE, SIZE], by the product that all matrix kernels use."""
+    offsets = tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+    total = dot(tl.load(a_ptr + offsets), tl.load(b_ptr + offsets), tl.zeros((SIZE, SIZE), tl.float32))
+    tl.store(c_ptr + offsets, total)
+
+
 SCALE = ("*fp32", "*fp32", "i32", "fp32")
 PRODUCT = ("*bf16", "*bf16", "*fp32", "i32")
 
@@ -83,11 +92,13 @@ FAILING = {
     "no tensor cores": Configuration(scale_wide, SCALE, (512,), 4, 1, "matrix"),
     "does not compile": Configuration(scale_wide, SCALE, (1000,), 4, 1, "elementwise"),  # 1000 is no power of two
 }
+IN_FP32 = Configuration(our_product, ("*fp32", "*fp32", "*fp32"), (32,), 4, 1, "matrix")
 
 
 def configurations() -> Iterator[Configuration]:
     yield from PASSING.values()
     yield from FAILING.values()
+    yield IN_FP32
 
 
 # ---- the gate on them --------------------------------------------------------------------------------------------
@@ -155,6 +166,16 @@ def test_fails(gate: tuple[int, str, list[dict[str, Any]]], name: str) -> None:
     assert violations(rows, FAILING[name]) == BROKEN[name]
     assert status == 1
     assert f"✗ {compile_kernels.describe(FAILING[name])}" in printed
+
+
+@pytest.mark.parametrize("target", [name for name, target in TARGETS.items() if target.backend == "cuda"])
+def test_fp32_operands_are_not_rounded_to_tf32(gate: tuple[int, str, list[dict[str, Any]]], target: str) -> None:
+    """The tensor cores of NVIDIA's GPUs take FP32 only as TF32, which has 10 bits of mantissa: none may be used."""
+    assert "mma" in violations(gate[2], IN_FP32)[target]
+
+
+def test_the_gate_says_which_triton_it_ran_with(gate: tuple[int, str, list[dict[str, Any]]]) -> None:
+    assert f" by Triton {triton.__version__} in " in gate[1].splitlines()[-1]
 
 
 def test_exit_status_is_0_where_all_pass(folder: Path) -> None:

@@ -303,7 +303,7 @@ PLACES = [
     ((8, 1, 16, 2), (0, 1, 0, 1)),
     ((0, 1, 0, 1), (1, 1, 0, 1), (0, 1, 8, 1)),
 ]
-SMALL_SIDES = [(1, 1), (1, 9), (5, 4), (8, 16), (13, 31), (64, 24)]
+SMALL_SIDES = [(1, 1), (1, 9), (5, 4), (8, 16), (13, 31), (13, 24), (64, 24)]
 LARGE_SIDES = [(17, 130), (64, 65), (72, 128), (130, 5)]
 CUTS = [*product(SMALL_SIDES, PLACES), *product(LARGE_SIDES, [ONE, PLACES[2]])]
 DTYPES = st.sampled_from([FP32, BF16, FP16])
@@ -352,6 +352,7 @@ PER_PROGRAM = st.sampled_from([1 << 15, 256])
 
 LARGE = Batch(136, 136, PLACES[2], LAYOUTS[:3], grad=BF16, param=BF16, rounding="compensated", clip="row_sum")
 ALIGNED = Batch(136, 64, rounding="stochastic", weight_rounding="compensated", param=BF16)
+ODD_ROWS = Batch(137, 72, PLACES[1], rounding="compensated", weight_rounding="stochastic", param=BF16, grad=BF16)
 
 
 @contextmanager
@@ -364,6 +365,7 @@ def numbers_per_program(numbers: int) -> Iterator[None]:
 @given(BATCHES, CALLS, PER_PROGRAM)
 @example(LARGE, direct, 256)
 @example(ALIGNED, direct, 256)
+@example(ODD_ROWS, direct, 256)
 @example(Batch(5, 4, ((1, 2, 3, 3), (0, 1, 2, 2))), direct, 256)
 @ANY_BATCH
 def test_a_gather_is_the_scaled_blocks_to_the_bit_and_their_squared_norms(batch, call, numbers):
@@ -409,6 +411,7 @@ def test_an_update_of_the_factors_is_the_reference_s(batch, call, numbers):
 @given(BATCHES, CALLS, st.booleans(), st.booleans())
 @example(LARGE, direct, True, True)
 @example(ALIGNED, direct, True, False)
+@example(ODD_ROWS, direct, True, False)
 @ANY_BATCH
 def test_a_step_of_the_weights_is_the_reference_s_and_leaves_the_rest_of_them_alone(batch, call, cached, with_ok):
     t = batch.tensors()
@@ -434,6 +437,116 @@ def test_a_step_of_the_weights_is_the_reference_s_and_leaves_the_rest_of_them_al
     after = t.copies()
     changed = {name for name in before if not same_bits(before[name], after[name])}
     assert {name.split()[0] for name in changed} <= {"params", "buffers", "residuals"}
+
+
+@pytest.mark.parametrize(
+    ("sides", "layout", "aligned"),
+    [
+        ((13, 16), "whole", True),
+        ((13, 16), "wide rows", True),
+        ((129, 8), "whole", True),
+        ((16, 13), "whole", False),
+        ((16, 13), "wide rows", False),
+        ((13, 16), "offset by 1", False),
+        ((13, 16), "transposed", False),
+    ],
+)
+def test_blocks_of_any_number_of_rows_take_the_aligned_path(sides, layout, aligned, monkeypatch):
+    """Like the 865 × 768 at the end of GPT-2's embedding; their columns have to be a multiple of 8."""
+    chosen = {}
+
+    def launch(kernel: Any, grid: int, args: Any, constants: tuple[Any, ...], *options: Any) -> None:
+        names = kernel.arg_names[len(args) :]
+        chosen[kernel.__name__] = dict(zip(names, constants, strict=True)).get("ALIGNED")
+        launches.launch(kernel, grid, args, constants, *options)
+
+    for module in (module_of("kron_gather"), module_of("kron_step")):
+        monkeypatch.setattr(module, "launch", launch)
+    batch = Batch(*sides, PLACES[1], [layout], param=BF16, weight_rounding="compensated")
+    t = batch.tensors()
+    t.residuals = [laid_out(x, layout)[0] for x in t.residuals]
+    t.grad, t.squares = batch.gather(t)
+    batch.step(t, None, False)
+    assert chosen["kron_gather_kernel"] is chosen["kron_step_kernel"] is aligned
+    assert_memory_around_is_untouched(batch, t)
+
+
+# ---- sums of parts -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rows", "cols", "number"), [(8, 8, 1), (768, 768, 18), (4096, 4096, 512), (8192, 8192, 512)])
+def test_few_large_blocks_are_gathered_by_many_programs(rows, cols, number):
+    """Two blocks of 4096 × 4096 by 1024: seven for each of an H100's 132 multiprocessors."""
+    assert triton_kernels.num_partial_sums(rows, cols) == number
+
+
+def test_a_gather_by_many_programs_reads_every_number_once():
+    """Of 512 programs 130 have rows of G, and more of them a share of C."""
+    batch = Batch(1040, 8, grad=BF16)
+    t = batch.tensors()
+    with numbers_per_program(16):
+        grad, squares = batch.gather(t)
+    assert same_bits(grad[0], t.grads[0].to(batch.dtype)) and squares.shape[-1] == 512
+    assert [int(x.count_nonzero()) for x in squares[:, 0, 128:]] == [2, 265 - 128, 0]
+    np.testing.assert_allclose(numpy(squares).sum((1, 2)), [(numpy(x) ** 2).sum() for x in (grad, t.c, t.k)], rtol=1e-6)
+
+
+@pytest.mark.parametrize("number", [200, 512])
+def test_the_last_of_many_partial_sums_is_read(number):
+    """All is in the last one: results are those of one sum; and a NaN there leaves the block out of the step."""
+    batch = Batch(13, 9, PLACES[1])
+    expected, t = batch.tensors(), batch.tensors()
+    batch.update(expected)
+    batch.step(expected, None, True)
+
+    def in_last(stem: str, *args: Any) -> Any:
+        """Call an operator; the partial sums of a gather are moved to the end of so many."""
+        found = direct(stem, *args)
+        if stem == "kron_gather":
+            squares = torch.zeros((3, 2, number), device=DEVICE)
+            squares[..., -1:] = found[1]
+            return found[0], squares
+        return found
+
+    batch.update(t, in_last)
+    batch.step(t, None, True)
+    assert_same(t, expected, *STATE, "p_c", "p_k", "params", "buffers", "skipped")
+    t.squares[0, 1, -1] = torch.nan
+    batch.step(t, None, True)
+    assert (t.skipped - expected.skipped).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(("block", "p", "d"), [(128, 1040, 8), (64, 64, 1088), (128, 72, 136)])
+def test_norms_are_the_largest_row_sums_and_infinite_where_one_is_not_finite(block, p, d):
+    """Of parts [L, tiles, n]; four blocks: finite, with a NaN, with an infinite part, and 0."""
+    generator = torch.Generator().manual_seed(0)
+    parts = [torch.rand((4, -(-n // block), n), generator=generator) for n in (p, d)]
+    for sums in parts:
+        sums[1, -1, n := sums.shape[2] // 2] = torch.nan
+        sums[2, 0, n] = torch.inf
+        sums[3] = 0
+    parts = [sums.to(DEVICE) for sums in parts]
+    found = []
+    for _ in range(2):
+        norms = torch.full((4, 2), torch.nan, device=DEVICE)
+        module = module_of("kron_factor")
+        launches.launch(module.kron_norms_kernel, 8, (*parts, norms, p // 8, d // 8), (block,), module.NORM_WARPS)
+        found.append(norms)
+    expected = torch.stack([sums.double().sum(1).amax(1).nan_to_num(torch.inf, torch.inf) for sums in parts], 1)
+    torch.testing.assert_close(found[0].double(), expected, rtol=1e-6, atol=0)
+    assert same_bits(*found)
+
+
+@pytest.mark.parametrize("side", ["m_c", "m_k"])
+def test_a_row_sum_that_is_nan_is_seen(side):
+    """Of the last row of a block of several tiles; the other block is updated."""
+    batch = Batch(136, 72, PLACES[1], clip="row_sum")
+    was, t = batch.tensors(), batch.tensors()
+    for each in (was, t):
+        getattr(each, side)[0, -1, -1] = torch.nan
+    assert batch.update(t).tolist() == [False, True]
+    for name in ("c", "k", "m_c", "m_k"):
+        assert [same_bits(*pair) for pair in zip(getattr(t, name), getattr(was, name), strict=True)] == [True, False]
 
 
 def products(t: Tensors) -> list[Tensor]:
@@ -475,7 +588,7 @@ def test_products_by_themselves_are_those_of_an_update_to_the_bit(rows, cols):
 # ---- bits ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch", [replace(LARGE, rows=17), ALIGNED], ids=["ragged", "aligned"])
+@pytest.mark.parametrize("batch", [replace(LARGE, rows=17), ALIGNED, ODD_ROWS], ids=["ragged", "aligned", "odd rows"])
 def test_the_same_call_gives_the_same_bits(batch):
     first, second = batch.run(), batch.run(call=through("triton"))
     assert_same(first, second, *STATE, "p_c", "p_k", "params", "buffers", "residuals", "skipped", "ok")
@@ -491,9 +604,10 @@ EXACT_DESCENT = {"momentum": 0.5, "weight_decay": 2.0**-7}
     [
         Batch(17, 130, layouts=["every other"], clip="none"),
         Batch(8, 136, clip="none"),
+        Batch(17, 136, PLACES[1], clip="none"),
         Batch(16, 64, PLACES[1], clip="frobenius", options={"riemannian_momentum": 0.0}),
     ],
-    ids=["ragged", "aligned", "clipped"],
+    ids=["ragged", "aligned", "odd rows", "clipped"],
 )
 def test_bf16_is_rounded_as_in_eager_pytorch_to_the_bit(batch, rounding):
     """G and m are 0, so that m' is −γ/4 or −γ/2 times I, and C' = C(1 + 2⁻ⁿ) rounded but once."""

@@ -316,6 +316,18 @@ def test_an_update_is_seven_launches_beside_the_gather_and_another_step_two(
             assert notes == [*GATHER, *(UPDATE if step % frequency == 0 else []), *STEP], f"step {step}"
 
 
+def test_clipping_by_row_sums_is_one_launch_more() -> None:
+    params = parameters(start([(16, 24)] * 2, FP32))
+    optimizer = IFShampoo(params, **{**OPTIONS, "lr": torch.tensor(0.01, device=DEVICE)}, clip="row_sum")
+    set_gradients(params, 0)
+    for _ in range(3):  # the first ones make tables and constants
+        with backend("triton"), noted_work() as notes:
+            optimizer.step()
+    by_row_sums = [*UPDATE]
+    by_row_sums.insert(UPDATE.index("kron_factor_kernel"), "kron_norms_kernel")
+    assert notes == [*GATHER, *by_row_sums, *STEP]
+
+
 def test_numbers_that_change_compile_nothing() -> None:
     params = parameters(start([(16, 24)], BF16))
     optimizer = IFShampoo(params, **OPTIONS)

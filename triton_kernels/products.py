@@ -108,10 +108,11 @@ def quarter(x, number: tl.constexpr):
 def part_of_columns(x, number: tl.constexpr, PARTS: tl.constexpr):
     """Return one of PARTS equal parts of a tile's columns, PARTS being 4 or 8."""
     if PARTS == 4:
-        return quarter(x, number)
+        part = quarter(x, number)
     else:
         first, second = _halves(quarter(x, number // 2))
-        return first if number % 2 == 0 else second
+        part = first if number % 2 == 0 else second
+    return part
 
 
 @triton.jit

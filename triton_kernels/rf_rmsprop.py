@@ -131,6 +131,7 @@ def rf_rmsprop_kernel(
     addresses = param, grad, square, buffer, square_residual, weight_residual
     start = (tl.program_id(0) - first_program) * _CHUNK
     length = tl.minimum(size - start, _CHUNK).to(tl.int32)
+    last = (tl.cdiv(size, _CHUNK) - 1).to(tl.int32)  # one register until the end, where `size` took two, or a spill
 
     # Where GradScaler found an overflow, gradients count as NaN, so that no number steps.
     overflow = tl.load(found_inf_ptr) != 0
@@ -162,8 +163,7 @@ def rf_rmsprop_kernel(
             bad = tl.maximum(bad, part_is_bad)
 
     before = tl.atomic_add(counter_ptr + tensor, (bad.to(tl.int64) << 32) + 1, sem="relaxed")
-    size = tl.load(row_table + 6)  # once more: kept since the start, it spills on sm_100
-    if (before & 0xFFFFFFFF) == tl.cdiv(size, _CHUNK) - 1:
+    if (before & 0xFFFFFFFF) == last:
         tl.store(counter_ptr + tensor, 0)
         skipped_ptr = tl.load(row_table + 5).to(tl.pointer_type(tl.int32))
         tl.store(skipped_ptr, tl.load(skipped_ptr) + ((before >> 32) + bad > 0).to(tl.int32))

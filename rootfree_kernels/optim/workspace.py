@@ -40,7 +40,7 @@ def workspace(part: Matrices) -> list[int]:
         numbers += factors
     numbers += copies  # the products
     sizes = [x * batch.matmul_dtype.itemsize for x in numbers]
-    sizes += [sum(factors) // 8 + 64 * count, 12 * count * num_partial_sums(p, d)]  # norms, sums of rows; of squares
+    sizes += [sum(factors) // 8 + 72 * count, 12 * count * num_partial_sums(p, d)]  # norms, sums of rows; of squares
     if part.blocks is not None:
         sizes += [_bytes(x) * count // len(x) for x in batch.part(None).values()]
     return sizes + [_bytes(x) for x in part.params if not (x.dim() == 2 or x.is_contiguous())]
