@@ -27,8 +27,8 @@ from bench.peers import PEERS, why_missing
 from bench.run_options import SECTIONS, chosen_entries, chosen_workloads, parse_arguments
 from bench.run_plans import TINY, TINY_WORKLOADS
 from bench.workloads import WORKLOADS, Workload
-from rootfree_kernels.backends import matmul_dtype
 from rootfree_kernels import backends
+from rootfree_kernels.backends import matmul_dtype
 
 STEPS_ONLY = ("--only", "16²", "--sections", "steps")
 

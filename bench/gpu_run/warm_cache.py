@@ -1,9 +1,10 @@
 """Compiles, without a GPU, what a run on one will launch:
 
-    python tests/fake_gpu python -m bench.gpu_run.warm_cache
+    python tests/fake_gpu python -m bench.gpu_run.warm_cache [--peers]
 
 It steps optimizers with every combination of options that chooses another kernel. On the fake GPU Triton's keys are
 those of a real launch; what the compile gate caches has other keys (of its arguments' alignment) and is never found.
+--peers compiles what other people's optimizers launch, instead.
 """
 
 from __future__ import annotations
@@ -101,7 +102,8 @@ def step_peers() -> None:
 def main() -> int:
     """Compile, and return the exit status: 1 where something could not be launched."""
     failed = 0
-    for step in (step_if_shampoo, step_rf_rmsprop, step_clipped_momentum, step_peers):
+    ours = (step_if_shampoo, step_rf_rmsprop, step_clipped_momentum)
+    for step in (step_peers,) if sys.argv[1:] == ["--peers"] else ours:
         try:
             step()
         except Exception as error:  # what else there is to compile is compiled
