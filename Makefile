@@ -11,6 +11,9 @@ VENV := .venv
 VPY := $(VENV)/bin/python
 PIP := $(VPY) -m pip --disable-pip-version-check --quiet
 STAMP := $(VENV)/.installed
+# The compile gate runs with the pinned Triton and with this one, the oldest that pyproject.toml allows.
+OLDEST_TRITON := 3.6.0
+OLDEST := $(CURDIR)/$(VENV)/triton-$(OLDEST_TRITON)
 BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
 .DEFAULT_GOAL := help
@@ -20,7 +23,8 @@ help:
 	@echo "make install   set up $(VENV): pinned dependencies and this package, editable"
 	@echo "make test      all tests; PYTEST_ARGS='-k packaging' chooses some"
 	@echo "make kernels   compile every kernel, Triton's for sm_80, sm_90, sm_100 and gfx942, CUDA's where there is nvcc, and"
-	@echo "               check the machine code; needs no GPU; KERNEL_ARGS='--only rf_rmsprop --all' chooses some"
+	@echo "               check the machine code, with the pinned Triton and with $(OLDEST_TRITON); needs no GPU;"
+	@echo "               KERNEL_ARGS='--only rf_rmsprop --all' chooses some"
 	@echo "make sanitize  run the tests of the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make gpu       on a machine with a GPU, in \$$(PYTHON)'s own environment: install this package in place, run the"
 	@echo "               tests that need a GPU, then measure every kernel; GPU_ARGS='--quick --only graphs' chooses"
@@ -41,8 +45,9 @@ install: $(STAMP)
 test: $(STAMP)
 	@$(VPY) -m pytest $(PYTEST_ARGS)
 
-kernels: $(STAMP)
+kernels: $(STAMP) $(OLDEST)/.installed
 	@$(VPY) -m bench.compile_kernels $(KERNEL_ARGS)
+	@PYTHONPATH="$(OLDEST)$${PYTHONPATH:+:$$PYTHONPATH}" $(VPY) -m bench.compile_kernels $(KERNEL_ARGS)
 	@$(VPY) -m bench.compile_cuda $(KERNEL_ARGS)
 
 sanitize: $(STAMP)
@@ -87,6 +92,13 @@ $(STAMP): $(BUILD_INPUTS) | $(VPY)
 	@$(PIP) install --no-build-isolation -c constraints.txt -e '.[dev,bench]'
 	@$(VPY) -m rootfree_kernels
 	@touch $@
+
+# Beside the pinned Triton and not in its place: who puts this folder on PYTHONPATH imports the older one.
+$(OLDEST)/.installed: | $(VPY)
+	@echo "installing Triton $(OLDEST_TRITON) in $(VENV)/triton-$(OLDEST_TRITON), for make kernels (once) ..."
+	@rm -rf "$(OLDEST)"
+	@$(PIP) install --no-deps --target "$(OLDEST)" triton==$(OLDEST_TRITON)
+	@touch "$@"
 
 $(VPY):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
