@@ -5,9 +5,9 @@
 It needs no GPU and loads no driver: what the compilers made is read from the machine code. The table shows each number
 with the bound that it must meet. The exit status is 1 where a bound is broken, a kernel does not compile, or one named
 *_kernel has no configuration. What was compiled before comes from Triton's cache, whose key covers source, options and
-versions. The last line names the version of Triton. A folder with another version on PYTHONPATH comes before the installed
-one: `make kernels` runs the gate with the pinned version and with the oldest one that is supported. "{triton}" in the
-name of the output file stands for the version.
+versions. The last line names the version of Triton. A folder with another version on PYTHONPATH comes before the
+installed one: `make kernels` runs the gate with the pinned version and with the oldest one that is supported. In the
+name of the output file, "{triton}" stands for the version.
 
 Columns: registers, a thread; stack and shared, bytes a thread and a block; tmem, columns of sm_100's tensor memory; and
 numbers of instructions. spills: accesses to local memory (AMD: spilled registers); mma: the tensor-core instruction of
