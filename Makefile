@@ -21,6 +21,9 @@ GPU_STAMP := $(GPU_VENV)/.installed-$(GPU_TORCH)-$(GPU_TRITON)
 ON_FAKE_GPU := python -m pytest -p fake_gpu.plugin -p no:cacheprovider -q --timeout 300
 FAKE_GPU := $(GPU_VENV)/bin/python tests/fake_gpu $(ON_FAKE_GPU)
 FAKE_GPU_PAIR := $(GPU_VENV)/bin/python tests/fake_gpu --devices 2 $(ON_FAKE_GPU)
+# The compile gate runs with the pinned Triton and with this one, the oldest that pyproject.toml allows.
+OLDEST_TRITON := 3.6.0
+OLDEST := $(CURDIR)/$(VENV)/triton-$(OLDEST_TRITON)
 BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
 .DEFAULT_GOAL := help
@@ -30,7 +33,8 @@ help:
 	@echo "make install   set up $(VENV): pinned dependencies and this package, editable"
 	@echo "make test      all tests; PYTEST_ARGS='-k packaging' chooses some"
 	@echo "make kernels   compile every kernel, Triton's for sm_80, sm_90, sm_100 and gfx942, CUDA's where there is nvcc, and"
-	@echo "               check the machine code; needs no GPU; KERNEL_ARGS='--only rf_rmsprop --all' chooses some"
+	@echo "               check the machine code, with the pinned Triton and with $(OLDEST_TRITON); needs no GPU;"
+	@echo "               KERNEL_ARGS='--only rf_rmsprop --all' chooses some"
 	@echo "make sanitize  run the tests of the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make gpu       on a machine with a GPU, in \$$(PYTHON)'s own environment: tests, measurements, profiles and a language"
 	@echo "               model, in stages of 12 minutes together; STAGES='machine tests quick:120' chooses some"
@@ -54,8 +58,9 @@ install: $(STAMP)
 test: $(STAMP)
 	@$(VPY) -m pytest $(PYTEST_ARGS)
 
-kernels: $(STAMP)
+kernels: $(STAMP) $(OLDEST)/.installed
 	@$(VPY) -m bench.compile_kernels $(KERNEL_ARGS)
+	@PYTHONPATH="$(OLDEST)$${PYTHONPATH:+:$$PYTHONPATH}" $(VPY) -m bench.compile_kernels $(KERNEL_ARGS)
 	@$(VPY) -m bench.compile_cuda $(KERNEL_ARGS)
 
 sanitize: $(STAMP)
@@ -115,7 +120,16 @@ $(GPU_STAMP): $(BUILD_INPUTS) bench/gpu_run/requirements.txt | $(GPU_VENV)/bin/p
 	@touch $@
 
 $(GPU_VENV)/bin/python:
+	@$(GPU_PYTHON) -c 'import ensurepip, venv' || \
+	  { echo "make: there is no working $(GPU_PYTHON); name the GPU machine's Python: make GPU_PYTHON=python3.12"; exit 1; }
 	@$(GPU_PYTHON) -m venv $(GPU_VENV)
+
+# Beside the pinned Triton and not in its place: who puts this folder on PYTHONPATH imports the older one.
+$(OLDEST)/.installed: | $(VPY)
+	@echo "installing Triton $(OLDEST_TRITON) in $(VENV)/triton-$(OLDEST_TRITON), for make kernels (once) ..."
+	@rm -rf "$(OLDEST)"
+	@$(PIP) install --no-deps --target "$(OLDEST)" triton==$(OLDEST_TRITON)
+	@touch "$@"
 
 $(VPY):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

@@ -1,12 +1,13 @@
 """The compile gate: every Triton kernel, in every configuration that dispatch can choose, compiled for four GPUs.
 
-    python -m bench.compile_kernels [--only PATTERN] [--targets sm_90,gfx942] [--all] [--output FILE.json]
+    python -m bench.compile_kernels [--only PATTERN] [--targets sm_90,gfx942] [--all] [--output gate-{triton}.json]
 
 It needs no GPU and loads no driver: what the compilers made is read from the machine code. The table shows each number
 with the bound that it must meet. The exit status is 1 where a bound is broken, a kernel does not compile, or one named
 *_kernel has no configuration. What was compiled before comes from Triton's cache, whose key covers source, options and
-versions. The last line names the version of Triton, which is the one on PYTHONPATH, if any: `make kernels` runs the
-gate with the pinned version and with the oldest one that is supported.
+versions. The last line names the version of Triton. A folder with another version on PYTHONPATH comes before the
+installed one: `make kernels` runs the gate with the pinned version and with the oldest one that is supported. In the
+name of the output file, "{triton}" stands for the version.
 
 Columns: registers, a thread; stack and shared, bytes a thread and a block; tmem, columns of sm_100's tensor memory; and
 numbers of instructions. spills: accesses to local memory (AMD: spilled registers); mma: the tensor-core instruction of
@@ -311,7 +312,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     seconds = round(time.perf_counter() - start, 1)
     print_table(table(rows, args.all))
     if args.output:
-        save(rows, seconds, args.output)
+        save(rows, seconds, Path(str(args.output).replace("{triton}", triton.__version__)))
     failed = sum(bool(row.violations) for row in rows)
     verdict = f"✗ {failed} of {len(rows)} do not pass" if failed else "all pass"
     compiled = f"{len(chosen)} configurations × {len(args.targets)} targets"

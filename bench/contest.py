@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -26,6 +26,7 @@ from bench.gpu_timing import MAX_LEAD, Timing
 from bench.launches import count_launches
 from bench.memory import peak_bytes, state_bytes
 from bench.optimizers import Entry
+from bench.restarts import Spoiled, is_spoiled
 from bench.workloads import Matrix, Workload
 
 PERIOD = 2
@@ -202,15 +203,26 @@ def shapes_for(entry: Entry, workload: Workload, block: int) -> tuple[Matrix, ..
     return workload.shapes if entry.cuts else workload.blocks(block)
 
 
-def run_contest(contestants: Sequence[Contestant], limits: Limits, deadline: float) -> dict[int, str]:
-    """Let contestants step in turn until each has its samples; by number, why one has none.
+def run_contest(
+    contestants: Sequence[Contestant],
+    limits: Limits,
+    deadline: float,
+    on_turn: Callable[[Contestant], None] = lambda contestant: None,
+) -> dict[int, str]:
+    """Let contestants step in turn until each has its samples; return, by number, why one has none.
 
-    After the deadline none begins any more, and those that did are content with one sample of each kind."""
+    `on_turn` is told whose turn it is. After the deadline none begins any more, and those that did are content with one
+    sample of each kind.
+
+    Raises:
+        Spoiled: a contestant left the device in a state in which none can go on.
+    """
     problems: dict[int, str] = {}
     for number, contestant in enumerate(contestants):
         try:
             if time.perf_counter() > deadline:
                 raise TimeoutError("left out: the run's time was over")
+            on_turn(contestant)
             contestant.prepare()
         except Exception as error:  # of any kind: it is recorded, and the others go on
             problems[number] = _give_up(contestant, error)
@@ -219,6 +231,7 @@ def run_contest(contestants: Sequence[Contestant], limits: Limits, deadline: flo
     while running:
         for number in running if turn % 2 else running[::-1]:
             try:
+                on_turn(contestants[number])
                 contestants[number].sample()
             except Exception as error:
                 problems[number] = _give_up(contestants[number], error)
@@ -230,6 +243,8 @@ def run_contest(contestants: Sequence[Contestant], limits: Limits, deadline: flo
 
 def _give_up(contestant: Contestant, error: Exception) -> str:
     """What is recorded of an error; the memory of the one that failed is there for the others."""
+    if is_spoiled(contestant.device):
+        raise Spoiled(f"{type(error).__name__}: {error}") from error
     contestant.params, contestant.optimizer = [], None
     return f"{type(error).__name__}: {error}"
 

@@ -41,6 +41,9 @@ class Progress:
     broken: dict[str, str] = field(default_factory=dict)
     """Why the process ended that worked on it, by name."""
 
+    excluded: dict[str, str] = field(default_factory=dict)
+    """The same of what `focus` named: it is left out when the rest is begun again."""
+
     payload: Any = None
     """What the measuring process hands on to the one after it."""
 
@@ -60,7 +63,16 @@ class Progress:
     def begin(self, name: str) -> None:
         """Note that work on `name` begins."""
         self.running = name
+        self._focused.unlink(missing_ok=True)
         self.save()
+
+    @property
+    def _focused(self) -> Path:
+        return self.path.with_name(f"{self.path.name}.focus")
+
+    def focus(self, part: str) -> None:
+        """Note which part of what was begun is at work now: if the process ends, it is to blame and not the rest."""
+        self._focused.write_text(part, encoding="utf-8")
 
     def end(self, payload: Any = None) -> None:
         """Note that the work begun last is done."""
@@ -69,10 +81,18 @@ class Progress:
         self.save()
 
     def blame(self, reason: str) -> None:
-        """Note that the process ended while it worked on what it began last."""
-        self.broken[self.running] = reason
+        """Note that the process ended while it worked on what it began last, or on a part of it."""
+        if self._focused.exists():
+            self.excluded[self._focused.read_text(encoding="utf-8")] = reason
+        else:
+            self.broken[self.running] = reason
         self.running = ""
+        self._focused.unlink(missing_ok=True)
         self.save()
+
+
+class Spoiled(Exception):
+    """An error after which every later call on the device fails: the process has to end."""
 
 
 def is_spoiled(device: torch.device) -> bool:
@@ -102,6 +122,7 @@ def supervise(command: Sequence[str], path: Path, seconds: float, stall: float) 
         print(f"✗ {progress.running or 'between two measurements'}: {reason}", flush=True)
         if progress.running:
             progress.blame(reason)
+            path.touch()
         if time.time() > progress.until + GRACE:
             break
     return 1

@@ -35,7 +35,7 @@ from bench.memory import state_bytes
 from bench.optimizers import ENTRIES, Entry
 from bench.peers import PEERS, why_missing
 from bench.record import gpu, provenance, slug
-from bench.restarts import RESTART, Progress, is_spoiled, supervise
+from bench.restarts import RESTART, Progress, Spoiled, is_spoiled, supervise
 from bench.run_alternatives import alternatives, backend_of
 from bench.run_options import chosen_entries, chosen_workloads, parse_arguments
 from bench.run_plans import CPU, GPU, TINY, Plan
@@ -61,6 +61,9 @@ class Run:
     entries: list[Entry]
     """Those that were chosen; `missing` are among them."""
 
+    progress: Progress | None = None
+    """What the process before this one, if any, has done."""
+
     started: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
@@ -75,6 +78,8 @@ class Run:
         """Measure a piece and save it; what it raises is recorded, and the other pieces go on."""
         try:
             piece()
+        except Spoiled:
+            raise
         except Exception as error:
             self.record["errors"][name] = f"{type(error).__name__}: {error}"
         finally:
@@ -111,6 +116,11 @@ def measure_steps(run: Run, workload: Workload) -> None:
         "num_weights": workload.num_weights,
         "longest_side": workload.longest_side,
     }
+    for rows, of_workload in (
+        (run.record["steps"], "workload"),
+        (run.record["rows"], "case"),
+    ):  # of a process that ended
+        rows[:] = [row for row in rows if row[of_workload].partition(", ")[0] != workload.name]
     gradients = Gradients(workload.num_weights, run.device)
     wanted = [
         (entry, block)
@@ -118,12 +128,26 @@ def measure_steps(run: Run, workload: Workload) -> None:
         if entry.peer not in run.missing
         for block in distinct_blocks(entry, workload, _blocks(entry, workload, run.device))
     ]
+    excluded = run.progress.excluded if run.progress else {}
+    for entry, block in wanted:
+        if reason := excluded.get(_title(workload, entry, block)):
+            row = {"workload": workload.name, "optimizer": entry.name, "block": block, "round": 0, "error": reason}
+            run.record["steps"].append(row | {"uncut": _is_uncut(workload, entry, block)})
+    wanted = [pair for pair in wanted if _title(workload, *pair) not in excluded]
     for number, round_ in enumerate(rounds(wanted, workload, run.device, run.plan.budget)):
         rows = _round(run, workload, gradients, round_)
         run.record["steps"] += [row | {"round": number} for row in rows]
         run.record["rows"] += alternatives(workload, rows)
         run.save()
         release()
+
+
+def _title(workload: Workload, entry: Entry, block: int) -> str:
+    return f"{workload.name}, {entry.name}, {block}"
+
+
+def _is_uncut(workload: Workload, entry: Entry, block: int) -> bool:
+    return workload.longest_side <= block or entry.family == "diagonal"
 
 
 def _blocks(entry: Entry, workload: Workload, device: torch.device) -> tuple[int, ...]:
@@ -155,12 +179,17 @@ def _round(
         Contestant(entry, block, shapes_for(entry, workload, block), gradients, run.clock, run.device)
         for entry, block in wanted
     ]
-    problems = run_contest(contestants, run.plan.limits, run.deadline)
+
+    def on_turn(contestant: Contestant) -> None:
+        if run.progress and run.device.type == "cuda":
+            run.progress.focus(_title(workload, contestant.entry, contestant.block))
+
+    problems = run_contest(contestants, run.plan.limits, run.deadline, on_turn)
     rows = []
     for number, contestant in enumerate(contestants):
         entry, block = contestant.entry, contestant.block
         row = {"workload": workload.name, "optimizer": entry.name, "block": block}
-        row["uncut"] = workload.longest_side <= block or entry.family == "diagonal"
+        row["uncut"] = _is_uncut(workload, entry, block)
         try:
             rows.append(
                 row | ({"error": problems[number]} if number in problems else _figures(run, workload, contestant))
@@ -243,7 +272,11 @@ def measure(run: Run, pieces: Sequence[tuple[str, Piece]], progress: Progress) -
         for name, piece in pieces:
             if name not in progress.done and name not in progress.broken:
                 progress.begin(name)
-                run.attempt(name, piece)
+                try:
+                    run.attempt(name, piece)
+                except Spoiled as error:
+                    print(f"✗ {name}: {error}", flush=True)
+                    return False
                 progress.end()
                 if is_spoiled(run.device):
                     return False
@@ -337,7 +370,7 @@ def measure_here(options: argparse.Namespace, given: Sequence[str]) -> int:
             record = json.loads((folder / "results.json").read_text(encoding="utf-8"))
         record["errors"] |= progress.broken
         deadline = time.perf_counter() + progress.until - time.time()
-        run = Run(folder, device, plan, deadline, record, entries)
+        run = Run(folder, device, plan, deadline, record, entries, progress)
         finished = measure(run, pieces_of(run, chosen_workloads(options), options.sections), progress)
     write_page(folder, record)
     run.save()

@@ -110,9 +110,9 @@ def run_gate(folder: Path, *arguments: str) -> tuple[int, str, list[dict[str, An
     paths = [str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
     changed = {"TRITON_INTERPRET": "1", "TRITON_CACHE_DIR": str(folder), "PYTHONPATH": os.pathsep.join(paths)}
     environment = {**os.environ, **changed, "PYTHONIOENCODING": "utf-8"}
-    file = folder / "rows.json"
+    file, output = folder / f"rows-{triton.__version__}.json", folder / "rows-{triton}.json"
     file.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "bench.compile_kernels", "--module", "test_compile_gate", "--output", str(file)]
+    command = [sys.executable, "-m", "bench.compile_kernels", "--module", "test_compile_gate", "--output", str(output)]
     result = subprocess.run(
         [*command, *arguments],
         cwd=TESTS.parent,

@@ -177,9 +177,10 @@ def triangle_tile(t):
 # ---- what tiles leave of a norm ----------------------------------------------------------------------------------
 
 _PIECE = tl.constexpr(1024)
-"""Numbers loaded at once: the tiles of a triangle of 44 × 44 tiles, so that up to n = 5632 nothing waits twice."""
+"""Numbers of `sum_of_parts` that are loaded at once: up to n = 5632 those of all 44 · 45 / 2 tiles of a side."""
 
 _SUM_TILES, _SUM_ROWS = tl.constexpr(16), tl.constexpr(512)
+"""Parts of `largest_row_sum` that are loaded at once."""
 
 
 @triton.jit

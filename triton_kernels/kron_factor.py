@@ -6,10 +6,10 @@ is the largest row sum (Lin et al., ICML 2024, Fig. 5 right and Fig. 7):
     4     C' = C − β₂/max(1, ‖m'‖)·C·m', rounded;  m ← m'                        same launches
     5     P_C = C'C'ᵀ;  C ← C'
 
-Launch 3 leaves one number of ‖m'‖²_F a tile, and of row sums BLOCK numbers a tile. At n = 4096 that is 528 numbers a
-side or 131,072. Launch 4 adds up the 528 in every program: one load a side, which takes less time than a launch of its
-own (2–3 µs) would on the whole. Row sums took 256 loads one after the other in every program, so that a small launch
-between 3 and 4 makes one number a side of them.
+Launch 3 writes the parts of the norms. ‖m'‖²_F has one part a tile, 528 a side at n = 4096: every program of launch 4
+adds them up with one load a side, which hides behind the products of the other program on its multiprocessor, where a
+launch of its own would take 2–3 µs. Row sums have a part a row and tile, 131,072 a side at n = 4096, which took every
+program 256 loads, one after the other: `kron_norms_kernel` reads them once, in a launch between 3 and 4.
 
 Results of 3 and 4 wait in memory of their own until it is known whether the block is finite on both sides: nothing that
 is not enters the state. No launch depends on another one's order of programs, so a run repeats bit for bit.
@@ -117,8 +117,8 @@ def kron_momentum_kernel(
     size = tl.where(is_c, p, d)  # beyond it lies padding
     tiles, index = tl.cdiv(n, BLOCK), tl.arange(0, BLOCK)
     sums_ptr = tl.where(is_c, row_sums_c_ptr, row_sums_k_ptr) + block * tiles * n
-    # Two branches that other kernels do without: they keep Triton 3.6 from converting m between layouts twice, in FP32,
-    # for which there are no registers.
+    # The branches on `whole` and on the diagonal save registers: without them Triton 3.6 moves m between layouts twice,
+    # in FP32, and spills on sm_90.
     whole = (row + BLOCK <= n) & (col + BLOCK <= n)
     square, row_sum = 0.0, tl.zeros((BLOCK,), dtype=tl.float32)
     for part in tl.static_range(4):

@@ -24,14 +24,17 @@ PADDING = 8
 """Sides of G are padded to a multiple of this."""
 
 MAX_PARTIAL_SUMS = 512
-"""Programs of a block, at most. Two blocks of 4096 × 4096 then give each of 132 multiprocessors seven programs, eight
-rows each. Every program of the kernels that read the sums loads all of a block's at once."""
+"""The most programs of a block. Two blocks of 4096 × 4096 give each of 132 multiprocessors seven programs, of eight rows
+each. The kernels that read the sums load all sums of a block at once."""
 
 NUMBERS_PER_PROGRAM = 1 << 15
 
 ROWS = tl.constexpr(8)
 COLS, NARROW_COLS = tl.constexpr(256), tl.constexpr(128)
-"""Columns of a tile; fewer where numbers are read one by one, each of which needs an address of its own."""
+"""Columns of a tile. There are fewer where numbers are read one by one, because each needs an address of its own."""
+
+GROUP = tl.constexpr(8)
+"""Numbers of a factor that are loaded at once: 16 bytes of BF16."""
 
 
 def padded(size: int) -> int:
@@ -44,29 +47,28 @@ def num_partial_sums(rows: int, cols: int) -> int:
 
 
 @triton.jit
-def sum_of_squares(x_ptr, numel, part, num_parts, SIZE: tl.constexpr):
-    """Return Σx² of one of `num_parts` shares of a contiguous tensor, FP32; SIZE numbers are loaded at once."""
-    share = tl.cdiv(tl.cdiv(numel, num_parts), SIZE) * SIZE
-    start = part * share
-    stop = tl.minimum(start + share, numel)
-    total = tl.zeros((SIZE,), dtype=tl.float32)
-    for offset in range(start, stop, SIZE):
-        index = offset + tl.arange(0, SIZE)
-        x = tl.load(x_ptr + index, mask=index < stop, other=0.0).to(tl.float32)
+def factor_squares(x_ptr, block, n, part, num_parts):
+    """Return Σx² of one of `num_parts` shares of block `block` of a contiguous x [L, n, n], FP32.
+
+    Where n is odd, a block may begin anywhere. The shares consist of whole groups of 8 numbers that begin on 16 bytes;
+    the first share has the up to 14 numbers before and behind them as well.
+    """
+    numel = n.to(tl.int64) * n
+    start, stop = block * numel, block * numel + numel
+    first, end = tl.cdiv(start, GROUP), stop // GROUP  # in groups
+    share = tl.cdiv(tl.cdiv(tl.maximum(end - first, 0), num_parts), ROWS * COLS // GROUP) * (ROWS * COLS // GROUP)
+    end_of_share = tl.minimum(first + (part + 1) * share, end)
+    total = tl.zeros((ROWS * COLS,), dtype=tl.float32)
+    for group in range(first + part * share, end_of_share, ROWS * COLS // GROUP):
+        index = group * GROUP + tl.arange(0, ROWS * COLS)
+        x = tl.load(x_ptr + index, mask=index < end_of_share * GROUP, other=0.0).to(tl.float32)
         total += x * x
-    return tl.sum(total)
 
-
-@triton.jit
-def factor_squares(x_ptr, block, n, n8, part, num_parts):
-    """Return Σx² of one of `num_parts` shares of a block's factor [n, n], n8 being n / 8 rounded up."""
-    if n == n8 * 8:  # as Triton can see: the factors of all blocks begin on 16 bytes, and loads are wide
-        numel = n8.to(tl.int64) * n8 * 64
-        total = sum_of_squares(x_ptr + block * numel, numel, part, num_parts, ROWS * COLS)
-    else:
-        numel = n.to(tl.int64) * n
-        total = sum_of_squares(x_ptr + block * numel, numel, part, num_parts, ROWS * NARROW_COLS)
-    return total
+    index = tl.arange(0, GROUP)
+    before, behind = start + index, tl.maximum(first, end) * GROUP + index
+    x = tl.load(x_ptr + before, mask=(before < tl.minimum(first * GROUP, stop)) & (part == 0), other=0.0).to(tl.float32)
+    y = tl.load(x_ptr + behind, mask=(behind < stop) & (part == 0), other=0.0).to(tl.float32)
+    return tl.sum(total) + tl.sum(x * x + y * y)
 
 
 @kernel
@@ -122,8 +124,8 @@ def kron_gather_kernel(
     tl.store(squares_ptr + block * num_parts + part, tl.sum(total))
 
     if WITH_FACTORS:
-        c_sum = factor_squares(c_ptr, block, p, p8, part, num_parts)
-        k_sum = factor_squares(k_ptr, block, d, d8, part, num_parts)
+        c_sum = factor_squares(c_ptr, block, p, part, num_parts)
+        k_sum = factor_squares(k_ptr, block, d, part, num_parts)
         tl.store(squares_ptr + (num_blocks + block) * num_parts + part, c_sum)
         tl.store(squares_ptr + (2 * num_blocks + block) * num_parts + part, k_sum)
 

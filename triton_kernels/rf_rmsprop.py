@@ -131,7 +131,7 @@ def rf_rmsprop_kernel(
     addresses = param, grad, square, buffer, square_residual, weight_residual
     start = (tl.program_id(0) - first_program) * _CHUNK
     length = tl.minimum(size - start, _CHUNK).to(tl.int32)
-    last = (tl.cdiv(size, _CHUNK) - 1).to(tl.int32)  # one register until the end, where `size` took two, or a spill
+    last = (tl.cdiv(size, _CHUNK) - 1).to(tl.int32)  # kept until the end, in half the registers of `size`
 
     # Where GradScaler found an overflow, gradients count as NaN, so that no number steps.
     overflow = tl.load(found_inf_ptr) != 0

@@ -55,6 +55,7 @@ def environment(folder: Path, devices: int, caching: bool) -> dict[str, str]:
     return {
         **({} if caching else {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}),
         "ROOTFREE_FAKE_GPU": "1",
+        "TORCH_CUDNN_SDPA_DEPRIORITIZED": "1",  # there is no fake cuDNN
         "FAKE_GPU_DEVICES": str(devices),
         "LD_PRELOAD": str(folder / RUNTIME),
         "LD_LIBRARY_PATH": str(folder),
