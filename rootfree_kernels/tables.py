@@ -233,12 +233,17 @@ class Draws(NamedTuple):
     step: float
 
 
+def no_draws(device: torch.device) -> Draws:
+    """Return the draws of a kernel that draws nothing."""
+    return Draws(constant(0, device, torch.int32), constant(0.0, device), 0, 0, 0.0)
+
+
 def draws(seeds: Tensor, steps: Tensor, device: torch.device) -> Draws:
     """Return the draws of `seeds` [n], int32 on the device, and `steps` [n], any dtype, anywhere; any bits where these
     are empty. Steps on the CPU that are all the same, as they mostly are, go to a GPU as a number: nothing is copied.
     """
     if not seeds.shape[0] or not steps.shape[0]:
-        return Draws(constant(0, device, torch.int32), constant(0.0, device), 0, 0, 0.0)
+        return no_draws(device)
     if steps.device.type != device.type and len(values := set(steps.tolist())) == 1:
         return Draws(seeds, constant(0.0, device), 1, 0, float(values.pop()))
     return Draws(seeds, steps.to(device, torch.float32, non_blocking=True).contiguous(), 1, 1, 0.0)

@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="streams need a GPU that PyTorch can use"),
 ]
 
-KERNELS = ("kron_gather", "kron_factor", "kron_step", "products", "rf_rmsprop", "clipped_momentum")
+KERNELS = ("kron_gather", "kron_norms", "kron_factor", "kron_step", "products", "rf_rmsprop", "clipped_momentum")
 SHAPES = ((64, 48), (33, 21), (70,))
 Maker = Callable[[], torch.optim.Optimizer]
 

@@ -52,7 +52,7 @@ def module_of(stem: str) -> Any:
     return sys.modules[f"{triton_kernels.__name__}.{stem}"]
 
 
-MODULES = [module_of(stem) for stem in ("kron_gather", "kron_factor", "kron_step", "products")]
+MODULES = [module_of(stem) for stem in ("kron_gather", "kron_norms", "kron_factor", "kron_step", "products")]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -481,13 +481,13 @@ def test_few_large_blocks_are_gathered_by_many_programs(rows, cols, number):
 
 
 def test_a_gather_by_many_programs_reads_every_number_once():
-    """Of 512 programs 130 have rows of G, and more of them a share of C."""
+    """Of 138 programs, 130 have eight rows of G and 133 a share of C."""
     batch = Batch(1040, 8, grad=BF16)
     t = batch.tensors()
-    with numbers_per_program(16):
+    with numbers_per_program(60):
         grad, squares = batch.gather(t)
-    assert same_bits(grad[0], t.grads[0].to(batch.dtype)) and squares.shape[-1] == 512
-    assert [int(x.count_nonzero()) for x in squares[:, 0, 128:]] == [2, 265 - 128, 0]
+    assert same_bits(grad[0], t.grads[0].to(batch.dtype)) and squares.shape[-1] == 138
+    assert squares[:, 0].count_nonzero(1).tolist() == [130, 133, 1]
     np.testing.assert_allclose(numpy(squares).sum((1, 2)), [(numpy(x) ** 2).sum() for x in (grad, t.c, t.k)], rtol=1e-6)
 
 
@@ -529,8 +529,7 @@ def test_norms_are_the_largest_row_sums_and_infinite_where_one_is_not_finite(blo
     found = []
     for _ in range(2):
         norms = torch.full((4, 2), torch.nan, device=DEVICE)
-        module = module_of("kron_factor")
-        launches.launch(module.kron_norms_kernel, 8, (*parts, norms, p // 8, d // 8), (block,), module.NORM_WARPS)
+        module_of("kron_norms").make_norms(*parts, norms, block)
         found.append(norms)
     expected = torch.stack([sums.double().sum(1).amax(1).nan_to_num(torch.inf, torch.inf) for sums in parts], 1)
     torch.testing.assert_close(found[0].double(), expected, rtol=1e-6, atol=0)
@@ -588,7 +587,7 @@ def test_products_by_themselves_are_those_of_an_update_to_the_bit(rows, cols):
 # ---- bits ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch", [replace(LARGE, rows=17), ALIGNED, ODD_ROWS], ids=["ragged", "aligned", "odd rows"])
+@pytest.mark.parametrize("batch", [replace(LARGE, rows=17), ALIGNED], ids=["ragged", "aligned"])
 def test_the_same_call_gives_the_same_bits(batch):
     first, second = batch.run(), batch.run(call=through("triton"))
     assert_same(first, second, *STATE, "p_c", "p_k", "params", "buffers", "residuals", "skipped", "ok")
@@ -604,7 +603,7 @@ EXACT_DESCENT = {"momentum": 0.5, "weight_decay": 2.0**-7}
     [
         Batch(17, 130, layouts=["every other"], clip="none"),
         Batch(8, 136, clip="none"),
-        Batch(17, 136, PLACES[1], clip="none"),
+        Batch(17, 136, clip="none"),
         Batch(16, 64, PLACES[1], clip="frobenius", options={"riemannian_momentum": 0.0}),
     ],
     ids=["ragged", "aligned", "odd rows", "clipped"],

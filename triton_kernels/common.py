@@ -1,4 +1,4 @@
-"""What the kernels share: random bits, rounding, stored values, the walk over a triangle of tiles, sums of parts.
+"""What the kernels share: random bits, rounding, stored values, the walk over a triangle of tiles.
 
 Arithmetic is FP32. Every rounding to BF16 is done here, by integer operations, so that compiled kernels, Triton's
 interpreter and `rootfree_kernels.rounding` agree to the bit (the interpreter truncates where a GPU rounds).
@@ -172,40 +172,3 @@ def triangle_tile(t):
     row = tl.where(row * (row + 1) // 2 > t, row - 1, row)  # the square root may be off by a rounding
     row = tl.where((row + 1) * (row + 2) // 2 <= t, row + 1, row)
     return row, t - row * (row + 1) // 2
-
-
-# ---- what tiles leave of a norm ----------------------------------------------------------------------------------
-
-_PIECE = tl.constexpr(1024)
-"""Numbers of `sum_of_parts` that are loaded at once: up to n = 5632 those of all 44 · 45 / 2 tiles of a side."""
-
-_SUM_TILES, _SUM_ROWS = tl.constexpr(16), tl.constexpr(512)
-"""Parts of `largest_row_sum` that are loaded at once."""
-
-
-@triton.jit
-def sum_of_parts(x_ptr, count):
-    """Return Σ of `count` FP32 numbers, always in the same order."""
-    index = tl.arange(0, _PIECE)
-    total = tl.zeros((_PIECE,), dtype=tl.float32)
-    for start in range(0, count, _PIECE):
-        total += tl.load(x_ptr + start + index, mask=start + index < count, other=0.0)
-    return tl.sum(total)
-
-
-@triton.jit
-def largest_row_sum(x_ptr, tiles, n):
-    """Return the largest row sum of FP32 x [tiles, n], which holds `tiles` parts of each sum.
-
-    The result is infinite if any sum is NaN, because tl.max drops NaN. Parts are added in the same order every time.
-    """
-    tile, row = tl.arange(0, _SUM_TILES)[:, None], tl.arange(0, _SUM_ROWS)[None, :]
-    largest = tl.zeros((_SUM_ROWS,), dtype=tl.float32)
-    for first_row in range(0, n, _SUM_ROWS):
-        parts = tl.zeros((_SUM_TILES, _SUM_ROWS), dtype=tl.float32)
-        for first_tile in range(0, tiles, _SUM_TILES):
-            mask = (first_tile + tile < tiles) & (first_row + row < n)
-            parts += tl.load(x_ptr + (first_tile + tile) * n + first_row + row, mask=mask, other=0.0)
-        sums = tl.sum(parts, axis=0)
-        largest = tl.maximum(largest, tl.where(sums == sums, sums, float("inf")))
-    return tl.max(largest)

@@ -6,10 +6,7 @@ is the largest row sum (Lin et al., ICML 2024, Fig. 5 right and Fig. 7):
     4     C' = C − β₂/max(1, ‖m'‖)·C·m', rounded;  m ← m'                        same launches
     5     P_C = C'C'ᵀ;  C ← C'
 
-Launch 3 writes the parts of the norms. ‖m'‖²_F has one part a tile, 528 a side at n = 4096: every program of launch 4
-adds them up with one load a side, which hides behind the products of the other program on its multiprocessor, where a
-launch of its own would take 2–3 µs. Row sums have a part a row and tile, 131,072 a side at n = 4096, which took every
-program 256 loads, one after the other: `kron_norms_kernel` reads them once, in a launch between 3 and 4.
+With `clip="row_sum"`, a small launch between 3 and 4 makes ‖m'‖ of the row sums that 3 leaves (see `kron_norms`).
 
 Results of 3 and 4 wait in memory of their own until it is known whether the block is finite on both sides: nothing that
 is not enters the state. No launch depends on another one's order of programs, so a run repeats bit for bit.
@@ -21,7 +18,6 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -31,17 +27,16 @@ from rootfree_kernels.tables import draws, on_device
 from rootfree_kernels.triton_kernels.common import (
     effective_rounding,
     is_finite,
-    largest_row_sum,
     load_stored,
     only_if,
     random_key,
     round_nearest,
     store_rounded,
-    sum_of_parts,
     triangle_tile,
 )
 from rootfree_kernels.triton_kernels.configuration import Configuration
 from rootfree_kernels.triton_kernels.kron_gather import MAX_PARTIAL_SUMS, PADDING
+from rootfree_kernels.triton_kernels.kron_norms import both_norms, make_norms
 from rootfree_kernels.triton_kernels.launch import kernel, launch
 from rootfree_kernels.triton_kernels.products import (
     TILE_CONFIGS,
@@ -147,30 +142,6 @@ def kron_momentum_kernel(
 
 
 @kernel
-def kron_norms_kernel(row_sums_c_ptr, row_sums_k_ptr, norms_ptr, p8, d8, BLOCK: tl.constexpr):
-    """Write the largest row sums of m_C and m_K to `norms_ptr` [L, 2]; a program takes one side of a block."""
-    block, is_c = (tl.program_id(0) // 2).to(tl.int64), tl.program_id(0) % 2 == 0
-    n = tl.where(is_c, p8, d8) * 8
-    tiles = tl.cdiv(n, BLOCK)
-    sums_ptr = tl.where(is_c, row_sums_c_ptr, row_sums_k_ptr) + block * tiles * n
-    tl.store(norms_ptr + tl.program_id(0), largest_row_sum(sums_ptr, tiles, n))
-
-
-@triton.jit
-def both_norms(norms_ptr, block, p, d, BLOCK: tl.constexpr, ROW_SUM: tl.constexpr):
-    """Return ‖m_C‖ and ‖m_K‖ of a block, from what `kron_norms_kernel` or else `kron_momentum_kernel` wrote."""
-    if ROW_SUM:
-        norm_c, norm_k = tl.load(norms_ptr + 2 * block), tl.load(norms_ptr + 2 * block + 1)
-    else:
-        tiles_p, tiles_d = tl.cdiv(p, BLOCK), tl.cdiv(d, BLOCK)
-        triangle_p, triangle_d = tiles_p * (tiles_p + 1) // 2, tiles_d * (tiles_d + 1) // 2
-        norms_ptr += block * (triangle_p + triangle_d)
-        norm_c = tl.sqrt(sum_of_parts(norms_ptr, triangle_p))
-        norm_k = tl.sqrt(sum_of_parts(norms_ptr + triangle_p, triangle_d))
-    return norm_c, norm_k
-
-
-@kernel
 def kron_factor_kernel(
     c_ptr,
     k_ptr,
@@ -238,15 +209,9 @@ def kron_factor_kernel(
         tl.store(m_ptr + tile + offsets, tl.load(new_m_ptr + tile + offsets, mask=mask), mask=mask)
 
 
-NORM_WARPS = 8
-"""Of `kron_norms_kernel`: few programs with much to read each."""
-
-
 def configurations() -> Iterator[Configuration]:
     for config in TILE_CONFIGS:
         block, depth, num_warps, num_stages, max_registers = config
-        types = ("*fp32", "*fp32", "*fp32", "i32", "i32")
-        yield Configuration(kron_norms_kernel, types, (block,), NORM_WARPS, 1, kind="irregular")
         for row_sum in (False, True):
             yield Configuration(
                 kron_momentum_kernel,
@@ -313,8 +278,10 @@ def kron_factor_by(
     x, a = torch.empty_like(grad), torch.empty_like(grad)
     num_tiles = config.triangle(p_pad) + config.triangle(d_pad)
     norms = squares.new_empty((num_blocks, 2 if row_sum else num_tiles))
-    sums_c, sums_k = (squares.new_empty((num_blocks, config.tiles(n), n) if row_sum else (0,)) for n in (p_pad, d_pad))
-    ok = torch.empty(num_blocks, dtype=torch.bool, device=device)
+    sums_c = sums_k = norms
+    if row_sum:
+        sums_c, sums_k = (squares.new_empty((num_blocks, config.tiles(n), n)) for n in (p_pad, d_pad))
+    ok = squares.new_empty(num_blocks, dtype=torch.bool)
     products = [product_c, product_k]
     if product_c is None or product_c.shape != c.shape or product_k.shape != k.shape:
         products = [torch.empty_like(c), torch.empty_like(k)]
@@ -337,8 +304,7 @@ def kron_factor_by(
         config.max_registers,
     )
     if row_sum:
-        sizes_8 = (p_pad // PADDING, d_pad // PADDING)
-        launch(kron_norms_kernel, 2 * num_blocks, (sums_c, sums_k, norms), sizes_8, (config.block,), NORM_WARPS)
+        make_norms(sums_c, sums_k, norms, config.block)
     launch(
         kron_factor_kernel,
         num_blocks * (config.tiles(p_pad) ** 2 + config.tiles(d_pad) ** 2),

@@ -24,8 +24,8 @@ PADDING = 8
 """Sides of G are padded to a multiple of this."""
 
 MAX_PARTIAL_SUMS = 512
-"""The most programs of a block. Two blocks of 4096 × 4096 give each of 132 multiprocessors seven programs, of eight
-rows each. The kernels that read the sums load all sums of a block at once."""
+"""The most programs of a block. Of two blocks of 4096 × 4096, each of 132 multiprocessors gets seven programs of eight
+rows. The kernels that read the sums load all sums of a block at once."""
 
 NUMBERS_PER_PROGRAM = 1 << 15
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from rootfree_kernels import ranges
 from rootfree_kernels.blocks import matrix_views
 from rootfree_kernels.rounding import SLOT_WEIGHT
-from rootfree_kernels.tables import block_table, constant, draws, on_device, split_lr
+from rootfree_kernels.tables import block_table, constant, draws, no_draws, on_device, split_lr
 from rootfree_kernels.triton_kernels.common import (
     TRITON_DTYPES,
     effective_rounding,
@@ -188,7 +188,8 @@ def kron_step_by(
     table = block_table([*lists, *lists[1:]][:3], tiles, (p, d), device)  # the buffers stand in for no residuals
     aligned = table.aligned and d % PADDING == 0
     config = tile_config(p, d) if aligned else SMALL
-    drawn = draws(seeds, steps, device)
+    written = effective_rounding(params[0].dtype, rounding)
+    drawn = draws(seeds, steps, device) if written == "stochastic" else no_draws(device)
     lr_value, lr = split_lr(lr, device)
     if not cached:
         products = torch.empty_like(c), torch.empty_like(k)
@@ -214,7 +215,7 @@ def kron_step_by(
         ),
         (
             *(TRITON_DTYPES[params[0].dtype], TRITON_DTYPES[buffers[0].dtype]),
-            effective_rounding(params[0].dtype, rounding),
+            written,
             aligned,
             *(config.block, config.depth),
         ),

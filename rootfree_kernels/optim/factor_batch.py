@@ -83,12 +83,13 @@ class FactorBatch:
         products = make(self.storage["factor_c"], self.storage["factor_k"], self.matmul_dtype)
         return dict(zip(("product_c", "product_k"), products, strict=True))
 
-    def empty_products(self, num_blocks: int) -> dict[str, Tensor]:
-        """Memory for the P_C and P_K of some blocks, for a step that does not keep them."""
-        p, d = self.block_shape
-        product_c = torch.empty((num_blocks, p, p), dtype=self.matmul_dtype, device=self.device)
-        product_k = torch.empty((num_blocks, d, d), dtype=self.matmul_dtype, device=self.device)
-        return {"product_c": product_c, "product_k": product_k}
+    def empty_products(self, factor_c: Tensor, factor_k: Tensor) -> dict[str, Tensor]:
+        """Return memory for P_C and P_K of some blocks' factors, for a step that does not keep them."""
+        dtype = self.matmul_dtype
+        return {
+            "product_c": torch.empty_like(factor_c, dtype=dtype),
+            "product_k": torch.empty_like(factor_k, dtype=dtype),
+        }
 
     def index(self, members: Sequence[Member]) -> Tensor | None:
         """The numbers of these members' blocks, None where they are all the blocks of the batch."""

