@@ -110,9 +110,9 @@ def run_all(
 
     `save(rows)` is called after every case. What `progress` has from the process before is not measured again.
     """
-    rows, context.ceilings = progress.payload or ([], None)
+    rows, context.ceilings = progress.payload or ([], context.ceilings)
     for case in wanted:
-        name = f"{case.table}, {case.name}"
+        name, spoiled = f"{case.table}, {case.name}", False
         if name in progress.done:
             continue
         if name in progress.broken:
@@ -122,11 +122,12 @@ def run_all(
         else:
             progress.begin(name)
             found = _run_and_say(case, context)
+            spoiled = any(row.error for row in found) and is_spoiled(context.device)
         rows += found
         progress.running = name
         progress.end((rows, context.ceilings))
         save(rows)
-        if any(row.error for row in found) and is_spoiled(context.device):
+        if spoiled:
             return None
     save(rows)
     return rows

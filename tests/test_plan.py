@@ -6,6 +6,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
@@ -264,13 +265,16 @@ def test_what_is_reserved_is_what_kernels_take(
 
 
 class Memory:
-    """`torch.empty` where no more than so many bytes are left."""
+    """`Tensor.new_empty` where no more than so many bytes are left."""
 
     def __init__(self, limit: int) -> None:
-        self.limit, self.empty = limit, torch.empty
+        self.limit, self.new_empty = limit, Tensor.new_empty
 
-    def __call__(self, *size: Any, **options: Any) -> Tensor:
-        x = self.empty(*size, **options)
+    def __get__(self, tensor: Tensor, owner: Any = None) -> Any:
+        return partial(self, tensor)
+
+    def __call__(self, tensor: Tensor, *size: Any, **options: Any) -> Tensor:
+        x = self.new_empty(tensor, *size, **options)
         if options.get("dtype") == torch.uint8:
             self.limit -= x.numel()
             if self.limit < 0:
@@ -296,7 +300,7 @@ def test_a_step_without_memory_for_its_largest_batch_changes_nothing(
     for limit in (max(needed) - 1, max(needed)):
         assert_same_bits(snapshot(optimizer), before)
         with monkeypatch.context() as patch:
-            patch.setattr(torch, "empty", Memory(limit))
+            patch.setattr(Tensor, "new_empty", Memory(limit))
             if limit < max(needed):
                 with pytest.raises(torch.OutOfMemoryError):
                     optimizer.step()
