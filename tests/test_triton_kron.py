@@ -26,7 +26,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton_device import DEVICE, kernel_test, needs_gpu
 
 from rootfree_kernels import ops, tables, triton_kernels
-from rootfree_kernels.blocks import tiles_of_numbers
 from rootfree_kernels.rounding import join_compensated
 from rootfree_kernels.triton_kernels import launch as launches
 
@@ -455,10 +454,10 @@ def test_blocks_of_any_number_of_rows_take_the_aligned_path(sides, layout, align
     """Like the 865 × 768 at the end of GPT-2's embedding; their columns have to be a multiple of 8."""
     chosen = {}
 
-    def launch(kernel: Any, grid: int, args: Any, constants: tuple[Any, ...], *options: Any) -> None:
-        names = kernel.arg_names[len(args) :]
+    def launch(kernel: Any, grid: int, tensors: Any, numbers: Any, constants: tuple[Any, ...], *options: Any) -> None:
+        names = kernel.arg_names[len(tensors) + len(numbers) :]
         chosen[kernel.__name__] = dict(zip(names, constants, strict=True)).get("ALIGNED")
-        launches.launch(kernel, grid, args, constants, *options)
+        launches.launch(kernel, grid, tensors, numbers, constants, *options)
 
     for module in (module_of("kron_gather"), module_of("kron_step")):
         monkeypatch.setattr(module, "launch", launch)
@@ -838,10 +837,11 @@ def test_blocks_are_aligned_where_every_row_of_each_begins_on_16_bytes(sides, pl
     grads = batch.tensors().grads
     if layout == "far apart":  # more than an offset of 32 bits within a tile
         grads[1] = torch.empty_strided(sides, (tables.MAX_STRIDE, 1), dtype=dtype, device=DEVICE)
-    every_tile = tiles_of_numbers(batch.numbers, *sides)
-    assert tables.block_table((grads,), every_tile, DEVICE).aligned is aligned
+    numbers = [*batch.numbers]
+    assert tables.block_table((grads,), numbers, sides, DEVICE).aligned is aligned
     if not aligned:
-        assert tables.block_table((grads[::-1],), every_tile[::-1], DEVICE).aligned is False
+        in_reverse = [x for start in range(len(numbers) - 4, -1, -4) for x in numbers[start : start + 4]]
+        assert tables.block_table((grads[::-1],), in_reverse, sides, DEVICE).aligned is False
 
 
 @pytest.mark.parametrize("layout", ["rows", "columns"])
