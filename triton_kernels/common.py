@@ -177,8 +177,8 @@ def triangle_tile(t):
 # ---- partial sums ------------------------------------------------------------------------------------------------
 
 _PIECE = tl.constexpr(1024)
-"""Numbers of `sum_of_parts` that are loaded at once: all partial sums of a gather, and up to n = 5632 those of all tiles
-of a side, which are 44 · 45 / 2."""
+"""Numbers of `sum_of_parts` that are loaded at once: all partial sums of a gather, and up to n = 5632 those of the
+44 · 45 / 2 tiles of a side."""
 
 
 @triton.jit
