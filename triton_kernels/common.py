@@ -1,4 +1,4 @@
-"""What the kernels share: random bits, rounding, stored values, the walk over a triangle of tiles.
+"""What the kernels share: random bits, rounding, stored values, the walk over a triangle of tiles, partial sums.
 
 Arithmetic is FP32. Every rounding to BF16 is done here, by integer operations, so that compiled kernels, Triton's
 interpreter and `rootfree_kernels.rounding` agree to the bit (the interpreter truncates where a GPU rounds).
@@ -172,3 +172,20 @@ def triangle_tile(t):
     row = tl.where(row * (row + 1) // 2 > t, row - 1, row)  # the square root may be off by a rounding
     row = tl.where((row + 1) * (row + 2) // 2 <= t, row + 1, row)
     return row, t - row * (row + 1) // 2
+
+
+# ---- partial sums ------------------------------------------------------------------------------------------------
+
+_PIECE = tl.constexpr(1024)
+"""Numbers of `sum_of_parts` that are loaded at once: all partial sums of a gather, and up to n = 5632 those of the
+44 · 45 / 2 tiles of a side."""
+
+
+@triton.jit
+def sum_of_parts(x_ptr, count):
+    """Return Σ of `count` FP32 numbers, always in the same order."""
+    index = tl.arange(0, _PIECE)
+    total = tl.zeros((_PIECE,), dtype=tl.float32)
+    for start in range(0, count, _PIECE):
+        total += tl.load(x_ptr + start + index, mask=start + index < count, other=0.0)
+    return tl.sum(total)

@@ -32,10 +32,11 @@ from rootfree_kernels.triton_kernels.common import (
     random_key,
     round_nearest,
     store_rounded,
+    sum_of_parts,
     triangle_tile,
 )
 from rootfree_kernels.triton_kernels.configuration import Configuration
-from rootfree_kernels.triton_kernels.kron_gather import MAX_PARTIAL_SUMS, PADDING
+from rootfree_kernels.triton_kernels.kron_gather import PADDING
 from rootfree_kernels.triton_kernels.kron_norms import both_norms, make_norms
 from rootfree_kernels.triton_kernels.launch import kernel, launch
 from rootfree_kernels.triton_kernels.products import (
@@ -54,7 +55,6 @@ from rootfree_kernels.triton_kernels.products import (
 )
 
 _SLOT_C, _SLOT_K = tl.constexpr(SLOT_FACTOR_C), tl.constexpr(SLOT_FACTOR_K)
-_PARTS = tl.constexpr(MAX_PARTIAL_SUMS)
 
 
 @kernel
@@ -96,10 +96,9 @@ def kron_momentum_kernel(
     x_ptr = tl.where(is_c, c_ptr, k_ptr) + start
     acc = product_tn(x_ptr, row, col, n, tl.where(damping > 0.0, n, 0), acc, BLOCK, DEPTH)
     if damping > 0.0:
-        part = tl.arange(0, _PARTS)
         side = tl.where(is_c, 2, 1)  # of the other factor's squares
         parts_ptr = squares_ptr + (side * num_blocks + block) * num_parts
-        acc *= damping / batch_size * tl.sum(tl.load(parts_ptr + part, mask=part < num_parts, other=0.0))
+        acc *= damping / batch_size * sum_of_parts(parts_ptr, num_parts)
 
     # Then AAᵀ or AᵀA. One of the loops runs no times: two arms of a branch would take the memory of both.
     a_ptr += block * n * inner

@@ -16,26 +16,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rootfree_kernels.triton_kernels.common import sum_of_parts
 from rootfree_kernels.triton_kernels.configuration import Configuration
 from rootfree_kernels.triton_kernels.kron_gather import PADDING
 from rootfree_kernels.triton_kernels.launch import kernel, launch
 from rootfree_kernels.triton_kernels.products import TILE_CONFIGS
 
-_PIECE = tl.constexpr(1024)
-"""Numbers of `sum_of_parts` that are loaded at once: up to n = 5632 those of all 44 · 45 / 2 tiles of a side."""
-
 _SUM_TILES, _SUM_ROWS = tl.constexpr(16), tl.constexpr(512)
 """Parts of `largest_row_sum` that are loaded at once."""
-
-
-@triton.jit
-def sum_of_parts(x_ptr, count):
-    """Return Σ of `count` FP32 numbers, always in the same order."""
-    index = tl.arange(0, _PIECE)
-    total = tl.zeros((_PIECE,), dtype=tl.float32)
-    for start in range(0, count, _PIECE):
-        total += tl.load(x_ptr + start + index, mask=start + index < count, other=0.0)
-    return tl.sum(total)
 
 
 @triton.jit
