@@ -838,10 +838,11 @@ def test_blocks_are_aligned_where_every_row_of_each_begins_on_16_bytes(sides, pl
     if layout == "far apart":  # more than an offset of 32 bits within a tile
         grads[1] = torch.empty_strided(sides, (tables.MAX_STRIDE, 1), dtype=dtype, device=DEVICE)
     numbers = [*batch.numbers]
-    assert tables.block_table((grads,), numbers, sides, DEVICE).aligned is aligned
+    device = grads[0].device
+    assert tables.block_table((grads,), numbers, sides, device).aligned is aligned
     if not aligned:
         in_reverse = [x for start in range(len(numbers) - 4, -1, -4) for x in numbers[start : start + 4]]
-        assert tables.block_table((grads[::-1],), in_reverse, sides, DEVICE).aligned is False
+        assert tables.block_table((grads[::-1],), in_reverse, sides, device).aligned is False
 
 
 @pytest.mark.parametrize("layout", ["rows", "columns"])
