@@ -124,8 +124,7 @@ def run_all(
             found = _run_and_say(case, context)
             spoiled = any(row.error for row in found) and is_spoiled(context.device)
         rows += found
-        progress.running = name
-        progress.end((rows, context.ceilings))
+        progress.end((rows, context.ceilings), name)
         save(rows)
         if spoiled:
             return None

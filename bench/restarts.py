@@ -7,6 +7,7 @@ a new one, or makes no progress for some time, it is started again and goes on w
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import signal
@@ -68,15 +69,15 @@ class Progress:
 
     @property
     def _focused(self) -> Path:
-        return self.path.with_name(f"{self.path.name}.focus")
+        return focus_path(self.path)
 
     def focus(self, part: str) -> None:
         """Note which part of what was begun is at work now: if the process ends, it is to blame and not the rest."""
         self._focused.write_text(part, encoding="utf-8")
 
-    def end(self, payload: Any = None) -> None:
-        """Note that the work begun last is done."""
-        self.done.append(self.running)
+    def end(self, payload: Any = None, name: str = "") -> None:
+        """Note that `name`, or else the work begun last, is done."""
+        self.done.append(name or self.running)
         self.running, self.payload = "", payload
         self.save()
 
@@ -89,6 +90,19 @@ class Progress:
         self.running = ""
         self._focused.unlink(missing_ok=True)
         self.save()
+
+
+def focus_path(path: Path) -> Path:
+    """Return the file beside a progress that says which part of a piece of work is going on."""
+    return path.with_name(f"{path.name}.focus")
+
+
+def last_change(path: Path) -> float:
+    """Return when a progress was saved or its focus moved, as `time.time()`."""
+    times = [path.stat().st_mtime]
+    with contextlib.suppress(FileNotFoundError):
+        times.append(focus_path(path).stat().st_mtime)
+    return max(times)
 
 
 class Spoiled(Exception):
@@ -122,7 +136,6 @@ def supervise(command: Sequence[str], path: Path, seconds: float, stall: float) 
         print(f"✗ {progress.running or 'between two measurements'}: {reason}", flush=True)
         if progress.running:
             progress.blame(reason)
-            path.touch()
         if time.time() > progress.until + GRACE:
             break
     return 1
@@ -130,10 +143,11 @@ def supervise(command: Sequence[str], path: Path, seconds: float, stall: float) 
 
 def _run_once(command: Sequence[str], path: Path, end: float, stall: float) -> tuple[int, str]:
     """Return the exit status, and why the command did not end by itself ("" if it did)."""
+    path.touch()
     process = subprocess.Popen(command, start_new_session=True)
     try:
         while (status := process.poll()) is None:
-            quiet = time.time() - path.stat().st_mtime
+            quiet = time.time() - last_change(path)
             if quiet > stall or time.time() > end:
                 return 1, f"the process was ended: nothing measured for {quiet:.0f} s"
             time.sleep(0.1)

@@ -35,7 +35,7 @@ from bench.memory import state_bytes
 from bench.optimizers import ENTRIES, Entry
 from bench.peers import PEERS, why_missing
 from bench.record import gpu, provenance, slug
-from bench.restarts import RESTART, Progress, Spoiled, is_spoiled, supervise
+from bench.restarts import RESTART, Progress, Spoiled, focus_path, is_spoiled, supervise
 from bench.run_alternatives import alternatives, backend_of
 from bench.run_options import chosen_entries, chosen_workloads, parse_arguments
 from bench.run_plans import CPU, GPU, TINY, Plan
@@ -116,11 +116,9 @@ def measure_steps(run: Run, workload: Workload) -> None:
         "num_weights": workload.num_weights,
         "longest_side": workload.longest_side,
     }
-    for rows, of_workload in (
-        (run.record["steps"], "workload"),
-        (run.record["rows"], "case"),
-    ):  # of a process that ended
-        rows[:] = [row for row in rows if row[of_workload].partition(", ")[0] != workload.name]
+    # A process that ended may have left rows of this workload.
+    for rows, column in ((run.record["steps"], "workload"), (run.record["rows"], "case")):
+        rows[:] = [row for row in rows if row[column].partition(", ")[0] != workload.name]
     gradients = Gradients(workload.num_weights, run.device)
     wanted = [
         (entry, block)
@@ -350,7 +348,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             return supervise(command, Path(path), options.seconds, STALL)
         finally:
-            Path(path).unlink(missing_ok=True)
+            for left in (Path(path), focus_path(Path(path))):
+                left.unlink(missing_ok=True)
     return measure_here(options, given)
 
 

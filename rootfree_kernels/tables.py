@@ -101,11 +101,12 @@ def _copied(host: Tensor, device: torch.device, content: Any) -> Tensor:
     """Return a copy of `host`, which `content` stands for, on `device`, without waiting for it."""
     if device.type != "cuda":
         return host.to(device)
-    if is_captured(device):  # every replay reads the host's memory
-        host = _captured_hosts.setdefault((content, host.dtype), host if host.is_pinned() else host.pin_memory())
-    else:
-        host = host.pin_memory()
-    return host.to(device, non_blocking=True)
+    if not is_captured(device):
+        return host.pin_memory().to(device, non_blocking=True)
+    key = (content, host.dtype)
+    if key not in _captured_hosts:  # every replay reads the host's memory
+        _captured_hosts[key] = host.pin_memory()
+    return _captured_hosts[key].to(device, non_blocking=True)
 
 
 class TensorTable(NamedTuple):

@@ -12,6 +12,7 @@ from bench_fakes import FakeClock, failing_at, fake_entry, stopped_clock, two_co
 from bench.contest import OTHER, UPDATE, Contestant, Gradients, Limits, mean_step, run_contest
 from bench.gpu_timing import MAX_LEAD, Timing
 from bench.optimizers import ENTRIES, WHOLE
+from bench.restarts import Spoiled
 from bench.workloads import Workload
 
 CPU = torch.device("cpu")
@@ -135,6 +136,15 @@ def test_one_that_raises_is_recorded_gives_its_memory_back_and_the_others_go_on(
     assert run_contest([one, broken, other], LIMITS, inf) == {1: f"RuntimeError: broken in step {number}"}
     assert broken.params == [] and broken.optimizer is None
     assert one.timings()[UPDATE].samples == other.timings()[UPDATE].samples == 3
+
+
+def test_one_that_spoils_the_device_ends_the_contest_which_knows_whose_turn_it_was(contest, monkeypatch):
+    one, broken, other = contest.enter(), contest.enter(cost=failing_at(4)), contest.enter()
+    monkeypatch.setattr("bench.contest.is_spoiled", lambda device: True)
+    turns = []
+    with pytest.raises(Spoiled, match="broken in step 4"):
+        run_contest([one, broken, other], LIMITS, inf, turns.append)
+    assert turns[:3] == [one, broken, other] and turns[-1] is broken
 
 
 def test_an_optimizer_that_cannot_be_made_is_recorded(contest):

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -20,10 +21,11 @@ from bench_fakes import (
     without_peers,
 )
 
-from bench import run, scaling, training
+from bench import contest, run, scaling, training
 from bench.contest import OTHER, UPDATE
 from bench.optimizers import ENTRIES, WHOLE
 from bench.peers import PEERS, why_missing
+from bench.restarts import RESTART, Progress
 from bench.run_options import SECTIONS, chosen_entries, chosen_workloads, parse_arguments
 from bench.run_plans import TINY, TINY_WORKLOADS
 from bench.workloads import WORKLOADS, Workload
@@ -165,6 +167,23 @@ def test_an_optimizer_that_fails_is_on_the_page_with_its_error_and_in_the_exit_s
     assert status == 1 and bad["error"] == "RuntimeError: broken in step 4" and UPDATE in good
     assert "- bad, whole: RuntimeError: broken in step 4\n" in text and "| good |" in text
     assert run_tiny(tmp_path, *STEPS_ONLY, "--optimizers", "good")[0] == 0
+
+
+def test_after_an_error_that_spoils_the_device_another_process_measures_the_others(with_fakes, tmp_path, monkeypatch):
+    """It leaves out the one that is to blame, and no row of the process before is there twice."""
+    monkeypatch.setattr(contest, "is_spoiled", lambda device: True)
+    progress = Progress(tmp_path / "progress", time.time() + 60)
+    progress.save()
+    options = ("--tiny", "--device", "cpu", "--out", str(tmp_path), *STEPS_ONLY, "--worker", str(progress.path))
+    assert run.main(options) == RESTART
+    again = Progress.load(progress.path)
+    assert again.done == ["roofline"] and again.running == "steps, 16²"
+    again.focus(f"16², bad, {WHOLE}")
+    again.blame("an error")
+    assert run.main(options) == 1
+    record = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert [(row["optimizer"], row.get("error")) for row in record["steps"]] == [("bad", "an error"), ("good", None)]
+    assert "--worker" not in record["command"]
 
 
 @pytest.mark.parametrize("extension", ["left out", "broken"])

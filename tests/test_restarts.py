@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from bench import restarts
-from bench.restarts import RESTART, Progress, is_spoiled, supervise
+from bench.restarts import RESTART, Progress, is_spoiled, last_change, supervise
 
 WORKER = """
 import os, signal, sys, time
@@ -59,6 +61,40 @@ def test_another_process_goes_on_with_the_next_piece(tmp_path: Path, trouble: st
     status, progress = run(tmp_path, trouble, stall=12.0)
     assert status == 3 and progress.done == [*"acd"] and progress.payload == [*"acd"]
     assert list(progress.broken) == ["b"] and progress.broken["b"].startswith(reason)
+
+
+FOCUSED = """
+import os, signal, sys
+from pathlib import Path
+from bench.restarts import Progress
+
+progress = Progress.load(Path(sys.argv[1]))
+progress.begin("contest")
+for part in "xyz":
+    if part not in progress.excluded:
+        progress.focus(part)
+        if part == "y":
+            os.kill(os.getpid(), signal.SIGKILL)
+progress.end("all but " + ", ".join(progress.excluded))
+"""
+
+
+def test_a_part_that_ends_the_process_is_left_out_and_the_rest_begun_again(tmp_path: Path) -> None:
+    worker, path = tmp_path / "worker.py", tmp_path / "progress"
+    worker.write_text(FOCUSED)
+    assert supervise([sys.executable, str(worker), str(path)], path, 60.0, 30.0) == 0
+    progress = Progress.load(path)
+    assert progress.excluded == {"y": "the process was ended by signal 9"} and progress.broken == {}
+    assert progress.done == ["contest"] and progress.payload == "all but y"
+
+
+def test_a_part_that_begins_is_progress(tmp_path: Path) -> None:
+    progress = Progress(tmp_path / "progress", until=0.0)
+    progress.begin("contest")
+    os.utime(progress.path, (1.0, 1.0))
+    assert last_change(progress.path) == 1.0
+    progress.focus("x")
+    assert time.time() - last_change(progress.path) < 60
 
 
 def test_a_process_that_does_not_end_in_time_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

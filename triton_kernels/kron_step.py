@@ -112,7 +112,7 @@ def kron_step_kernel(
     key = random_key(tl.load(seeds_ptr + block * seed_stride), step, _SLOT)
     if ALIGNED:
         d = cols  # rows of any number only need a mask
-    # Weights in two halves with an FP32 buffer: quarters of a large tile would take more than 128 registers.
+    # With compensated weights and an FP32 buffer, quarters of a large tile would take more than 128 registers.
     PARTS: tl.constexpr = 8 if (ROUNDING == "compensated") & (tl.float32 == BUFFER) & (BLOCK > 64) else 4
     WIDTH: tl.constexpr = BLOCK // PARTS
     for part in tl.static_range(PARTS):
