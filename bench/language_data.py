@@ -95,7 +95,7 @@ def choose(files: Iterable[Source], max_bytes: int) -> list[Source]:
 def split(contents: Iterable[bytes]) -> tuple[bytearray, bytearray, int]:
     """Put whole files on the train side or the held-out side by a hash of what they hold; also return their number.
 
-    The hash is that of the content and not of the path, so that copies of a file (vendored packages) are on the same
+    The hash is taken of the content and not of the path, so that copies of a file (vendored packages) are on the same
     side; a second copy is left out.
     """
     sides, seen = (bytearray(), bytearray()), set()

@@ -2,7 +2,7 @@
 
 After a CUDA error such as an illegal access, every later call of the process fails, and a kernel that hangs blocks it
 for good. The process that measures therefore notes in a file what it begins and what it has done. If it dies, asks for
-a new one, or makes no progress for some time, it is started again and goes on with what is left.
+a new one, or makes no progress for some time, another one is started and does the rest.
 """
 
 from __future__ import annotations

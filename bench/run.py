@@ -263,7 +263,7 @@ def pieces_of(run: Run, workloads: Sequence[Workload], sections: Sequence[str]) 
 
 
 def measure(run: Run, pieces: Sequence[tuple[str, Piece]], progress: Progress) -> bool:
-    """Measure what is left to do; return False if another process has to go on, since a CUDA error spoiled this one."""
+    """Measure the rest; return False if another process has to go on, since a CUDA error spoiled this one."""
     if run.device.type == "cpu":
         torch.zeros(7 << 20)  # the C library keeps memory of this size from now on, as in any training
     with progress_bar(len(pieces)) as advance:

@@ -3,8 +3,8 @@
 A kernel takes a list of tensors as a table of addresses and sizes in the memory of its device. A table is copied there
 once and kept by its content: it is made anew when an address changes (which `data_ptr` shows), and only then.
 
-What is kept was filled in the stream that was current then. Another stream waits for that once, before it reads, and
-the allocator is told of it: memory that is given up is not reused while that stream may still read it.
+A table is filled in the stream that is current at that time. Another stream waits for that once, before its first
+read, and the allocator is told of it: the memory of a table is not reused while that stream may still read it.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def table(rows: Sequence[int], device: torch.device) -> Tensor:
 
 
 def _kept(store: _Store, key: Any, device: torch.device) -> Any:
-    """Return what is kept under a key, for kernels in the current stream to read; None if nothing is."""
+    """Return the value under a key, for kernels in the current stream to read, or None."""
     kept = store.get(key)
     if kept is None:
         return None

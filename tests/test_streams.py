@@ -1,4 +1,4 @@
-"""Steps in several streams: what is kept on a device is read only after it was filled, and outlives its readers.
+"""Steps in several streams: tables and constants are read only after they were filled, and outlive their readers.
 
 PyTorch's CUDA sanitizer follows reads and writes of tensors through streams and events. It does not see launches of
 Triton's kernels; here they are told to it, with every tensor that they are handed as one that is read.
