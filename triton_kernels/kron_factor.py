@@ -95,10 +95,9 @@ def kron_momentum_kernel(
     acc = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
     x_ptr = tl.where(is_c, c_ptr, k_ptr) + start
     acc = product_tn(x_ptr, row, col, n, tl.where(damping > 0.0, n, 0), acc, BLOCK, DEPTH)
-    if damping > 0.0:
-        side = tl.where(is_c, 2, 1)  # of the other factor's squares
-        parts_ptr = squares_ptr + (side * num_blocks + block) * num_parts
-        acc *= damping / batch_size * sum_of_parts(parts_ptr, num_parts)
+    side = tl.where(is_c, 2, 1)  # of the other factor's squares
+    parts_ptr = squares_ptr + (side * num_blocks + block) * num_parts
+    acc *= damping / batch_size * sum_of_parts(parts_ptr, tl.where(damping > 0.0, num_parts, 0))
 
     # Then AAᵀ or AᵀA. One of the loops runs no times: two arms of a branch would take the memory of both.
     a_ptr += block * n * inner
