@@ -201,14 +201,26 @@ def main() -> None:
         return
     print_table(rows, others)
     if args.json:
-        write_record(Path(args.json), rows, others)
+        write_record(args, rows, others)
 
 
-def write_record(path: Path, rows: dict[str, dict[str, float]], others: dict[str, dict[str, float]] | None) -> None:
-    """Write the times and where they come from."""
-    record = {**provenance(shlex.join(["python", "-m", "bench.host_step", *sys.argv[1:]])), "rows": rows}
-    if others:
-        record["rows of the other checkout"] = others
+def commit_of(folder: Path) -> str:
+    """Return the commit of a checkout."""
+    command = ["git", "-C", str(folder), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def write_record(
+    args: argparse.Namespace, rows: dict[str, dict[str, float]], others: dict[str, dict[str, float]] | None
+) -> None:
+    """Write the times and where they come from, which is no folder of this machine."""
+    command = shlex.join(["python", "-m", "bench.host_step", *sys.argv[1:]])
+    record = {**provenance(command), "fake_gpu": os.environ.get("ROOTFREE_FAKE_GPU") == "1", "rows": rows}
+    if others and args.against:
+        before = commit_of(args.against)
+        record["command"] = command.replace(str(args.against), f"CHECKOUT_OF_{before}")
+        record["before"] = {"commit": before, "rows": others}
+    path = Path(args.json)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
 
