@@ -11,6 +11,7 @@ in triton_kernels/, csrc/ or setup.py: line numbers are part of Triton's keys.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -147,8 +148,16 @@ def versions() -> dict[str, str]:
     """Return what a bundle depends on."""
     return {
         "python": python_tag(),
-        **{name: version(name) for name in ("torch", "triton")},
+        **{name: version(name).partition("+")[0] for name in ("torch", "triton")},
+        "Triton's key": compiler_key(),
     }
+
+
+def compiler_key() -> str:
+    """Return a hash of Triton's own files, which is part of every key of its cache."""
+    from triton.runtime.cache import triton_key
+
+    return hashlib.sha256(triton_key().encode()).hexdigest()[:16]
 
 
 # ---- command line --------------------------------------------------------------------------------------------------
