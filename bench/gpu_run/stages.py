@@ -167,8 +167,8 @@ STAGES = {
     for stage in (
         Stage("machine", 30, "driver, versions, which backend serves what, one product", machine),
         Stage("tests", 150, "all tests that need a GPU, but those that need tens of GB", tests),
-        Stage("quick", 170, "kernels at the main sizes: ceilings, cuBLAS, eager PyTorch, fused AdamW", quick),
-        Stage("peers", 130, "GPT-2 124M, steps and training, beside AdamW, Muon and other people's Shampoo", peers),
+        Stage("quick", 140, "kernels at the main sizes: ceilings, cuBLAS, eager PyTorch, fused AdamW", quick),
+        Stage("peers", 160, "GPT-2 124M, steps and training, beside AdamW, Muon and other people's Shampoo", peers),
         Stage("profile", 45, "where the time of a step goes, by phase", profile),
         Stage("ncu", 60, "Nsight Compute on the matrix kernels", ncu),
         Stage("language", 135, "a language model trained by four optimizers, loss against time", language),
