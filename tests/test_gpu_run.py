@@ -176,6 +176,16 @@ def test_a_cache_of_triton_s_names_its_own_folder_after_it_was_moved(tmp_path: P
     assert found == {"child_paths": {"kernel.cubin": str(moved / "kernel.cubin")}}
 
 
+def test_a_bundle_has_the_extension_of_its_own_python_and_wants_its_cuda_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    record = {"left_out": {"cuda": "no CUDA toolkit"}}
+    monkeypatch.setattr(bundle, "build_record", lambda: record)
+    with pytest.raises(SystemExit, match=r"no CUDA part: no CUDA toolkit\. Install it with ROOTFREE_BUILD=cuda\."):
+        bundle.extension()
+    record["left_out"]["cuda"] = None  # type: ignore[assignment]
+    tag = bundle.python_tag()
+    assert [path.name for path in bundle.extension()] == [f"_C{tag}", f"_build{tag.removesuffix('.so')}.json"]
+
+
 def test_a_bundle_for_another_environment_is_told_apart() -> None:
     assert bundle.unfit(bundle.versions()) == []
     (difference,) = bundle.unfit({**bundle.versions(), "torch": "1.0"})

@@ -48,18 +48,15 @@ def python_tag() -> str:
 
 
 def extension() -> list[Path]:
-    """Return the compiled extension of this Python and the record of its build.
+    """Return the paths of the compiled extension of this Python and of the record of its build.
 
     Raises:
-        SystemExit: it is missing, or has no CUDA part.
+        SystemExit: the extension is missing, or has no CUDA part.
     """
-    if build_record()["left_out"]["cuda"]:
-        reason = build_record()["left_out"]["cuda"]
-        raise SystemExit(
-            f"✗ the extension has no CUDA part: {reason}. Install with ROOTFREE_BUILD=cuda; see the Makefile."
-        )
-    package = ROOT / "rootfree_kernels"
-    return [*package.glob(f"_C*{python_tag()}"), *package.glob("_build*.json")]
+    if reason := build_record()["left_out"]["cuda"]:
+        raise SystemExit(f"✗ the extension has no CUDA part: {reason}. Install it with ROOTFREE_BUILD=cuda.")
+    package, tag = ROOT / "rootfree_kernels", python_tag()
+    return [package / f"_C{tag}", package / f"_build{tag.rpartition('.')[0]}.json"]  # not those of another Python
 
 
 def link_kernels(tree: Path) -> None:
