@@ -14,7 +14,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 
-class Run(NamedTuple):
+class BlockRun(NamedTuple):
     """`num_blocks` neighbouring blocks of `size` rows (or columns), the first at `start`."""
 
     start: int
@@ -29,13 +29,13 @@ class Run(NamedTuple):
 class Tile(NamedTuple):
     """A rectangle of equal blocks of one matrix."""
 
-    rows: Run
-    cols: Run
+    rows: BlockRun
+    cols: BlockRun
 
     @classmethod
     def single(cls, rows: int, cols: int) -> Tile:
         """One block that is the whole matrix."""
-        return cls(Run(0, 1, rows), Run(0, 1, cols))
+        return cls(BlockRun(0, 1, rows), BlockRun(0, 1, cols))
 
     @property
     def num_blocks(self) -> int:
@@ -46,7 +46,7 @@ class Tile(NamedTuple):
         return self.rows.size, self.cols.size
 
     @property
-    def numbers(self) -> tuple[int, int, int, int]:
+    def as_ints(self) -> tuple[int, int, int, int]:
         """What operators are told of a tile beside its block shape: first row, blocks down, first column, across."""
         return self.rows.start, self.rows.num_blocks, self.cols.start, self.cols.num_blocks
 
@@ -58,7 +58,7 @@ LONG = 128
 """From this `max_dim` on sides are cut at multiples of ALIGNED."""
 
 
-def split_side(size: int, max_dim: int | None) -> list[Run]:
+def split_side(size: int, max_dim: int | None) -> list[BlockRun]:
     """The runs of a side of `size` cut into blocks of at most `max_dim`; `None` leaves it whole.
 
     Where `max_dim` is 128 or more, into equal blocks of a multiple of 16, as few as possible; or else into the longest
@@ -66,18 +66,18 @@ def split_side(size: int, max_dim: int | None) -> list[Run]:
     ceil(size / max_dim) blocks whose sizes differ by at most one, the larger ones first.
     """
     if max_dim is None or size <= max_dim:
-        return [Run(0, 1, size)]
+        return [BlockRun(0, 1, size)]
     num_blocks = -(-size // max_dim)
     if max_dim >= LONG and size % (num_blocks * ALIGNED):
         for block in range(max_dim - max_dim % ALIGNED, max_dim // 2, -ALIGNED):
             count, last = divmod(size, block)
             if last == 0:
-                return [Run(0, count, block)]
+                return [BlockRun(0, count, block)]
             if 2 * last >= block:
-                return [Run(0, count, block), Run(count * block, 1, last)]
+                return [BlockRun(0, count, block), BlockRun(count * block, 1, last)]
     small, num_large = divmod(size, num_blocks)
-    large = Run(0, num_large, small + 1)
-    rest = Run(large.stop, num_blocks - num_large, small)
+    large = BlockRun(0, num_large, small + 1)
+    rest = BlockRun(large.stop, num_blocks - num_large, small)
     return [run for run in (large, rest) if run.num_blocks]
 
 
@@ -118,10 +118,10 @@ def block_views(matrix: Tensor, tile: Tile) -> list[Tensor]:
     return [block for row in grid.unbind(0) for block in row.unbind(0)]
 
 
-def tiles_of_numbers(numbers: Sequence[int], rows: int, cols: int) -> list[Tile]:
-    """Tiles of blocks of rows × cols from their `Tile.numbers`, laid end to end."""
-    quadruples = zip(*(iter(numbers),) * 4, strict=True)
-    return [Tile(Run(row, down, rows), Run(col, across, cols)) for row, down, col, across in quadruples]
+def tiles_from_ints(ints: Sequence[int], rows: int, cols: int) -> list[Tile]:
+    """Tiles of blocks of rows × cols from their `Tile.as_ints`, laid end to end."""
+    quadruples = zip(*(iter(ints),) * 4, strict=True)
+    return [Tile(BlockRun(row, down, rows), BlockRun(col, across, cols)) for row, down, col, across in quadruples]
 
 
 def blocks_of(tensors: Sequence[Tensor], tiles: Sequence[Tile]) -> list[Tensor]:

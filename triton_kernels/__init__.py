@@ -1,29 +1,72 @@
-"""The Triton room: the operators of :mod:`rootfree_kernels.eager` as fused kernels, under the same stems.
+"""The Triton backend: the operators of :mod:`rootfree_kernels.eager` as fused kernels, in files of the same stems.
 
 Each file reads from the formula to the kernel, its configurations and the launcher. `common` and `products` hold what
-kernels share, `launch` what launchers share.
+kernels share, `launch` what launchers share, `sizes` what both agree on. This file describes the backend and imports
+nothing of Triton; `operators` does.
 
 This folder is installed as ``rootfree_kernels.triton_kernels`` and always imported by that name. A top-level
-``triton_kernels`` belongs to another project, and inference engines probe for it: a bare
-``import triton_kernels`` works in the root of this repository by accident only, and makes a second copy of
-every kernel.
+``triton_kernels`` belongs to another project, and inference engines probe for it: a bare ``import triton_kernels``
+works in the root of this repository by accident only, and makes a second copy of every kernel.
 """
 
-from rootfree_kernels.triton_kernels.clipped_momentum import clipped_momentum
-from rootfree_kernels.triton_kernels.kron_factor import kron_factor
-from rootfree_kernels.triton_kernels.kron_gather import kron_gather, num_partial_sums
-from rootfree_kernels.triton_kernels.kron_gather import padded as padded_side
-from rootfree_kernels.triton_kernels.kron_step import kron_step
-from rootfree_kernels.triton_kernels.products import kron_products
-from rootfree_kernels.triton_kernels.rf_rmsprop import rf_rmsprop
+from __future__ import annotations
 
-__all__ = [
-    "clipped_momentum",
-    "kron_factor",
-    "kron_gather",
-    "kron_products",
-    "kron_step",
-    "num_partial_sums",
-    "padded_side",
-    "rf_rmsprop",
-]
+import os
+
+import torch
+
+from rootfree_kernels.backend import FP64_PROBLEM, Backend, FactorDtypes, old_gpu_problem
+from rootfree_kernels.triton_kernels.workspace import workspace
+
+__all__ = ["EAGER_WITH_TRITON_MOMENTUM", "TRITON", "TRITON_WITH_BMM"]
+
+
+def _why_not(device: torch.device, dtype: torch.dtype, factors: FactorDtypes | None) -> str | None:
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type == "cpu" and not interpreted:
+        return "it does not run on cpu devices, other than under TRITON_INTERPRET=1 to test kernels"
+    if device.type not in ("cuda", "cpu"):
+        return f"it does not run on {device.type} devices"
+    if device.type == "cuda" and interpreted:
+        return "TRITON_INTERPRET=1 is set, and the interpreter runs kernels on the CPU"
+    if dtype == torch.float64:
+        return FP64_PROBLEM
+    if factors is not None and (factors[0] != torch.bfloat16 or factors[1] not in (None, torch.bfloat16)):
+        return f"its matrix products are of BF16, not of {factors[1] or factors[0]}"
+    return TRITON.import_problem or old_gpu_problem(device)
+
+
+def _why_not_momentum(device: torch.device, dtype: torch.dtype, factors: FactorDtypes | None) -> str | None:
+    if factors is None:
+        return "it serves matrices only"
+    if not {*factors} <= {torch.float32, torch.bfloat16, None}:
+        return f"its momentum is FP32 or BF16, and factors are {' and '.join(map(str, factors))}"
+    return _why_not(device, torch.float32, None)
+
+
+TRITON_WITH_BMM = Backend(
+    name="triton_bmm",
+    module="rootfree_kernels.triton_kernels.with_bmm",
+    devices=(),
+    why_not=_why_not,
+    makes_products=True,
+    workspace=workspace,
+)
+
+TRITON = Backend(
+    name="triton",
+    module="rootfree_kernels.triton_kernels.operators",
+    devices=("cuda",),
+    why_not=_why_not,
+    makes_products=True,
+    workspace=workspace,
+    variants={"bmm": TRITON_WITH_BMM},
+)
+
+EAGER_WITH_TRITON_MOMENTUM = Backend(
+    name="eager_with_triton_momentum",
+    module="rootfree_kernels.triton_kernels.with_eager_matrices",
+    devices=("cuda",),
+    why_not=_why_not_momentum,
+    is_fused=False,
+)

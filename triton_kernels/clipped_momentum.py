@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rootfree_kernels.momentum import cut, momentum_call
+from rootfree_kernels.pointer_tables.clipped_momentum import cut, momentum_call
 from rootfree_kernels.triton_kernels.common import TRITON_DTYPES, load_masked, pointer_to, round_nearest
 from rootfree_kernels.triton_kernels.configuration import Configuration
 from rootfree_kernels.triton_kernels.launch import kernel, launch

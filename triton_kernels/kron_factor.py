@@ -16,14 +16,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
+from rootfree_kernels.arguments import Draws, FactorOptions, Factors, Gathered
 from rootfree_kernels.packing import as_matrices, put_back
+from rootfree_kernels.pointer_tables.tables import on_device, random_bits
 from rootfree_kernels.rounding import SLOT_FACTOR_C, SLOT_FACTOR_K
-from rootfree_kernels.tables import draws, on_device
 from rootfree_kernels.triton_kernels.common import (
     effective_rounding,
     is_finite,
@@ -36,12 +38,12 @@ from rootfree_kernels.triton_kernels.common import (
     triangle_tile,
 )
 from rootfree_kernels.triton_kernels.configuration import Configuration
-from rootfree_kernels.triton_kernels.kron_gather import PADDING
 from rootfree_kernels.triton_kernels.kron_norms import both_norms, make_norms
 from rootfree_kernels.triton_kernels.launch import kernel, launch
 from rootfree_kernels.triton_kernels.products import (
     TILE_CONFIGS,
     MakeProducts,
+    TileConfig,
     make_products,
     pad_square,
     part_of_tile,
@@ -53,6 +55,7 @@ from rootfree_kernels.triton_kernels.products import (
     store_symmetric,
     tile_config,
 )
+from rootfree_kernels.triton_kernels.sizes import PADDING
 
 _SLOT_C, _SLOT_K = tl.constexpr(SLOT_FACTOR_C), tl.constexpr(SLOT_FACTOR_K)
 
@@ -234,99 +237,113 @@ def configurations() -> Iterator[Configuration]:
                 )
 
 
+class Workspace(NamedTuple):
+    """What an update works on: padded factors and momenta, and memory for results that wait until they are known to be
+    finite. All of it is taken before anything changes."""
+
+    config: TileConfig
+    num_tiles: int  # of both triangles of a block
+    state: tuple[Tensor | None, ...]  # C, K, m_C, m_K and residuals, or padded copies of those with other sides
+    new: tuple[Tensor, ...]  # C, K, m_C and m_K
+    x: Tensor  # CᵀG [L, p, d]
+    a: Tensor  # A = CᵀGK [L, p, d]
+    norms: Tensor  # [L, 2] for row sums, else [L, num_tiles]: parts of squared Frobenius norms
+    row_sums: tuple[Tensor, Tensor]  # [L, tiles, n] of each side, for `clip="row_sum"`
+    products: tuple[Tensor, Tensor]  # P_C and P_K
+    ok: Tensor  # [L]
+
+
+def _workspace(factors: Factors, momenta: list[Tensor], gathered: Gathered, row_sum: bool) -> Workspace:
+    """Return the memory of an update. `momenta` are m_C [L, p, p] and m_K [L, d, d]."""
+    grad, squares = gathered
+    num_blocks, *sides = grad.shape
+    config = tile_config(factors.factor_c.shape[-1], factors.factor_k.shape[-1])
+    kept = (*factors[:2], *momenta, factors.residual_c, factors.residual_k)
+    state = tuple([x if x is None else pad_square(x) for x in kept])
+    c, k = state[0], state[1]
+    new = tuple([torch.empty_like(x) for x in state[:4]])
+    x, a = torch.empty_like(grad), torch.empty_like(grad)
+    num_tiles = config.triangle(sides[0]) + config.triangle(sides[1])
+    norms = squares.new_empty((num_blocks, 2 if row_sum else num_tiles))
+    row_sums = norms, norms
+    if row_sum:
+        row_sums = tuple([squares.new_empty((num_blocks, config.tiles(n), n)) for n in sides])
+    ok = squares.new_empty(num_blocks, dtype=torch.bool)
+    products = factors.product_c, factors.product_k
+    if products[0] is None or products[0].shape != c.shape or products[1].shape != k.shape:
+        products = torch.empty_like(c), torch.empty_like(k)
+    return Workspace(config, num_tiles, state, new, x, a, norms, row_sums, products, ok)
+
+
 def kron_factor_by(
     make_products: MakeProducts,
-    factor_c: Tensor,
-    factor_k: Tensor,
-    momentum_c: Tensor,
-    momentum_k: Tensor,
-    residual_c: Tensor | None,
-    residual_k: Tensor | None,
-    product_c: Tensor | None,
-    product_k: Tensor | None,
-    grad: Tensor,
-    squares: Tensor,
-    seeds: Tensor,
-    steps: Tensor,
-    found_inf: Tensor | None,
-    batch_size: float,
-    beta2: float,
-    riemannian_momentum: float,
-    damping: float,
-    gamma: float,
-    clip: str,
-    rounding: str,
+    factors: Factors,
+    gathered: Gathered,
+    draws: Draws,
+    found_inf: Tensor | None,  # one element
+    options: FactorOptions,
 ) -> Tensor:
-    """See `rootfree_kernels.eager.kron_factor`; `grad` and `squares` are those of this backend's `kron_gather`.
+    """Update the factors in place and return ok [L]: see `rootfree_kernels.eager.kron_factor`.
 
-    `make_products` is launch 5: `products.make_products`, or what does the same in another way. C, K, m_C and
-    m_K have the dtype of `grad`, BF16 (or FP32, under Triton's interpreter).
+    `make_products` is launch 5: `products.make_products`, or another way to compute the same. `gathered` is what this
+    backend's `kron_gather` returned. C, K, m_C and m_K have the dtype of G, BF16 (or FP32 in Triton's interpreter).
     """
-    device = grad.device
-    num_blocks, p, d = grad.shape[0], factor_c.shape[-1], factor_k.shape[-1]
-    p_pad, d_pad = grad.shape[1:]
-    config = tile_config(p, d)
-    row_sum = clip == "row_sum"
-    # All memory is taken before anything changes.
-    momenta = [as_matrices(momentum_c, factor_c), as_matrices(momentum_k, factor_k)]
-    state = [factor_c, factor_k, *momenta, residual_c, residual_k]
-    padded = [x if x is None else pad_square(x) for x in state]
-    c, k, m_c, m_k, lo_c, lo_k = padded
-    new_c, new_k, new_m_c, new_m_k = (torch.empty_like(x) for x in (c, k, m_c, m_k))
-    x, a = torch.empty_like(grad), torch.empty_like(grad)
-    num_tiles = config.triangle(p_pad) + config.triangle(d_pad)
-    norms = squares.new_empty((num_blocks, 2 if row_sum else num_tiles))
-    sums_c = sums_k = norms
-    if row_sum:
-        sums_c, sums_k = (squares.new_empty((num_blocks, config.tiles(n), n)) for n in (p_pad, d_pad))
-    ok = squares.new_empty(num_blocks, dtype=torch.bool)
-    products = [product_c, product_k]
-    if product_c is None or product_c.shape != c.shape or product_k.shape != k.shape:
-        products = [torch.empty_like(c), torch.empty_like(k)]
-    drawn = draws(seeds, steps, device)
+    grad, squares = gathered
+    device, row_sum = grad.device, options.clip == "row_sum"
+    num_blocks, p_pad, d_pad = grad.shape
+    p, d = factors.factor_c.shape[-1], factors.factor_k.shape[-1]
+    packed = factors.momentum_c, factors.momentum_k
+    momenta = [as_matrices(m, x) for m, x in zip(packed, factors[:2], strict=True)]
+    work = _workspace(factors, momenta, gathered, row_sum)
+    config = work.config
+    c, k, m_c, m_k, lo_c, lo_k = work.state
+    new_c, new_k, new_m_c, new_m_k = work.new
+    bits = random_bits(draws, device)
 
-    torch.bmm(c.mT, grad, out=x)
-    torch.bmm(x, k, out=a)
+    torch.bmm(c.mT, grad, out=work.x)
+    torch.bmm(work.x, k, out=work.a)
     sizes = (p, d, p_pad // PADDING, d_pad // PADDING)
+    scalars = options.batch_size, options.riemannian_momentum, options.damping, options.gamma
     launch(
         kron_momentum_kernel,
-        num_blocks * num_tiles,
-        (a, c, k, m_c, m_k, new_m_c, new_m_k, squares, norms, sums_c, sums_k),
-        (
-            *(num_blocks, squares.shape[-1], *sizes),
-            *map(float, (batch_size, riemannian_momentum, damping, gamma)),
-        ),
+        num_blocks * work.num_tiles,
+        (work.a, c, k, m_c, m_k, new_m_c, new_m_k, squares, work.norms, *work.row_sums),
+        (num_blocks, squares.shape[-1], *sizes, *map(float, scalars)),
         (config.block, config.depth, row_sum),
         config.num_warps,
         config.num_stages,
         config.max_registers,
     )
     if row_sum:
-        make_norms(sums_c, sums_k, norms, config.block)
+        make_norms(*work.row_sums, work.norms, config.block)
     launch(
         kron_factor_kernel,
         num_blocks * (config.tiles(p_pad) ** 2 + config.tiles(d_pad) ** 2),
         (
             *(c, k, new_m_c, new_m_k, new_c, new_k, m_c, m_k),
             *((new_c, new_k) if lo_c is None else (lo_c, lo_k)),
-            norms,
-            *(drawn.seeds, drawn.steps, on_device(device, found_inf, 0.0), ok),
+            *(work.norms, bits.seeds, bits.steps, on_device(device, found_inf, 0.0), work.ok),
         ),
-        (drawn.stride, drawn.step_stride, *sizes, drawn.step, float(beta2), int(clip != "none")),
-        (config.block, config.depth, row_sum, effective_rounding(c.dtype, rounding)),
+        (bits.stride, bits.step_stride, *sizes, bits.step, float(options.beta2), int(options.clip != "none")),
+        (config.block, config.depth, row_sum, effective_rounding(c.dtype, options.rounding)),
         config.num_warps,
         config.num_stages,
     )
-    make_products(new_c, new_k, *products, kept=(c, k))
-    for kept, worked in zip((*state, product_c, product_k), (*padded, *products), strict=True):
-        if kept is not None and kept is not worked:
-            n = kept.shape[-1]
-            kept.copy_(worked[:, :n, :n])
-    put_back(momenta[0], momentum_c)
-    put_back(momenta[1], momentum_k)
-    changed = [x for x in (*state, product_c, product_k) if x is not None]
-    torch.autograd.graph.increment_version(changed)
-    return ok
+    make_products(new_c, new_k, *work.products, kept=(c, k))
+    _write_back(factors, momenta, work)
+    return work.ok
+
+
+def _write_back(factors: Factors, momenta: list[Tensor], work: Workspace) -> None:
+    """Copy what was padded or unpacked back to the state, and tell autograd what was changed."""
+    kept = (*factors[:2], *momenta, *factors[4:])
+    for x, worked in zip(kept, (*work.state, *work.products), strict=True):
+        if x is not None and x is not worked:
+            n = x.shape[-1]
+            x.copy_(worked[:, :n, :n])
+    put_back(momenta[0], factors.momentum_c)
+    put_back(momenta[1], factors.momentum_k)
+    torch.autograd.graph.increment_version([x for x in kept if x is not None])
 
 
 kron_factor = partial(kron_factor_by, make_products)

@@ -13,21 +13,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rootfree_kernels.arguments import Gathered, Tiling
 from rootfree_kernels.blocks import matrix_views
-from rootfree_kernels.memory_order import without_negation
-from rootfree_kernels.tables import block_table, on_device
+from rootfree_kernels.pointer_tables.memory_order import without_negation
+from rootfree_kernels.pointer_tables.tables import block_table, on_device
 from rootfree_kernels.triton_kernels.common import TRITON_DTYPES, round_nearest
 from rootfree_kernels.triton_kernels.configuration import Configuration
 from rootfree_kernels.triton_kernels.launch import kernel, launch
-
-PADDING = 8
-"""Sides of G are padded to a multiple of this."""
-
-MAX_PARTIAL_SUMS = 512
-"""The most programs of a block. Of two blocks of 4096 × 4096, each of 132 multiprocessors gets seven programs of eight
-rows. The kernels that read the sums load all sums of a block at once."""
-
-NUMBERS_PER_PROGRAM = 1 << 15
+from rootfree_kernels.triton_kernels.sizes import PADDING, num_partial_sums, padded
 
 ROWS = tl.constexpr(8)
 COLS, NARROW_COLS = tl.constexpr(256), tl.constexpr(128)
@@ -35,15 +28,6 @@ COLS, NARROW_COLS = tl.constexpr(256), tl.constexpr(128)
 
 GROUP = tl.constexpr(8)
 """Numbers of a factor that are loaded at once: 16 bytes of BF16."""
-
-
-def padded(size: int) -> int:
-    return -(-size // PADDING) * PADDING
-
-
-def num_partial_sums(rows: int, cols: int) -> int:
-    """Into how many sums the squares of a block of rows × cols are gathered."""
-    return min(MAX_PARTIAL_SUMS, max(1, rows * cols // NUMBERS_PER_PROGRAM))
 
 
 @triton.jit
@@ -147,21 +131,20 @@ def configurations() -> Iterator[Configuration]:
 
 
 def kron_gather(
-    grads: list[Tensor],
-    tiles: list[int],
-    rows: int,
-    cols: int,
-    factors: list[Tensor],
-    grad_scale: Tensor | None,
+    grads: list[Tensor],  # each [rows of its parameter, columns], any dtype and strides, or with more axes
+    tiling: Tiling,
+    factors: list[Tensor],  # C [L, p, p] and K [L, d, d], BF16, or empty
+    grad_scale: Tensor | None,  # one element
     dtype: torch.dtype,
     maximize: bool,
-) -> tuple[Tensor, Tensor]:
-    """See `rootfree_kernels.eager.kron_gather`; G is padded with zeros to sides of a multiple of 8.
+) -> Gathered:
+    """Return the gradients of a batch of blocks: see `rootfree_kernels.eager.kron_gather`.
 
-    The second tensor [1 or 3, L, number of partial sums], FP32, holds sums of squares of G (unscaled and not yet
-    rounded) and, where they are given, of C and K; ‖·‖²_F is the sum over its last axis.
+    G is padded with zeros to sides of a multiple of 8. `squares` [1 or 3, L, number of partial sums], FP32, holds sums
+    of squares of G (unscaled and not yet rounded) and, where they are given, of C and K. A squared Frobenius norm is
+    the sum over the last axis.
     """
-    device = grads[0].device
+    device, (tiles, rows, cols) = grads[0].device, tiling
     if len({grad.dtype for grad in grads}) > 1 or grads[0].dtype not in TRITON_DTYPES:
         grads = [grad.float() for grad in grads]
     views = matrix_views(without_negation(grads))
@@ -180,4 +163,4 @@ def kron_gather(
         ),
         (TRITON_DTYPES[views[0].dtype], table.aligned and cols % PADDING == 0, bool(factors)),
     )
-    return out, squares
+    return Gathered(out, squares)

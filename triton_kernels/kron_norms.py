@@ -18,9 +18,9 @@ from torch import Tensor
 
 from rootfree_kernels.triton_kernels.common import sum_of_parts
 from rootfree_kernels.triton_kernels.configuration import Configuration
-from rootfree_kernels.triton_kernels.kron_gather import PADDING
 from rootfree_kernels.triton_kernels.launch import kernel, launch
 from rootfree_kernels.triton_kernels.products import TILE_CONFIGS
+from rootfree_kernels.triton_kernels.sizes import PADDING
 
 _SUM_TILES, _SUM_ROWS = tl.constexpr(16), tl.constexpr(512)
 """Parts of `largest_row_sum` that are loaded at once."""

@@ -16,9 +16,17 @@ import triton.language as tl
 from torch import Tensor
 
 from rootfree_kernels import ranges
+from rootfree_kernels.arguments import Draws, Gathered, Preconditioner, StepOptions, Weights
 from rootfree_kernels.blocks import matrix_views
+from rootfree_kernels.pointer_tables.tables import (
+    block_table,
+    constant,
+    no_random_bits,
+    on_device,
+    random_bits,
+    split_lr,
+)
 from rootfree_kernels.rounding import SLOT_WEIGHT
-from rootfree_kernels.tables import block_table, constant, draws, no_draws, on_device, split_lr
 from rootfree_kernels.triton_kernels.common import (
     TRITON_DTYPES,
     effective_rounding,
@@ -29,7 +37,6 @@ from rootfree_kernels.triton_kernels.common import (
     store_rounded,
 )
 from rootfree_kernels.triton_kernels.configuration import Configuration
-from rootfree_kernels.triton_kernels.kron_gather import MAX_PARTIAL_SUMS, PADDING
 from rootfree_kernels.triton_kernels.launch import kernel, launch
 from rootfree_kernels.triton_kernels.products import (
     SMALL,
@@ -41,6 +48,7 @@ from rootfree_kernels.triton_kernels.products import (
     product_nn,
     tile_config,
 )
+from rootfree_kernels.triton_kernels.sizes import MAX_PARTIAL_SUMS, PADDING
 
 _SLOT = tl.constexpr(SLOT_WEIGHT)
 _PARTS = tl.constexpr(MAX_PARTIAL_SUMS)
@@ -154,32 +162,24 @@ def configurations() -> Iterator[Configuration]:
 
 def kron_step_by(
     make_products: MakeProducts,
-    params: list[Tensor],
-    buffers: list[Tensor],
-    residuals: list[Tensor],
-    tiles: list[int],
-    skipped: Tensor,
-    factor_c: Tensor,
-    factor_k: Tensor,
-    grad: Tensor,
-    squares: Tensor,
-    lr: Tensor,
-    ok: Tensor | None,
-    seeds: Tensor,
-    steps: Tensor,
-    found_inf: Tensor | None,
-    cached: bool,
-    momentum: float,
-    weight_decay: float,
-    decoupled: bool,
-    rounding: str,
+    weights: Weights,
+    preconditioner: Preconditioner,
+    gathered: Gathered,
+    lr: Tensor,  # one element
+    draws: Draws,
+    found_inf: Tensor | None,  # one element
+    options: StepOptions,
 ) -> None:
-    """See `rootfree_kernels.eager.kron_step`; `grad` and `squares` are those of this backend's `kron_gather`.
+    """Step the weights in place: see `rootfree_kernels.eager.kron_step`.
 
-    `make_products` is the launch of P_C and P_K: `products.make_products`, or what does the same in another way.
+    `make_products` computes P_C and P_K: `products.make_products`, or another way to compute the same. `gathered` is
+    what this backend's `kron_gather` returned.
     """
-    device = grad.device
-    num_blocks, p, d = grad.shape[0], factor_c.shape[-1], factor_k.shape[-1]
+    params, buffers, residuals, tiles, skipped = weights
+    factor_c, factor_k, cached, ok = preconditioner
+    grad, squares = gathered
+    device, num_blocks = grad.device, grad.shape[0]
+    p, d = factor_c.shape[-1], factor_k.shape[-1]
     ranges.phase("precondition")
     # All memory is taken before anything changes.
     c, k = pad_square(factor_c.to(grad.dtype)), pad_square(factor_k.to(grad.dtype))
@@ -188,8 +188,8 @@ def kron_step_by(
     table = block_table([*lists, *lists[1:]][:3], tiles, (p, d), device)  # the buffers stand in for no residuals
     aligned = table.aligned and d % PADDING == 0
     config = tile_config(p, d) if aligned else SMALL
-    written = effective_rounding(params[0].dtype, rounding)
-    drawn = draws(seeds, steps, device) if written == "stochastic" else no_draws(device)
+    written = effective_rounding(params[0].dtype, options.rounding)
+    bits = random_bits(draws, device) if written == "stochastic" else no_random_bits(device)
     lr_value, lr = split_lr(lr, device)
     if not cached:
         products = torch.empty_like(c), torch.empty_like(k)
@@ -205,19 +205,16 @@ def kron_step_by(
         (
             *(x, k, table.rows, skipped, squares),
             constant(1.0, device, torch.bool) if ok is None else ok,
-            *(on_device(device, found_inf, 0.0), drawn.seeds, drawn.steps, lr),
+            *(on_device(device, found_inf, 0.0), bits.seeds, bits.steps, lr),
         ),
         (
-            *(lr_value, drawn.step, int(ok is not None)),
-            *(drawn.stride, drawn.step_stride, squares.shape[-1]),
+            *(lr_value, bits.step, int(ok is not None), bits.stride, bits.step_stride, squares.shape[-1]),
             *(p, d, grad.shape[1] // PADDING, grad.shape[2] // PADDING),
-            *(float(momentum), float(weight_decay), int(decoupled)),
+            *(float(options.momentum), float(options.weight_decay), int(options.decoupled)),
         ),
         (
             *(TRITON_DTYPES[params[0].dtype], TRITON_DTYPES[buffers[0].dtype]),
-            written,
-            aligned,
-            *(config.block, config.depth),
+            *(written, aligned, config.block, config.depth),
         ),
         config.num_warps,
         config.num_stages,

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from rootfree_kernels.triton_kernels.common import dot, round_nearest, triangle_tile
 from rootfree_kernels.triton_kernels.configuration import Configuration
-from rootfree_kernels.triton_kernels.kron_gather import PADDING, padded
 from rootfree_kernels.triton_kernels.launch import kernel, launch
+from rootfree_kernels.triton_kernels.sizes import PADDING, padded
 
 
 class TileConfig(NamedTuple):

@@ -21,7 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from rootfree_kernels import rounding as rnd
-from rootfree_kernels.diagonal import GRAD_DTYPES, STATE_DTYPES, diagonal_call
+from rootfree_kernels.arguments import DiagonalOptions, DiagonalState, Draws, Scaling
+from rootfree_kernels.pointer_tables.rf_rmsprop import GRAD_DTYPES, STATE_DTYPES, diagonal_call
 from rootfree_kernels.triton_kernels.common import (
     TRITON_DTYPES,
     is_finite,
@@ -195,53 +196,32 @@ def _num_programs(row: tuple[int, ...]) -> int:
 
 
 def rf_rmsprop(
-    params: list[Tensor],
-    squares: list[Tensor],
-    buffers: list[Tensor],
-    skipped: list[Tensor],
-    square_residuals: list[Tensor],
-    weight_residuals: list[Tensor],
+    params: list[Tensor],  # n tensors of any shapes and strides
+    state: DiagonalState,
     grads: list[Tensor],
-    lr: Tensor,
-    seeds: Tensor,
-    steps: Tensor,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    batch_size: float,
-    beta2: float,
-    gamma: float,
-    momentum: float,
-    damping: float,
-    weight_decay: float,
-    decoupled: bool,
-    maximize: bool,
-    rounding: str,
-    weight_rounding: str,
+    lr: Tensor,  # one element
+    draws: Draws,
+    scaling: Scaling,
+    options: DiagonalOptions,
 ) -> None:
-    """One step of n tensors of any shapes and strides, in place (Lin et al., ICML 2024, Fig. 4 and 6):
+    """Step n tensors in place: see `rootfree_kernels.eager.rf_rmsprop`.
 
-        s ← (1 − β₂γ)s + β₂·B·g²,    m ← α₁m + g/(s + λ) + κμ,    μ ← μ − β₁m
-
-    See `rootfree_kernels.eager.rf_rmsprop`, whose results these are, and `rootfree_kernels.diagonal.diagonal_call`.
+    `rootfree_kernels.pointer_tables.rf_rmsprop.diagonal_call` says which tensors are copied first.
 
     Raises:
-        ValueError: dtypes that no kernel serves.
+        ValueError: no kernel serves these dtypes.
     """
     if not params:
         return
-    lists = (params, squares, buffers, skipped, square_residuals, weight_residuals, grads)
-    options = (batch_size, beta2, gamma, momentum, damping, weight_decay, decoupled, maximize)
-    call = diagonal_call(
-        *(_num_programs, *lists, lr, seeds, steps, grad_scale, found_inf, *options, rounding, weight_rounding)
-    )
+    call = diagonal_call(_num_programs, params, state, grads, lr, draws, scaling, options)
     launch(
         rf_rmsprop_kernel,
         call.where.num_programs,
         (
             *(call.where.rows, call.grads, call.where.owners, call.where.counters),
-            *(call.drawn.seeds, call.drawn.steps, call.lr, call.grad_scale, call.found_inf),
+            *(call.bits.seeds, call.bits.steps, call.lr, call.grad_scale, call.found_inf),
         ),
-        (call.drawn.stride, call.drawn.step_stride, call.drawn.step, call.lr_value, *call.numbers),
+        (call.bits.stride, call.bits.step_stride, call.bits.step, call.lr_value, *call.scalars),
         (*(TRITON_DTYPES[dtype] for dtype in call.dtypes), *call.modes),
         NUM_WARPS,
     )

@@ -1,9 +1,9 @@
-"""What the eager operators share: widening, stored values and their rounding, the heavy-ball step of the weights."""
+"""Helpers of the eager operators: wide values, stored values and their rounding, and the heavy-ball step."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,33 +12,31 @@ from rootfree_kernels import rounding as rnd
 
 WIDE = (torch.float32, torch.float64)
 
+CACHE_ELEMENTS = 1 << 18
+"""Elements of G that a CPU works on at a time: half a dozen FP32 tensors of this size (6 MiB) stay near a core."""
+
 
 def wide(x: Tensor) -> Tensor:
-    """`x` in the dtype of element-wise arithmetic: FP32, or FP64 where `x` is FP64."""
+    """Return `x` in the dtype of element-wise arithmetic: FP32, or FP64 if `x` is FP64."""
     return x if x.dtype == torch.float64 else x.float()
 
 
-def as_scalar(x: Tensor) -> Tensor:
-    """A one-element tensor as 0-d, without reading it."""
-    return x.reshape(())
-
-
 class Stored(NamedTuple):
-    """A tensor as the optimizer keeps it, with all that is needed to write a new value in its place."""
+    """A tensor as the optimizer keeps it, and what is needed to round a new value into its place."""
 
     value: Tensor
     residual: Tensor | None  # int16, the lower half of a compensated pair
     rounding: str
-    draw_bits: Callable[[], Tensor]  # called only where stochastic rounding needs them
+    draw_bits: Callable[[], Tensor]  # called only if stochastic rounding needs random bits
 
     def load(self) -> Tensor:
-        """The wide value."""
+        """Return the wide value."""
         if self.residual is None:
-            return wide(self.value)
+            return self.value if self.value.dtype == torch.float64 else self.value.float()
         return rnd.join_compensated(self.value, self.residual)
 
     def rounded(self, new: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Wide `new` as (value, residual) to store. Only BF16 knows rounding modes; other dtypes round to nearest."""
+        """Return wide `new` as the (value, residual) to store. Dtypes other than BF16 are rounded to nearest."""
         if self.residual is not None:
             return rnd.split_compensated(new.float())
         if self.value.dtype == torch.bfloat16 and self.rounding == "stochastic":
@@ -56,14 +54,14 @@ def heavy_ball_(
     weight_decay: float,
     decoupled: bool,
 ) -> None:
-    """The heavy-ball step along preconditioned directions u, in place; all are wide and finite, `lr` is 0-d.
+    """Step weights along preconditioned directions u with heavy-ball momentum, in place.
 
         m ← α₁m + u + κμ,    μ ← μ − β₁m                      (Fig. 6; L2 decay, the default)
         m ← α₁m + u,         μ ← (1 − β₁κ)μ − β₁m             (decoupled, as in AdamW)
 
-    `keep` [number of tensors, …] is 1 where a step is taken and 0 where it is not, and is broadcast over a tensor. It
-    multiplies, which is as exact as `torch.where`, whose broadcast condition is slow on a CPU. The directions are
-    overwritten.
+    All tensors are wide and finite; `lr` is 0-d. `keep` [number of tensors, …] is 1 where a step is taken and 0
+    elsewhere, and is broadcast over a tensor. It multiplies, which is as exact as `torch.where`; `torch.where` is slow
+    on a CPU if its condition is broadcast. The directions are overwritten.
     """
     keeps, rates = list(keep.unbind()), list((keep * lr).unbind())
     torch._foreach_add_(directions, buffers, alpha=momentum)
@@ -73,3 +71,21 @@ def heavy_ball_(
     if weight_decay and decoupled:
         torch._foreach_addcmul_(weights, weights, rates, value=-weight_decay)
     torch._foreach_addcmul_(weights, directions, rates, value=-1)
+
+
+def cache_slices(num_blocks: int, rows: int, cols: int, device: torch.device) -> list[slice]:
+    """Return slices of L blocks of p × d that are worked through one after the other.
+
+    On a CPU a slice holds as many blocks as its cache can, with everything computed from them. Other devices take all
+    blocks at once.
+    """
+    step = max(1, CACHE_ELEMENTS // (rows * cols)) if device.type == "cpu" else num_blocks
+    return [slice(start, start + step) for start in range(0, num_blocks, step)]
+
+
+T = TypeVar("T", bound=tuple[Any, ...])
+
+
+def some_blocks(fields: T, part: slice) -> T:
+    """Return a named tuple with the fields of some blocks: tensors and lists are sliced, everything else stays."""
+    return type(fields)(*[x[part] if isinstance(x, Tensor | list) else x for x in fields])

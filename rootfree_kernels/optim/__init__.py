@@ -1,7 +1,21 @@
-"""The optimizers, one file each, and what they share.
+"""The optimizers.
 
-`base` has the step and the conventions, `options` the checks, `layout` and `checkpoint` the state, `factor_batch` the
-batches of blocks, `schedules` when factors are updated.
+    if_shampoo          IFShampoo
+    rf_rmsprop          RFRMSProp and RFAdaGrad
+    schedules           GrowingInterval: when factors are updated
+    base                the step, and the conventions of torch.optim
+    planner             checks before a step, and building of state and plans
+    plan                what is kept from step to step: the batches of a step
+    elementwise_batch   the diagonal step of a list of tensors
+    block_step          the step of a batch of blocks
+    block_batch         the storage of a batch of blocks: factors and their momenta
+    context             what all batches of a step share: options, lr, gradient scaler
+    options             the rules of options, parameters and gradients, with their error messages
+    state_spec          what the state of a parameter looks like
+    checkpoint          saving and loading of that state
+    report              which batches an optimizer steps, and which backend steps each
+
+`docs/a-step.md` follows one gradient through these files.
 """
 
 from rootfree_kernels.optim.if_shampoo import IFShampoo

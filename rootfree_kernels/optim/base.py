@@ -1,75 +1,70 @@
-"""What both optimizers share: the conventions of torch.optim, the step, eager and compiled, the diagonal step."""
+"""What all optimizers share: the conventions of torch.optim, and the step, eager and compiled."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
+from torch.optim.optimizer import Optimizer, ParamsT
 
-from rootfree_kernels import ops, ranges
-from rootfree_kernels.backends import is_captured
-from rootfree_kernels.optim.layout import Entry, Group, is_pair, state_dtype
+from rootfree_kernels import ranges
+from rootfree_kernels.arguments import Scaling
+from rootfree_kernels.optim.checkpoint import check_state_dict, restore_callables, restore_tensors, without_callables
+from rootfree_kernels.optim.context import GroupOptions, StepContext, group_options
 from rootfree_kernels.optim.options import check_options, check_param
-from rootfree_kernels.optim.plan import Diagonal, Matrices, Plan
-from rootfree_kernels.optim.planned import PlannedOptimizer
-from rootfree_kernels.optim.workspace import reserve
+from rootfree_kernels.optim.plan import StepPlan, reserve
+from rootfree_kernels.optim.planner import PlannedStep, Planner, check_backends
+from rootfree_kernels.optim.state_spec import Group
 
 
 def lr_scalar(lr: float | Tensor) -> Tensor:
-    """The learning rate as a 0-d tensor, never read: a Tensor stays on its device, a float becomes FP64."""
+    """Return the learning rate as a 0-d tensor. A Tensor stays on its device and is never read; a float becomes FP64."""
     return lr.reshape(()) if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64, device="cpu")
 
 
-def without_autocast(plan: Plan) -> AbstractContextManager[Any]:
-    """No casts by `torch.autocast` in a step on the plan's device."""
+def without_autocast(plan: StepPlan) -> AbstractContextManager[Any]:
+    """Return a context in which `torch.autocast` casts nothing on the plan's device."""
     if plan.knows_autocast and torch.is_autocast_enabled(plan.device.type):
         return torch.autocast(plan.device.type, enabled=False)
     return nullcontext()
 
 
-class Shared(NamedTuple):
-    """What the operators of a group's step on one device have in common."""
-
-    lr: Tensor
-    grad_scale: Tensor | None
-    found_inf: Tensor | None
-    marked: bool
-    """Whether a profiler wants to know where phases begin."""
-
-
-class RootFreeOptimizer(PlannedOptimizer):
+class RootFreeOptimizer(Optimizer):
     """Base of the optimizers; see `RFRMSProp` and `IFShampoo`.
 
     State of every parameter: `step`, the number of calls with a gradient (FP32, 0-d; on the CPU, or with `capturable`
-    on the parameter's device); `momentum_buffer`, of the parameter's shape; `skipped` (int32), how many steps were left
-    out, whole or in part, because they were not finite.
+    on the parameter's device); `momentum_buffer`, of the parameter's shape; `skipped` (int32), how many steps left out
+    the parameter, or a part of it, because they were not finite.
     """
 
-    _step_supports_amp_scaling = True  # GradScaler hands over grad_scale and found_inf, which stay on the device
+    _step_supports_amp_scaling = True  # GradScaler then sets grad_scale and found_inf, which stay on the device
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
-        self._forget()
+        self._planner = Planner()
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._forget()
+        self._planner = Planner()
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; options that it does not name take the constructor's values. Errors leave all as it was."""
+        """Add a group. Options that it does not name take the constructor's values.
+
+        Raises:
+            TypeError, ValueError: the group or one of its parameters cannot be served; nothing was changed.
+        """
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group is a {type(param_group).__name__}: pass a dict, {{'params': [...], ...}}.")
         group = dict(param_group)
         if isinstance(group["params"], Tensor):
             group["params"] = [group["params"]]
-        if not isinstance(group["params"], set):  # refused by torch, with a message of its own
+        if not isinstance(group["params"], set):  # torch refuses a set, with a message of its own
             group["params"] = list(group["params"])
         seen: set[Tensor] = set()
         for index, item in enumerate(group["params"]):
@@ -81,8 +76,48 @@ class RootFreeOptimizer(PlannedOptimizer):
         options = {**self.defaults, **group}
         check_options(options)
         if options["fused"]:
-            self._check_backends(list(seen), options)
+            check_backends(list(seen), options)
         super().add_param_group(group)
+
+    # ---- checkpoints ----------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state dict, as `torch.optim.Optimizer.state_dict`.
+
+        Callables among the options are saved as their names, so that `torch.load(weights_only=True)` reads it. An
+        optimizer that loads it keeps its own callables.
+        """
+        return without_callables(super().state_dict())
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of the same class and of parameters of the same shapes. Dtypes stay as they were saved.
+
+        Raises:
+            ValueError: it belongs to another optimizer or to other shapes; nothing was changed.
+        """
+        final: dict[str, Any] = {}
+        own_groups = [dict(group) for group in self.param_groups]
+
+        def check(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+            """Runs as the last hook before the load, and so sees what will be loaded."""
+            check_state_dict(self, state_dict)
+            final.update(state_dict)
+
+        def restore(optimizer: Optimizer) -> None:
+            """Runs as the first hook after the load."""
+            restore_tensors(self.param_groups, self.state, final)
+            restore_callables(self.param_groups, own_groups)
+
+        handles = [
+            self.register_load_state_dict_pre_hook(check),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._planner = Planner()
 
     # ---- the step -------------------------------------------------------------------------------------------------
 
@@ -106,123 +141,74 @@ class RootFreeOptimizer(PlannedOptimizer):
             self._step_all()
         return loss
 
-    @torch.compiler.disable(reason="a step is traced where every group has capturable=True and nothing is amiss")
+    @torch.compiler.disable(reason="a step is traced if every group has capturable=True and nothing is wrong")
     def _step_all(self) -> None:
         with ranges.step(f"{type(self).__name__}.step"):
-            every = self._ready()
-            if any(is_captured(plan.device) and not group["capturable"] for group, plan, _ in every):
+            every = self._planner.planned_steps(self.param_groups, self.state)
+            self._prepare(every)
+            for group, options, plan, grads in every:
+                with without_autocast(plan):
+                    plan.step(grads, self._context(group, options, plan.device, ranges.listened))
+                plan.note_versions()
+
+    def _prepare(self, every: list[PlannedStep]) -> None:
+        """Raise what a step can only raise before anything has changed."""
+        for group, _, plan, _ in every:
+            if plan.device.type == "cuda" and not group["capturable"] and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(
                     "capturable=False in a step that a CUDA graph captures: its count of steps stays on the host, so "
                     "that every replay would take the same step; pass capturable=True."
                 )
-            reserve(ready.plan for ready in every)
-            for group, plan, grads in every:
-                with without_autocast(plan):
-                    self._step_plan(group, plan, grads)
-                plan.note_versions()
+        if any(step.plan.workspace for step in every):
+            reserve([step.plan for step in every])
+
+    def _context(self, group: Group, options: GroupOptions, device: torch.device, is_profiled: bool) -> StepContext:
+        """Return what the batches of a plan share. The scaler's tensors are moved to the plan's device."""
+        scaling = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        on_device = Scaling(*[x if x is None else x.to(device, non_blocking=True) for x in scaling])
+        return StepContext(options, lr_scalar(group["lr"]), on_device, is_profiled)
+
+    # ---- the compiled step ----------------------------------------------------------------------------------------
 
     @torch.compiler.assume_constant_result
     def _trace_number(self) -> int | None:
-        """Where in `_traced` the plans of the step stand that is being compiled; None where it cannot be traced.
+        """Return the number of the plans, in `Planner.traced`, of the step that is being compiled. None means that it
+        cannot be traced.
 
-        The compiler runs this instead of tracing it. The state is made, everything is checked and planned here, and
-        what is compiled goes by the plans for as long as its guards hold (see `_init_group`).
+        The compiler runs this instead of tracing it. Here the state is made, and everything is checked and planned. The
+        compiled code keeps to these plans as long as its guards hold (see `_init_group`).
         """
         if not all(group["capturable"] for group in self.param_groups):
             return None
         try:
-            every = self._ready()
-        except (RuntimeError, ValueError):  # `_step_all` raises it again, in its time
+            every = self._planner.planned_steps(self.param_groups, self.state)
+        except (RuntimeError, ValueError):  # `_step_all` will raise it again
             return None
-        plans = [[ready.plan for ready in every if ready.group is group] for group in self.param_groups]
-        for number, known in self._traced.items():
+        plans = [[step.plan for step in every if step.group is group] for group in self.param_groups]
+        traced = self._planner.traced
+        for number, known in traced.items():
             if known == plans:
                 return number
-        self._traced[len(self._traced)] = plans
-        return len(self._traced) - 1
+        traced[len(traced)] = plans
+        return len(traced) - 1
 
     def _step_traced(self, number: int) -> None:
-        for index, (group, plans) in enumerate(zip(self.param_groups, self._traced[number], strict=True)):
+        for index, (group, plans) in enumerate(zip(self.param_groups, self._planner.traced[number], strict=True)):
             guarded: list[Tensor] = []
             self._init_group(group, number, index, guarded)
+            options = group_options(group)  # read here, so that the compiler guards on every option
             for plan in plans:
                 with without_autocast(plan):
-                    self._step_plan(group, plan, [param.grad for param in plan.params])  # type: ignore[misc]
+                    grads: list[Any] = [param.grad for param in plan.params]
+                    plan.step(grads, self._context(group, options, plan.device, False))
 
     def _init_group(self, group: Group, number: int, index: int, guarded: list[Tensor]) -> None:
         """List the tensors of a group's state and of its plans.
 
-        The name is one that the compiler knows from PyTorch's optimizers: it runs this instead of tracing it, and
-        compiles anew where an option, the presence of a gradient or one of these tensors is another one than now.
+        The compiler knows this name from PyTorch's optimizers: it runs the method instead of tracing it, and compiles
+        again if an option, the presence of a gradient or one of these tensors changes.
         """
-        for device_state in self._bases[index].device_states:
+        for device_state in self._planner.caches[index].device_states:
             guarded.extend(device_state.tensors())
-        for plan in self._traced[number][index]:
+        for plan in self._planner.traced[number][index]:
             guarded.extend(plan.tensors())
-
-    def _step_plan(self, group: Group, plan: Plan, grads: list[Tensor]) -> None:
-        """Step the parameters of a plan. This, in essence, is what `torch.compile` traces."""
-        marked = not torch.compiler.is_compiling() and ranges.listened
-        shared = Shared(lr_scalar(group["lr"]), *self._amp(plan.device), marked)
-        for part, where, steps in zip(plan.parts, plan.slices, plan.steps(), strict=True):
-            if marked:
-                ranges.batch(part.label)
-            if isinstance(part, Diagonal):
-                self._step_diagonal(group, part, grads[where], steps, shared)
-            else:
-                self._step_matrices(group, part, grads[where], steps, shared)
-        if marked:
-            ranges.end_batch()
-        plan.count_step()
-
-    def _diagonal_layout(self, param: Tensor, group: Group) -> dict[str, Entry]:
-        shape, kept = tuple(param.shape), state_dtype(param, group)
-        layout = {
-            "square": Entry(shape, kept, fill=1.0, like_param=True),
-            "momentum_buffer": Entry(shape, kept, like_param=True),
-            "skipped": Entry((), torch.int32),
-        }
-        if is_pair(kept, group["rounding"]):
-            layout["square_residual"] = Entry(shape, torch.int16, like_param=True)
-        if is_pair(param.dtype, group["weight_rounding"]):
-            layout["weight_residual"] = Entry(shape, torch.int16, like_param=True)
-        return layout
-
-    def _amp(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-        """GradScaler's (grad_scale, found_inf) on `device`, None outside of it."""
-        scaling = (getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
-        grad_scale, found_inf = (x if x is None else x.to(device, non_blocking=True) for x in scaling)
-        return grad_scale, found_inf
-
-    def _step_diagonal(self, group: Group, part: Diagonal, grads: list[Tensor], steps: Tensor, shared: Shared) -> None:
-        if shared.marked:
-            ranges.phase("apply")
-        ops.run(
-            "rf_rmsprop",
-            part.params,
-            part.squares,
-            part.buffers,
-            part.skipped,
-            part.square_residuals,
-            part.weight_residuals,
-            grads,
-            shared.lr,
-            part.seeds,
-            steps,
-            shared.grad_scale,
-            shared.found_inf,
-            group["batch_size"],
-            group["beta2"],
-            group["gamma"],
-            group["momentum"],
-            group["damping"],
-            group["weight_decay"],
-            group["decoupled_weight_decay"],
-            group["maximize"],
-            group["rounding"],
-            group["weight_rounding"],
-            part.backend,
-        )
-
-    def _step_matrices(self, group: Group, part: Matrices, grads: list[Tensor], steps: Tensor, shared: Shared) -> None:
-        raise NotImplementedError

@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT, required
 
-from rootfree_kernels import ops, ranges
-from rootfree_kernels.backends import FactorDtypes, makes_products
-from rootfree_kernels.blocks import Tile, tiles
-from rootfree_kernels.optim.base import RootFreeOptimizer, Shared
-from rootfree_kernels.optim.factor_batch import caches_products, factor_dtypes, suffix, tile_layout
-from rootfree_kernels.optim.layout import Entry, Group, is_pair, state_dtype
-from rootfree_kernels.optim.plan import Matrices
+from rootfree_kernels.optim.base import RootFreeOptimizer
 
 
 class IFShampoo(RootFreeOptimizer):
@@ -121,140 +114,3 @@ class IFShampoo(RootFreeOptimizer):
     ) -> None:
         options = {k: v for k, v in locals().items() if k not in ("self", "params", "__class__")}
         super().__init__(params, options)
-
-    # ---- state ----------------------------------------------------------------------------------------------------
-
-    def _tiles(self, param: Tensor, group: Group) -> list[Tile]:
-        if group["structure"] == "elementwise" or not param.numel():
-            return []
-        return tiles(param.shape, group["max_preconditioner_dim"])
-
-    def _layout(self, param: Tensor, group: Group) -> dict[str, Entry]:
-        parts = self._tiles(param, group)
-        if not parts:
-            return self._diagonal_layout(param, group)
-        layout = {"momentum_buffer": Entry(tuple(param.shape), state_dtype(param, group))}
-        if is_pair(param.dtype, group["weight_rounding"]):
-            layout["weight_residual"] = Entry(tuple(param.shape), torch.int16)
-        for number, tile in enumerate(parts):
-            for name, entry in tile_layout(tile, group).items():
-                layout[name + suffix(number)] = entry
-        return layout
-
-    def _init_state(self, param: Tensor, group: Group) -> None:
-        super()._init_state(param, group)
-        for name, tensor in self.state[param].items():
-            if name.startswith("factor_"):
-                tensor.diagonal(dim1=-2, dim2=-1).fill_(1.0)
-
-    def _factor_dtypes(self, param: Tensor, group: Group) -> FactorDtypes | None:
-        return factor_dtypes(group) if self._tiles(param, group) else None
-
-    def _layout_key(self, group: Group) -> Any:
-        return *super()._layout_key(group), caches_products(group)
-
-    # ---- the step -------------------------------------------------------------------------------------------------
-
-    def _due(self, group: Group, read_counts: Callable[[], list[float]]) -> bool | tuple[bool, ...]:
-        frequency = group["precondition_frequency"]
-        if frequency == 1:
-            return True
-        counts = read_counts()
-        if callable(frequency):
-            due = {count: bool(frequency(int(count))) for count in set(counts)}
-        else:
-            due = {count: int(count) % frequency == 0 for count in set(counts)}
-        return tuple([due[count] for count in counts]) if len(set(due.values())) > 1 else all(due.values())
-
-    def _step_matrices(self, group: Group, part: Matrices, grads: list[Tensor], steps: Tensor, shared: Shared) -> None:
-        batch = part.batch
-        if shared.marked:
-            ranges.phase("gather")
-        blocks = batch.part(part.blocks)
-        if part.update and makes_products(batch.backend) and not batch.products:
-            blocks = {**blocks, **batch.empty_products(blocks["factor_c"], blocks["factor_k"])}
-        grad, squares = ops.run(
-            "kron_gather",
-            grads,
-            part.tiles,
-            *batch.block_shape,
-            [blocks["factor_c"], blocks["factor_k"]] if part.update and group["damping"] else [],
-            shared.grad_scale,
-            batch.matmul_dtype,
-            group["maximize"],
-            batch.backend,
-        )
-        ok = None
-        if part.update:
-            if shared.marked:
-                ranges.phase("factor update")
-            ok = ops.run(
-                "kron_factor",
-                blocks["factor_c"],
-                blocks["factor_k"],
-                blocks["momentum_c"],
-                blocks["momentum_k"],
-                blocks.get("residual_c"),
-                blocks.get("residual_k"),
-                blocks.get("product_c"),
-                blocks.get("product_k"),
-                grad,
-                squares,
-                blocks["seeds"],
-                steps,
-                shared.found_inf,
-                group["batch_size"],
-                group["beta2"],
-                group["riemannian_momentum"],
-                group["damping"],
-                group["gamma"],
-                group["clip"],
-                group["rounding"],
-                batch.backend,
-            )
-        self._step_weights(group, part, blocks, grad, squares, ok, steps, shared)
-        batch.put_back(part.blocks, blocks, part.update)
-
-    def _step_weights(
-        self,
-        group: Group,
-        part: Matrices,
-        blocks: dict[str, Tensor],
-        grad: Tensor,
-        squares: Tensor,
-        ok: Tensor | None,
-        steps: Tensor,
-        shared: Shared,
-    ) -> None:
-        matrices = part.params
-        if not part.flat:  # a contiguous weight, or one of two axes, is cut as it is; others are copied and back
-            matrices = [p if p.dim() == 2 or p.is_contiguous() else p.contiguous() for p in part.params]
-        source = "product" if "product_c" in blocks else "factor"
-        if shared.marked:
-            ranges.end_phase()  # the operator has two of its own
-        ops.run(
-            "kron_step",
-            matrices,
-            part.buffers,
-            part.residuals,
-            part.tiles,
-            blocks["skipped"],
-            blocks[f"{source}_c"],
-            blocks[f"{source}_k"],
-            grad,
-            squares,
-            shared.lr,
-            ok,
-            blocks["seeds"],
-            steps,
-            shared.found_inf,
-            source == "product",
-            group["momentum"],
-            group["weight_decay"],
-            group["decoupled_weight_decay"],
-            group["weight_rounding"],
-            part.batch.backend,
-        )
-        for param, matrix in zip(part.params, matrices, strict=True) if not part.flat else ():
-            if matrix is not param:
-                param.copy_(matrix)

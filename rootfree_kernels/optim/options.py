@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import required
 
-from rootfree_kernels.backends import DTYPES
+from rootfree_kernels.ops.backends import DTYPES
 from rootfree_kernels.rounding import ROUNDINGS
 
 CLIPS = ("frobenius", "row_sum", "none")

@@ -1,98 +1,64 @@
-"""What a step needs beside gradients and options, made once and kept from step to step while it holds.
+"""What a step needs beside gradients and options. It is made once and kept from step to step while it is valid.
 
-    Basis         of a group: its parameters, what they are, and the options that the rest depends on
-    DeviceState   its state on one device, packed: batches of factors, and the counts of steps in one tensor
-    Plan          the operators' lists of tensors, for the parameters that have gradients and those that are due
+    GroupCache    of a group: its parameters, what they looked like, and its options
+    DeviceState   the state of a group on one device: batches of blocks, and all counts of steps in one tensor
+    StepPlan      the batches of one step, for the parameters that have gradients and the factors that are due
 
-Whether they still hold is asked at every step, and so in passes over lists that run in C (`bench.host_step`).
+Every step asks whether they are still valid. The checks are passes over lists that run in C, since they are a large part
+of a step's time on the host (`python -m bench.host_step`).
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate, chain, pairwise
 from operator import attrgetter, is_
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from rootfree_kernels import ranges
 from rootfree_kernels.blocks import Tile
-from rootfree_kernels.dispatch import for_diagonal
-from rootfree_kernels.optim.factor_batch import FactorBatch, make_batches, tile_numbers
-from rootfree_kernels.optim.layout import Group, arithmetic_dtype, is_pair, needs_bits, state_dtype
-from rootfree_kernels.optim.workspace import workspace
+from rootfree_kernels.optim.block_batch import make_batches
+from rootfree_kernels.optim.block_step import BlockBatchStep, block_steps
+from rootfree_kernels.optim.context import GroupOptions, StepContext, group_options
+from rootfree_kernels.optim.elementwise_batch import ElementwiseBatch, elementwise_batches
+from rootfree_kernels.optim.state_spec import Group
 
 MAX_PLANS = 64
-"""Kept for a group on a device, where gradients come and go."""
+"""The most plans kept for a group on a device, where parameters have gradients in some steps only."""
+
+RESERVING_DEVICES = ("cuda",)
+"""Types of devices whose allocator keeps memory at hand that was given back."""
 
 SeedOf = Callable[[Tensor, int], int]
-"""From a parameter and the number of one of its blocks."""
+"""Returns the seed of a parameter's block, from the index of the block."""
 
 _grad, _dtype = attrgetter("grad"), attrgetter("dtype")
 _LOOKS = (_dtype, *map(attrgetter, ("device", "shape", "layout")))
 
 
 def kinds(tensors: Sequence[Tensor]) -> list[list[Any]]:
-    """Dtypes, devices, shapes and layouts: a list of each, which is quicker than a tuple for each tensor."""
+    """Return dtypes, devices, shapes and layouts: one list of each, which is faster than a tuple for each tensor."""
     return [list(map(look, tensors)) for look in _LOOKS]
 
 
 def _places(tensors: Sequence[Tensor]) -> list[list[Any]]:
+    """Return addresses and dtypes."""
     return [list(map(Tensor.data_ptr, tensors)), list(map(_dtype, tensors))]
 
 
-def _same(left: Iterable[Any], right: Sequence[Any]) -> bool:
-    """Whether both hold the same objects."""
+def _are_same(left: Iterable[Any], right: Sequence[Any]) -> bool:
+    """Return whether both hold the same objects in the same order."""
     objects = list(left)
     return len(objects) == len(right) and all(map(is_, objects, right))
 
 
-class Diagonal(NamedTuple):
-    """Parameters of one dtype, with gradients of one dtype, that one `rf_rmsprop` steps."""
-
-    params: list[Tensor]
-    squares: list[Tensor]
-    buffers: list[Tensor]
-    skipped: list[Tensor]
-    square_residuals: list[Tensor]
-    weight_residuals: list[Tensor]
-    seeds: Tensor
-    backend: str
-    owners: list[int]  # for each tensor its parameter's row in the counts; none where no random bits are drawn
-
-    @property
-    def label(self) -> str:
-        """What profilers call it."""
-        return f"diagonal step of {len(self.params)} tensor{'s' * (len(self.params) != 1)}"
-
-
-class Matrices(NamedTuple):
-    """Members of a batch of blocks that are stepped together: all with, or all without an update of their factors."""
-
-    params: list[Tensor]
-    buffers: list[Tensor]
-    residuals: list[Tensor]
-    tiles: list[int]
-    batch: FactorBatch
-    blocks: Tensor | None  # their numbers in the batch, None for all
-    update: bool
-    flat: bool  # whether all parameters have two axes
-    owners: list[int]  # as above, for each block
-
-    @property
-    def label(self) -> str:
-        """What profilers call it."""
-        rows, cols = self.batch.block_shape
-        num_blocks = sum(down * across for down, across in zip(self.tiles[1::4], self.tiles[3::4], strict=True))
-        return f"{num_blocks} block{'s' * (num_blocks != 1)} of {rows}x{cols}"
-
-
 class DeviceState:
-    """The state of those parameters of a group that lie on one device and have been stepped.
+    """The state of those parameters of a group that are on one device and have been stepped.
 
-    `counts` [number of parameters] are their steps, of which the states hold 0-d views.
+    `counts` [number of parameters] holds their counts of steps. Their states hold 0-d views of it.
     """
 
     def __init__(self, tiles_of: Mapping[Tensor, Sequence[Tile]], states: Any, group: Group, seed_of: SeedOf) -> None:
@@ -100,7 +66,8 @@ class DeviceState:
         self.device = self.params[0].device
         self.counts = self._packed_counts(states, self.device if group["capturable"] else torch.device("cpu"))
         self.batches = make_batches(tiles_of, states, group, seed_of)
-        self.plans: dict[Any, Plan] = {}
+        self.cached_batches = [batch for batch in self.batches if batch.products]
+        self.plans: dict[Any, StepPlan] = {}
         self._states = [states[param] for param in self.params]
         self._entries = list(self._held())
 
@@ -115,49 +82,54 @@ class DeviceState:
         return chain.from_iterable(map(dict.values, self._states))
 
     def tensors(self) -> list[Tensor]:
-        """All that the states hold."""
+        """Return all tensors of the states."""
         return [entry for entry in self._entries if isinstance(entry, Tensor)]
 
-    def holds(self, states: Any) -> bool:
-        """Whether the states still hold the same tensors: a user may have put others in their place."""
+    def is_valid(self, states: Any) -> bool:
+        """Return whether the states still hold the same tensors: a user may have replaced some."""
         return (
-            _same(map(states.get, self.params), self._states)
-            and _same(self._held(), self._entries)
-            and all(batch.products_hold() for batch in self.batches)
+            _are_same(map(states.get, self.params), self._states)
+            and _are_same(self._held(), self._entries)
+            and all(batch.products_are_valid() for batch in self.cached_batches)
         )
 
     def gradients(self) -> tuple[list[Tensor | None], tuple[bool, ...]]:
-        """Of all parameters, and for each whether there is one."""
+        """Return the gradients of all parameters, and for each parameter whether it has one."""
         grads = list(map(_grad, self.params))
         return grads, tuple([grad is not None for grad in grads])
 
-    def keep(self, key: Any, plan: Plan) -> None:
+    def keep(self, key: Any, plan: StepPlan) -> None:
+        """Cache a plan."""
         if len(self.plans) >= MAX_PLANS:
             self.plans.clear()
         self.plans[key] = plan
 
 
-class Basis:
-    """What all that is kept for a group rests on. `key` stands for the options that decide over state and plans."""
+class GroupCache:
+    """What is kept for a group, and what it depends on."""
 
-    def __init__(self, group: Group, key: Any, options: Any, states: Any, device_states: list[DeviceState]) -> None:
-        self.key, self.options = key, options
+    def __init__(
+        self, group: Group, key: Any, option_values: Any, states: Any, device_states: list[DeviceState]
+    ) -> None:
+        self.key, self.option_values = key, option_values
+        self.options: GroupOptions = group_options(group)
         self.device_states = device_states
         self._params = list(group["params"])
         self._kinds, self._places = kinds(self._params), _places(self._params)
         self._stateless = [param for param in self._params if not states.get(param)]
 
-    def holds(self, params: Sequence[Tensor], states: Any) -> bool:
-        """Whether parameters and state are the same, and no parameter joins the others by its first gradient."""
+    def is_valid(self, params: Sequence[Tensor], states: Any) -> bool:
+        """Return whether parameters and state are the same, and no parameter has its first gradient."""
         return (
-            _same(params, self._params)
-            and self._are_alike(params)
+            _are_same(params, self._params)
+            and self._are_unchanged(params)
             and not any(param.grad is not None for param in self._stateless)
-            and all(device_state.holds(states) for device_state in self.device_states)
+            and all(device_state.is_valid(states) for device_state in self.device_states)
         )
 
-    def _are_alike(self, params: Sequence[Tensor]) -> bool:
-        """Whether the parameters are what they were: no question of it while they lie where they lay."""
+    def _are_unchanged(self, params: Sequence[Tensor]) -> bool:
+        """Return whether the parameters look as before. Unchanged addresses imply unchanged parameters: a cheap test
+        comes first."""
         if (places := _places(params)) != self._places:
             if kinds(params) != self._kinds:
                 return False
@@ -165,8 +137,8 @@ class Basis:
         return True
 
 
-class Plan:
-    """How parameters on one device are stepped: `parts`, and their parameters and gradients laid end to end."""
+class StepPlan:
+    """How the parameters of a group on one device are stepped: `batches`, and their parameters one after the other."""
 
     def __init__(
         self,
@@ -177,25 +149,25 @@ class Plan:
         due: bool | Sequence[bool],
         seed_of: SeedOf,
     ) -> None:
-        self.device, self.batches = state.device, state.batches
+        self.device, self._cached_batches = state.device, state.cached_batches
         self.knows_autocast = torch.amp.is_autocast_available(self.device.type)
         rows = {param: row for row, param in enumerate(state.params) if grads[row] is not None}
         is_due = {param: due if isinstance(due, bool) else due[row] for param, row in rows.items()}
-        matrices = _matrices(state.batches, rows, is_due, states, group)
-        diagonals = _diagonals(rows, {p for part in matrices for p in part.params}, states, group, seed_of)
-        self.parts: list[Diagonal | Matrices] = [*diagonals, *matrices]
-        self.params = [param for part in self.parts for param in part.params]
-        bounds = [0, *accumulate(len(part.params) for part in self.parts)]
+        matrices = block_steps(state.batches, rows, is_due, states, group)
+        others = elementwise_batches(rows, {p for step in matrices for p in step.params}, states, group, seed_of)
+        self.batches: list[ElementwiseBatch | BlockBatchStep] = [*others, *matrices]
+        self.params = [param for batch in self.batches for param in batch.params]
+        bounds = [0, *accumulate(len(batch.params) for batch in self.batches)]
         self.slices = [slice(*pair) for pair in pairwise(bounds)]
         self._rows = [rows[param] for param in self.params]
         self._kinds = kinds(self._ordered(grads))
-        self.workspace = max(map(workspace, matrices), key=sum, default=[])
+        self.workspace = max((step.workspace() for step in matrices), key=sum, default=[])
 
         self._counts = state.counts
-        self._sizes = [len(part.owners) for part in self.parts]
-        owners = [row for part in self.parts for row in part.owners]
+        self._sizes = [len(batch.owners) for batch in self.batches]
+        owners = [row for batch in self.batches for row in batch.owners]
         self._owners = torch.tensor(owners, dtype=torch.int64, device=self._counts.device)
-        self._no_steps = None if owners else [self._counts[:0]] * len(self.parts)
+        self._no_steps = None if owners else [self._counts[:0]] * len(self.batches)
         steps = [float(grad is not None) for grad in grads]
         self._increment = torch.tensor(steps, dtype=torch.float32, device=self._counts.device)
 
@@ -203,93 +175,59 @@ class Plan:
         return [grads[row] for row in self._rows]
 
     def served(self, grads: Sequence[Tensor | None]) -> list[Tensor] | None:
-        """The gradients of `params`, None where one of them is not of the kind that the plan was made for."""
+        """Return the gradients of `params`, or None if the plan was made for gradients of another kind."""
         ordered = self._ordered(grads)
         return ordered if kinds(ordered) == self._kinds else None
 
-    def steps(self) -> list[Tensor]:
-        """Return for each part the counts of steps that its random bits depend on, where the counts are kept: kernels
-        on a GPU are told one that all have in common as a number."""
+    def step(self, grads: list[Tensor], context: StepContext) -> None:
+        """Step all batches along the gradients of `params`. In essence this is what `torch.compile` traces."""
+        for batch, where, steps in zip(self.batches, self.slices, self._steps(), strict=True):
+            if context.is_profiled:
+                ranges.batch(batch.label)
+            batch.step(grads[where], steps, context)
+        if context.is_profiled:
+            ranges.end_batch()
+        self._counts.add_(self._increment)
+
+    def _steps(self) -> list[Tensor]:
+        """Return for each batch the counts of steps that its random bits depend on, on the device of the counts. A
+        kernel on a GPU is passed a number if all counts are equal."""
         if self._no_steps is not None:
             return self._no_steps
         return list(self._counts.index_select(0, self._owners).split(self._sizes))
 
-    def count_step(self) -> None:
-        self._counts.add_(self._increment)
-
     def note_versions(self) -> None:
         """Note that factors and products belong together."""
-        for batch in self.batches:
-            if batch.products:
-                batch.note_versions()
+        for batch in self._cached_batches:
+            batch.note_versions()
 
     def tensors(self) -> list[Tensor]:
-        """All that the plan keeps and no state holds."""
+        """Return all tensors that the plan keeps and no state holds."""
         own = [self._counts, self._owners, self._increment, *(self._no_steps or ())]
-        for part in self.parts:
-            if isinstance(part, Diagonal):
-                own.append(part.seeds)
+        for batch in self.batches:
+            if isinstance(batch, ElementwiseBatch):
+                own.append(batch.seeds)
             else:
-                own.extend(part.batch.part(None).values())
-                own.extend([] if part.blocks is None else [part.blocks])
+                own.extend(batch.batch.part(None).values())
+                own.extend([] if batch.blocks is None else [batch.blocks])
         return own
 
 
-def _diagonals(
-    rows: Mapping[Tensor, int], matrices: set[Tensor], states: Any, group: Group, seed_of: SeedOf
-) -> list[Diagonal]:
-    batches: dict[Any, list[Tensor]] = defaultdict(list)
-    for param in rows:
-        if param.numel() and param not in matrices:
-            alone = id(param) if group["foreach"] is False else None
-            batches[param.dtype, param.grad.dtype, alone].append(param)  # type: ignore[union-attr]
-    return [_diagonal(batch, rows, states, group, seed_of) for batch in batches.values()]
+def reserve(plans: Sequence[StepPlan]) -> None:
+    """Take the memory of each device's largest batch, piece by piece, and give it back.
 
+    A step for which there is not enough memory then fails before anything changes, whichever batch would have failed.
 
-def _diagonal(params: list[Tensor], rows: Mapping[Tensor, int], states: Any, group: Group, seed_of: SeedOf) -> Diagonal:
-    def entries(name: str) -> list[Tensor]:
-        return [states[param][name] for param in params]
-
-    first = params[0]
-    stored = (state_dtype(first, group), group["rounding"]), (first.dtype, group["weight_rounding"])
-    return Diagonal(
-        params,
-        entries("square"),
-        entries("momentum_buffer"),
-        entries("skipped"),
-        entries("square_residual") if is_pair(*stored[0]) else [],
-        entries("weight_residual") if is_pair(*stored[1]) else [],
-        torch.tensor([seed_of(param, 0) for param in params], dtype=torch.int32, device=first.device),
-        for_diagonal(params, arithmetic_dtype(first, group), group["fused"]),
-        [rows[param] for param in params] if any(needs_bits(*kind) for kind in stored) else [],
-    )
-
-
-def _matrices(
-    batches: Iterable[FactorBatch],
-    rows: Mapping[Tensor, int],
-    is_due: Mapping[Tensor, bool],
-    states: Any,
-    group: Group,
-) -> list[Matrices]:
-    parts = []
-    for batch in batches:
-        for update in (True, False):
-            members = [member for member in batch.members if is_due.get(member.param) is update]
-            if members:
-                params = [member.param for member in members]
-                stored = (group["factor_dtype"], group["rounding"]), (params[0].dtype, group["weight_rounding"])
-                owners = [rows[member.param] for member in members for _ in range(member.tile.num_blocks)]
-                part = Matrices(
-                    params,
-                    [states[param]["momentum_buffer"] for param in params],
-                    [states[param]["weight_residual"] for param in params] if is_pair(*stored[1]) else [],
-                    tile_numbers(members),
-                    batch,
-                    batch.index(members),
-                    update,
-                    all(param.dim() == 2 for param in params),
-                    owners if any(needs_bits(*kind) for kind in stored) else [],
-                )
-                parts.append(part)
-    return parts
+    Raises:
+        torch.OutOfMemoryError: there is not enough memory.
+    """
+    largest: dict[torch.device, StepPlan] = {}
+    for plan in plans:
+        if plan.workspace and plan.device.type in RESERVING_DEVICES:
+            before = largest.setdefault(plan.device, plan)
+            if sum(plan.workspace) > sum(before.workspace):
+                largest[plan.device] = plan
+    for plan in largest.values():
+        new_empty = plan.params[0].new_empty  # takes a third of the time of torch.empty
+        pieces = [new_empty(size, dtype=torch.uint8) for size in plan.workspace]
+        del pieces

@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT, required
 
 from rootfree_kernels.optim.base import RootFreeOptimizer
-from rootfree_kernels.optim.layout import Entry, Group
 
 
 class RFRMSProp(RootFreeOptimizer):
@@ -73,9 +72,6 @@ class RFRMSProp(RootFreeOptimizer):
     ) -> None:
         options = {k: v for k, v in locals().items() if k not in ("self", "params", "__class__")}
         super().__init__(params, options)
-
-    def _layout(self, param: Tensor, group: Group) -> dict[str, Entry]:
-        return self._diagonal_layout(param, group)
 
 
 class RFAdaGrad(RFRMSProp):

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
+
+def updates_due(frequency: int | Callable[[int], bool], counts: Sequence[float]) -> bool | tuple[bool, ...]:
+    """Return whether the factors of parameters with these counts of steps are updated.
+
+    One answer stands for all counts; if they disagree, there is one for each.
+    """
+    if callable(frequency):
+        due = {count: bool(frequency(int(count))) for count in set(counts)}
+    else:
+        due = {count: int(count) % frequency == 0 for count in set(counts)}
+    return tuple([due[count] for count in counts]) if len(set(due.values())) > 1 else all(due.values())
+
 
 class GrowingInterval:
-    """Updates at every step at first, then ever more seldom, at least every `max_interval` steps.
+    """Update at every step at first, then less and less often, but at least every `max_interval` steps.
 
-    At step t = 0, 1, … the interval is min(max(⌊log₄(t + 1)⌋, 1), `max_interval`), and an update takes place where it
-    divides t, as in the experiments of Lin et al. (ICML 2024). A function of the step alone, so it resumes by itself.
+    At step t = 0, 1, … the interval is min(max(⌊log₄(t + 1)⌋, 1), `max_interval`), and factors are updated if it divides
+    t, as in the experiments of Lin et al. (ICML 2024). It depends on the step alone, so a resumed run needs no state.
 
     Args:
-        max_interval: T, a whole number, 1 or more.
+        max_interval: T, an integer, 1 or more.
 
     Raises:
-        ValueError: `max_interval` is no whole number, or less than 1.
+        ValueError: `max_interval` is not an integer, or less than 1.
     """
 
     def __init__(self, max_interval: int) -> None:

@@ -1,4 +1,4 @@
-"""Tensors of any strides, for kernels that know only sizes: in the order in which they lie, or as copies."""
+"""Tensors of any strides for kernels that know only sizes: as they are in memory, or as copies."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 
 
 def _order(x: Tensor) -> list[tuple[int, int]]:
-    """(stride, size) of the axes that say where the numbers of `x` lie."""
+    """Return (stride, size) of every axis longer than 1: two tensors with the same result have the same memory layout."""
     return [(stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
 
 
 def is_dense(x: Tensor) -> bool:
-    """Whether the numbers of `x` fill a piece of memory, each once, in whatever order."""
+    """Return whether the elements of `x` fill one piece of memory without gaps or overlaps, in any order of axes."""
     filled = 1
     for stride, size in sorted(_order(x)):
         if stride != filled:
@@ -23,11 +23,11 @@ def is_dense(x: Tensor) -> bool:
     return True
 
 
-def alike(lists: Sequence[Sequence[Tensor]], in_any_order: bool) -> Sequence[Sequence[Tensor]]:
-    """`lists` with copies in place of tensors, so that all of an index lie alike in memory.
+def match_layout(lists: Sequence[Sequence[Tensor]], in_any_order: bool) -> Sequence[Sequence[Tensor]]:
+    """Copy tensors where needed, so that the i-th tensors of all lists share one memory layout. Return the lists.
 
-    The order is that of the first list's tensor, if it is dense and `in_any_order`, and row by row otherwise. Lists
-    may be empty. `write_back` copies what was changed to where it belongs.
+    That layout is the one of the first list's tensor if it is dense and `in_any_order`, and row-major otherwise. Lists
+    may be empty. After a kernel has changed copies, `write_back` copies them to the original tensors.
     """
     if all(all(map(Tensor.is_contiguous, tensors)) for tensors in lists):
         return lists
@@ -42,13 +42,13 @@ def alike(lists: Sequence[Sequence[Tensor]], in_any_order: bool) -> Sequence[Seq
 
 
 def without_negation(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Return tensors with copies in place of those that PyTorch negates only when it reads them, such as the gradient
-    of the imaginary part of a conjugate: a kernel that reads their memory would see the wrong sign."""
+    """Copy tensors that PyTorch negates lazily, such as the gradient of the imaginary part of a conjugate. A kernel
+    that reads their memory would see the wrong sign. Return the list with these copies."""
     return [x.resolve_neg() for x in tensors] if any(map(Tensor.is_neg, tensors)) else tensors
 
 
 def write_back(lists: Sequence[Sequence[Tensor]], new: Sequence[Sequence[Tensor]]) -> None:
-    """Copy the tensors of `new` that are not those of `lists` to them."""
+    """Copy every tensor of `new` to its counterpart in `lists`, unless both are the same tensor."""
     for tensors, copies in zip(lists, new, strict=True):
         if copies is not tensors:
             for x, copy in zip(tensors, copies, strict=True):

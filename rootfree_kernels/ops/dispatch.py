@@ -1,21 +1,21 @@
-"""Which of several ways to do the same work is taken on a device, where that was measured.
+"""Measured choices: which of several ways to do the same work is fastest on a device.
 
-A table belongs to a device by its name, and says for an operation and a class of shapes what was fastest there.
-`python -m bench.dispatch` makes it of the records of `make gpu`.
+A table belongs to a device by its name. For an operation and a class of shapes it says what was fastest there.
+`python -m bench.dispatch` makes it from the records of `make gpu`.
 
     operation   choices                     by
-    diagonal    triton, cuda, cpp, eager    `numbers` in all and number of `tensors` of the list
+    diagonal    triton, cuda, cpp, eager    `numbers`, the elements of the list in all, and its number of `tensors`
     matrices    triton, cpp, eager          the longer `side` of a batch's blocks, and their number `blocks`
-    symmetric   triton, bmm                 the same: how Triton's backend makes P_C = CCᵀ and P_K = KKᵀ, by a kernel of
-                                            its own that saves half the work, or by cuBLAS
+    symmetric   triton, bmm                 the same sizes: how the Triton backend computes P_C = CCᵀ and P_K = KKᵀ, by
+                                            its own kernel, which saves half of the work, or by cuBLAS
 
-Sizes fall into classes that end with the powers of two: 513 to 1024 are one. A shape takes the choice of the nearest
-class of the table that differs by at most one doubling in every size, the nearest being that of the fewest doublings in
-all; where there is none, or the nearest ones disagree, the order of preference stands (see `backends.PREFERENCE`). It
-stands as well where a choice cannot run, and a table is not asked where `fused=False` or ROOTFREE_BACKEND decides.
+Sizes fall into classes that end at the powers of two: 513 to 1024 are one class. A shape takes the choice of the nearest
+class in the table. A class is near if every size differs by at most one doubling, and nearest with the fewest doublings
+in all. If there is none, or if the nearest ones disagree, the order of preference decides (`backends.BACKENDS`). It
+also decides if a choice cannot run. No table is read if `fused=False` or ROOTFREE_BACKEND forces a backend.
 
-ROOTFREE_DISPATCH=off does without tables, ROOTFREE_DISPATCH=FILE.json takes that one for devices of its name instead of
-those of this package. Tables are read once, and asked once for a plan or a batch, never in a step.
+ROOTFREE_DISPATCH=off ignores all tables. ROOTFREE_DISPATCH=FILE.json takes that table for devices of its name, and none
+of this package. Tables are read once. They are asked once for a plan or a batch, never in a step.
 """
 
 from __future__ import annotations
@@ -33,41 +33,42 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rootfree_kernels.backends import FactorDtypes, choose, forced
+from rootfree_kernels.backend import Backend, FactorDtypes
+from rootfree_kernels.ops.backends import NAMES, choose, forced, named
 
 TABLES = Path(__file__).with_name("dispatch_tables")
-REMEDY = "Make the table anew (python -m bench.dispatch), or do without: ROOTFREE_DISPATCH=off."
+REMEDY = "Make a new table (python -m bench.dispatch), or ignore it: ROOTFREE_DISPATCH=off."
 MAX_DOUBLINGS = 1
-"""By how many a shape may differ from a class, in each of its sizes, to take its choice."""
+"""The most doublings by which each size of a shape may differ from a class whose choice it takes."""
 
 
 class Operation(NamedTuple):
-    """What a table decides: by which sizes, between which choices."""
+    """What a table decides: by which sizes, and between which choices."""
 
     sizes: tuple[str, ...]
     choices: tuple[str, ...]
 
 
 OPERATIONS = {
-    "diagonal": Operation(("numbers", "tensors"), ("triton", "cuda", "cpp", "eager")),
-    "matrices": Operation(("side", "blocks"), ("triton", "cpp", "eager")),
+    "diagonal": Operation(("numbers", "tensors"), NAMES),
+    "matrices": Operation(("side", "blocks"), tuple(name for name in NAMES if named(name).serves_matrices)),
     "symmetric": Operation(("side", "blocks"), ("triton", "bmm")),
 }
 
 
 class DispatchTableError(ValueError):
-    """A table cannot be read; the message names the file, the entry and the remedy."""
+    """A table cannot be read. The message names the file, the entry and the remedy."""
 
 
 class Entry(NamedTuple):
-    """What was fastest in a class of shapes: None where nothing was by a clear margin."""
+    """What was fastest in a class of shapes. None means that nothing was faster by a clear margin."""
 
     classes: tuple[int, ...]  # of each of the operation's sizes
     choice: str | None
 
 
 class Table(NamedTuple):
-    """The entries of a device, by operation, and where they come from."""
+    """The entries of a device by operation, and where they come from."""
 
     path: str
     device: str
@@ -75,7 +76,7 @@ class Table(NamedTuple):
     entries: Mapping[str, Sequence[Entry]]
 
     def choice(self, operation: str, sizes: Mapping[str, int]) -> str | None:
-        """What to take for a shape; None leaves it to the order of preference."""
+        """Return what to take for a shape. None leaves it to the order of preference."""
         wanted = [size_class(sizes[name]) for name in OPERATIONS[operation].sizes]
         near: dict[int, set[str | None]] = defaultdict(set)
         for entry in self.entries.get(operation, ()):
@@ -87,7 +88,7 @@ class Table(NamedTuple):
 
 
 def size_class(size: int) -> int:
-    """The k of the class 2ᵏ⁻¹ < size ≤ 2ᵏ."""
+    """Return the k of the class 2ᵏ⁻¹ < size ≤ 2ᵏ."""
     return (size - 1).bit_length()
 
 
@@ -95,10 +96,10 @@ def size_class(size: int) -> int:
 
 
 def parse(value: Any, path: str) -> Table:
-    """The table of what a file holds.
+    """Return the table for the content of a file.
 
     Raises:
-        DispatchTableError: it is not one.
+        DispatchTableError: it is not a table.
     """
     _check(isinstance(value, dict), path, f"it is a {type(value).__name__}, not an object")
     device, operations = value.get("device"), value.get("operations")
@@ -137,10 +138,10 @@ def _check(condition: bool, where: str, problem: str) -> None:
 
 @cache
 def read(path: Path) -> Table:
-    """The table in a file.
+    """Return the table in a file.
 
     Raises:
-        DispatchTableError: the file cannot be read, or is not one.
+        DispatchTableError: the file cannot be read, or it is not a table.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -153,13 +154,13 @@ def read(path: Path) -> Table:
 
 
 def slug(name: str) -> str:
-    """A name of a device as part of a file's."""
+    """Return the name of a device as part of a file name."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 @cache
 def processor() -> str:
-    """The processor's name, as far as the system tells."""
+    """Return the name of the processor, as far as the system tells."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -167,14 +168,14 @@ def processor() -> str:
 
 
 def device_name(device: torch.device) -> str:
-    """The name that tables know a device by."""
+    """Return the name under which tables list a device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return processor() if device.type == "cpu" else device.type
 
 
 class _Use(NamedTuple):
-    """The table that is asked on a device, or why none is."""
+    """The table in use on a device, or why there is none."""
 
     table: Table | None
     reason: str = ""
@@ -192,12 +193,12 @@ def _in_use(device: torch.device, fused: bool | None) -> _Use:
         return _Use(None, "order of preference")
     table = read(path)
     if slug(table.device) != slug(name):
-        return _Use(None, f"{path} is that of {table.device}")
+        return _Use(None, f"{path} belongs to {table.device}")
     return _Use(table)
 
 
 def check(device: torch.device, fused: bool | None = None) -> None:
-    """Read the table that plans for a device will be made by.
+    """Read the table that plans for a device will use.
 
     Raises:
         DispatchTableError: it cannot be read.
@@ -206,7 +207,7 @@ def check(device: torch.device, fused: bool | None = None) -> None:
 
 
 def describe(device: torch.device) -> str:
-    """The table in use on a device, in a line, or "none" and why."""
+    """Return one line on the table in use on a device, or "none" and why."""
     table, reason = _in_use(device, None)
     if table is None:
         return f"none: {reason}"
@@ -214,7 +215,7 @@ def describe(device: torch.device) -> str:
     return f"{table.path}, measured {table.date or 'at an unknown date'}; choices: {', '.join(counts) or 'none'}"
 
 
-# ---- what is taken -----------------------------------------------------------------------------------------------
+# ---- choices ------------------------------------------------------------------------------------------------------
 
 
 def _choice(operation: str, device: torch.device, fused: bool | None, **sizes: int) -> str | None:
@@ -222,15 +223,15 @@ def _choice(operation: str, device: torch.device, fused: bool | None, **sizes: i
     return table.choice(operation, sizes) if table else None
 
 
-def for_diagonal(params: Sequence[Tensor], dtype: torch.dtype, fused: bool | None = None) -> str:
-    """The backend of the diagonal step of a list of tensors of one device; `dtype` is that of its arithmetic.
+def for_diagonal(params: Sequence[Tensor], dtype: torch.dtype, fused: bool | None = None) -> Backend:
+    """Return the backend for the diagonal step of a list of tensors on one device. `dtype` is its arithmetic dtype.
 
     Raises:
         RuntimeError, ImportError: as `backends.choose`.
     """
     device = params[0].device
-    numbers = sum(map(Tensor.numel, params))
-    return choose(device, dtype, fused, None, _choice("diagonal", device, fused, numbers=numbers, tensors=len(params)))
+    elements = sum(map(Tensor.numel, params))
+    return choose(device, dtype, fused, None, _choice("diagonal", device, fused, numbers=elements, tensors=len(params)))
 
 
 def for_matrices(
@@ -240,9 +241,14 @@ def for_matrices(
     factors: FactorDtypes,
     block_shape: tuple[int, int],
     num_blocks: int,
-) -> str:
-    """The backend of a batch of blocks, likewise; `triton_bmm` is Triton's with the symmetric products by cuBLAS."""
+) -> Backend:
+    """Return the backend for a batch of blocks.
+
+    Raises:
+        RuntimeError, ImportError: as `backends.choose`.
+    """
     sizes = {"side": max(block_shape), "blocks": num_blocks}
     backend = choose(device, dtype, fused, factors, _choice("matrices", device, fused, **sizes))
-    by_bmm = backend == "triton" and _choice("symmetric", device, fused, **sizes) == "bmm"
-    return "triton_bmm" if by_bmm else backend
+    if not backend.variants:
+        return backend
+    return backend.variants.get(_choice("symmetric", device, fused, **sizes) or "", backend)

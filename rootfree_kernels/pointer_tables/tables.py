@@ -1,10 +1,10 @@
 """Tables of addresses that stay on the device, for kernels that work on lists of tensors.
 
 A kernel takes a list of tensors as a table of addresses and sizes in the memory of its device. A table is copied there
-once and kept by its content: it is made anew when an address changes (which `data_ptr` shows), and only then.
+once and cached by its content. It is made again only when an address changes, which `data_ptr` shows.
 
-A table is filled in the stream that is current at that time. Another stream waits for that once, before its first
-read, and the allocator is told of it: the memory of a table is not reused while that stream may still read it.
+A table is filled in the stream that is current at that time. Any other stream waits once, before its first read. The
+allocator is told of that stream, so that the memory of a table is not reused while the stream may still read it.
 """
 
 from __future__ import annotations
@@ -17,24 +17,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rootfree_kernels.backends import is_captured
+from rootfree_kernels.arguments import Draws
+from rootfree_kernels.backend import is_captured
 
 MAX_TABLES = 512
-"""Tables kept on the devices. Gradients whose addresses change from step to step use up a few of them."""
+"""Tables kept on the devices. Gradients whose addresses change at every step fill several of them."""
 
 MAX_STRIDE = 1 << 23
-"""Of rows that are called aligned: offsets within a tile of 128 rows then fit 32 bits."""
+"""The longest row stride of blocks that count as aligned. Offsets within a tile of 128 rows then fit 32 bits."""
 
 
 class _Kept:
-    """Something on a device that stays, and the streams that may read it without waiting."""
+    """A cached value on a device, and the streams that may read it without waiting."""
 
     __slots__ = ("event", "streams", "tensors", "value")
 
     def __init__(self, value: Any, tensors: Sequence[Tensor], device: torch.device) -> None:
         self.value, self.tensors = value, tensors
         self.streams = {_stream(device)}
-        self.event: Any = None  # where there are no streams
+        self.event: Any = None  # stays None on devices without streams
         if device.type == "cuda":
             self.event = torch.cuda.current_stream(device).record_event()
 
@@ -54,20 +55,22 @@ _block_tables: _Store = OrderedDict()
 _constants: dict[Any, _Kept] = {}
 
 _captured: dict[int, _Kept] = {}
-"""What CUDA graphs read, by its identity. It stays for good, since nothing tells when a graph is gone; capturing the
-same once more adds nothing. The same goes for the host's copies, by content, that a replay copies to the device."""
+"""Values that CUDA graphs read, by id. They are never freed: we cannot know when a graph is gone. Capturing the same
+step again adds nothing."""
+
 _captured_hosts: dict[Any, Tensor] = {}
+"""Pinned host memory, by content, that the replay of a graph copies to the device. Never freed, for the same reason."""
 
 _raw_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
 def _stream(device: torch.device) -> int:
-    """Return the handle of the device's current stream, 0 where there are no streams."""
+    """Return the handle of the device's current stream, or 0 if it has no streams."""
     return int(_raw_stream(device.index)) if device.type == "cuda" else 0
 
 
 def table(rows: Sequence[int], device: torch.device) -> Tensor:
-    """Return whole numbers as an int64 tensor on `device`, kept there by content."""
+    """Return integers as an int64 tensor on `device`, cached by content."""
     key = (tuple(rows), device)
     if (kept := _kept(_tables, key, device)) is not None:
         return kept
@@ -76,12 +79,12 @@ def table(rows: Sequence[int], device: torch.device) -> Tensor:
 
 
 def _kept(store: _Store, key: Any, device: torch.device) -> Any:
-    """Return the value under a key, for kernels in the current stream to read, or None."""
+    """Return the cached value of a key, safe to read in the current stream, or None."""
     kept = store.get(key)
     if kept is None:
         return None
     store.move_to_end(key)
-    if is_captured(device):  # the steps before the capture have waited for it
+    if is_captured(device):  # steps before the capture have waited for the value
         _captured[id(kept)] = kept
     elif _stream(device) not in kept.streams:
         kept.let_read(device)
@@ -89,7 +92,7 @@ def _kept(store: _Store, key: Any, device: torch.device) -> Any:
 
 
 def _keep(store: _Store, key: Any, device: torch.device, made: Any, tensors: Sequence[Tensor]) -> Any:
-    """Keep what was made, unless it was made within a CUDA graph, where only a replay fills it."""
+    """Cache a new value and return it. Within a CUDA graph it is not cached, because only a replay fills it."""
     if not is_captured(device):
         store[key] = _Kept(made, tensors, device)
         if len(store) > MAX_TABLES:
@@ -98,33 +101,33 @@ def _keep(store: _Store, key: Any, device: torch.device, made: Any, tensors: Seq
 
 
 def _copied(host: Tensor, device: torch.device, content: Any) -> Tensor:
-    """Return a copy of `host`, which `content` stands for, on `device`, without waiting for it."""
+    """Return a copy of `host` on `device` without waiting for it. `content` identifies the values of `host`."""
     if device.type != "cuda":
         return host.to(device)
     if not is_captured(device):
         return host.pin_memory().to(device, non_blocking=True)
     key = (content, host.dtype)
-    if key not in _captured_hosts:  # every replay reads the host's memory
+    if key not in _captured_hosts:  # every replay reads this memory again
         _captured_hosts[key] = host.pin_memory()
     return _captured_hosts[key].to(device, non_blocking=True)
 
 
 class TensorTable(NamedTuple):
-    """Where the tensors of a list lie, and which of them each program of a launch works on."""
+    """The addresses of a list of tensors, and which tensor each program of a launch works on."""
 
-    rows: Tensor  # int64 [n, number of columns + 1]: the columns, and the number of the tensor's first program
-    owners: Tensor  # int32 [num_programs]: a tensor's index
-    counters: Tensor  # int64 [n]: for a kernel's use, who leaves them 0
+    rows: Tensor  # int64 [n, number of columns + 1]: the columns, then the index of the tensor's first program
+    owners: Tensor  # int32 [num_programs]: the index of a program's tensor
+    counters: Tensor  # int64 [n]: scratch memory of a kernel, which must leave it filled with 0
     num_programs: int
 
 
 def tensor_table(
     columns: tuple[tuple[int, ...], ...], programs_of: Callable[[tuple[int, ...]], int], device: torch.device
 ) -> TensorTable:
-    """Return the table of a list of tensors, kept by content: `columns` have one number, an address, say, for each
-    tensor.
+    """Return the table of a list of tensors, cached by content.
 
-    `programs_of` is a function of a row of the columns and of nothing else: how many programs work on that tensor.
+    A column holds one integer for each tensor, for example its address. `programs_of` returns how many programs work on
+    a tensor. It may depend only on the tensor's row of the columns.
     """
     key = (columns, programs_of, device)
     if (kept := _kept(_tensor_tables, key, device)) is not None:
@@ -132,11 +135,11 @@ def tensor_table(
     tensors = [*zip(*columns, strict=True)]
     counts = [programs_of(row) for row in tensors]
     firsts = [0, *accumulate(counts)]
-    numbers = [x for row, first in zip(tensors, firsts, strict=False) for x in (*row, first)]
+    ints = [x for row, first in zip(tensors, firsts, strict=False) for x in (*row, first)]
     repeats = torch.tensor(counts, dtype=torch.int64, device="cpu")
     owners = torch.arange(len(tensors), dtype=torch.int32, device="cpu").repeat_interleave(repeats)
     made = TensorTable(
-        _copied(torch.tensor(numbers, dtype=torch.int64, device="cpu"), device, tuple(numbers)),
+        _copied(torch.tensor(ints, dtype=torch.int64, device="cpu"), device, tuple(ints)),
         _copied(owners, device, tuple(counts)),
         torch.zeros(len(tensors), dtype=torch.int64, device=device),
         firsts[-1],
@@ -145,11 +148,11 @@ def tensor_table(
 
 
 class BlockTable(NamedTuple):
-    """Where the blocks of a batch lie: for each one (address, row stride, column stride) of every list of tensors."""
+    """The blocks of a batch in memory: for each block, (address, row stride, column stride) in every list of tensors."""
 
     rows: Tensor
     num_blocks: int
-    aligned: bool  # whether every row of every block begins on 16 bytes and lies in one piece
+    aligned: bool  # whether every row of every block is contiguous and begins on a 16-byte boundary
 
 
 def block_table(
@@ -157,7 +160,7 @@ def block_table(
 ) -> BlockTable:
     """Return the table of the blocks of one tile of each tensor of every list.
 
-    The tensors have two axes, those of a list one dtype. `tiles` are the tiles' `Tile.numbers`, end to end.
+    The tensors have two axes, and those of a list have one dtype. `tiles` holds the `Tile.as_ints` of all tiles.
     """
     known = {id(tensors): _places(tensors) for tensors in {id(x): x for x in lists}.values()}
     places = tuple([known[id(tensors)] for tensors in lists])
@@ -173,15 +176,15 @@ _Places = tuple[tuple[int, ...], tuple[tuple[int, ...], ...], int]
 
 
 def _places(tensors: Sequence[Tensor]) -> _Places:
-    """Return addresses and strides, made by loops in C, and the bytes of an element."""
+    """Return addresses, strides and the bytes of an element. `map` runs in C, which is faster than a comprehension."""
     return tuple(map(Tensor.data_ptr, tensors)), tuple(map(Tensor.stride, tensors)), tensors[0].element_size()
 
 
 def _block_rows(
     places: Sequence[_Places], tiles: Sequence[int], block_shape: tuple[int, int]
 ) -> tuple[list[int], bool]:
-    """Return the numbers of a table, and whether every row of every block begins on 16 bytes and lies in one piece."""
-    numbers: list[int] = []
+    """Return the integers of a table, and `BlockTable.aligned`."""
+    ints: list[int] = []
     aligned = True
     height, width = block_shape
     for index, (row_start, down, col_start, across) in enumerate(zip(*(iter(tiles),) * 4, strict=True)):
@@ -190,14 +193,13 @@ def _block_rows(
             for addresses, strides, size in places:
                 row_stride, col_stride = strides[index]
                 address = addresses[index] + (row * row_stride + col * col_stride) * size
-                numbers += (address, row_stride, col_stride)
+                ints += (address, row_stride, col_stride)
                 aligned &= address % 16 == 0 and row_stride % 8 == 0 and col_stride == 1 and row_stride < MAX_STRIDE
-    return numbers, aligned
+    return ints, aligned
 
 
 def constant(value: float, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return a 0-d tensor that stands for an argument that was left out, so that no second kernel is compiled for its
-    absence. It is kept."""
+    """Return a cached 0-d tensor: a stand-in for an omitted argument, so that no second kernel variant is compiled."""
     key = (value, device, dtype)
     kept = _constants.get(key)
     if kept is None:
@@ -211,20 +213,22 @@ def constant(value: float, device: torch.device, dtype: torch.dtype = torch.floa
 
 
 def on_device(device: torch.device, scalar: Tensor | None, default: float) -> Tensor:
-    """A one-element tensor as kernels read it, FP32 on `device`; for None a constant that is kept there."""
+    """Return a one-element tensor as kernels read it: FP32 on `device`. None becomes a cached constant."""
     return constant(default, device) if scalar is None else scalar.to(device, torch.float32, non_blocking=True)
 
 
 def split_lr(lr: Tensor, device: torch.device) -> tuple[float, Tensor]:
-    """(number, tensor on `device`) that add up to `lr`. The host reads it only where that is no wait: a number for a
-    GPU, which PyTorch keeps on the CPU."""
+    """Split lr into a float and a tensor on `device` that add up to it.
+
+    Only CPU scalars are read for another device, so that nothing synchronizes.
+    """
     if lr.device.type == device.type:
         return 0.0, on_device(device, lr, 0.0)
     return float(lr.item()), constant(0.0, device)
 
 
-class Draws(NamedTuple):
-    """Where a kernel finds the seed and the step of its random bits: of block (or tensor) i at seeds[i·stride] and
+class RandomBits(NamedTuple):
+    """Where a kernel finds the seed and the step of block (or tensor) i: at seeds[i·stride], and at
     step + steps[i·step_stride]."""
 
     seeds: Tensor
@@ -234,17 +238,19 @@ class Draws(NamedTuple):
     step: float
 
 
-def no_draws(device: torch.device) -> Draws:
-    """Return the draws of a kernel that draws nothing."""
-    return Draws(constant(0, device, torch.int32), constant(0.0, device), 0, 0, 0.0)
+def no_random_bits(device: torch.device) -> RandomBits:
+    """Return the arguments of a kernel that draws nothing."""
+    return RandomBits(constant(0, device, torch.int32), constant(0.0, device), 0, 0, 0.0)
 
 
-def draws(seeds: Tensor, steps: Tensor, device: torch.device) -> Draws:
-    """Return the draws of `seeds` [n], int32 on the device, and `steps` [n], any dtype, anywhere; any bits where these
-    are empty. Steps on the CPU that are all the same, as they mostly are, go to a GPU as a number: nothing is copied.
+def random_bits(draws: Draws, device: torch.device) -> RandomBits:
+    """Return seeds and steps as a kernel on `device` reads them. If either is empty, the kernel must draw nothing.
+
+    Steps on the CPU are mostly all equal. They are then passed to a GPU as a number, and nothing is copied.
     """
+    seeds, steps = draws
     if not seeds.shape[0] or not steps.shape[0]:
-        return no_draws(device)
+        return no_random_bits(device)
     if steps.device.type != device.type and len(values := set(steps.tolist())) == 1:
-        return Draws(seeds, constant(0.0, device), 1, 0, float(values.pop()))
-    return Draws(seeds, steps.to(device, torch.float32, non_blocking=True).contiguous(), 1, 1, 0.0)
+        return RandomBits(seeds, constant(0.0, device), 1, 0, float(values.pop()))
+    return RandomBits(seeds, steps.to(device, torch.float32, non_blocking=True).contiguous(), 1, 1, 0.0)

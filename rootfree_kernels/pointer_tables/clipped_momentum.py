@@ -1,5 +1,5 @@
-"""What every kernel of the clipped momentum is handed, by Triton, CUDA and C++ alike: a table of the sides of a batch,
-and memory for norms and results."""
+"""What the kernels of `clipped_momentum` are handed, Triton's, CUDA's and C++'s: a table of the sides of a batch, and
+memory for norms and results."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rootfree_kernels.memory_order import alike, without_negation, write_back
-from rootfree_kernels.tables import TensorTable, on_device, tensor_table
+from rootfree_kernels.pointer_tables.memory_order import match_layout, without_negation, write_back
+from rootfree_kernels.pointer_tables.tables import TensorTable, on_device, tensor_table
 
 
 class MomentumCall(NamedTuple):
-    """The arguments of the kernels, and what has to be done when they have been launched."""
+    """The arguments of the kernels, and what has to be done after their launch."""
 
-    # Addresses of m and Δ; numbers of a block, of its last axis, of a share; shares of a block; number of programs;
-    # first program.
+    # A share is the part of a block that one program works on. Columns: addresses of m and Δ; elements of a block, of
+    # its last axis and of a share; shares of a block; number of programs; first program.
     where: TensorTable
-    sums: Tensor  # [programs], for the norms of shares
+    sums: Tensor  # [programs]: the norms of shares
     clips: Tensor  # [sides, L], the result
     found_inf: Tensor
     dtype: torch.dtype  # of m
     momenta: Sequence[Tensor]
-    deltas: Sequence[Tensor]  # what the kernels read, kept so that copies live until they have run
-    copies: Sequence[Tensor]  # what the kernels work on: the same tensors, but for those that lie otherwise
+    deltas: Sequence[Tensor]  # what the kernels read; copies among them must live until the kernels have run
+    copies: Sequence[Tensor]  # what the kernels work on: the momenta, or copies of those with another layout
 
     def finish(self) -> Tensor:
-        """Tell autograd what was changed, copy back what had to be copied, and give the result."""
+        """Tell autograd what was changed, write copies back, and return the result."""
         torch.autograd.graph.increment_version([*self.copies])
         write_back([self.momenta], [self.copies])
         return self.clips
@@ -40,15 +40,15 @@ def momentum_call(
     deltas: Sequence[Tensor],
     found_inf: Tensor | None,
 ) -> MomentumCall:
-    """The call of kernels with the arguments of `rootfree_kernels.eager.clipped_momentum`.
+    """Return the call of kernels with the arguments of `rootfree_kernels.eager.clipped_momentum`.
 
-    `momenta` are FP32 or BF16 [L, …], `deltas` FP32 of the same shapes; they stay as they are. `shares_of` gives, of
-    the numbers of a block and those of its last axis, the numbers of a share and the shares of a block.
+    `momenta` are FP32 or BF16 [L, …], `deltas` FP32 of the same shapes; `deltas` are not changed. `shares_of` takes the
+    elements of a block and of its last axis, and returns the elements of a share and the shares of a block.
     """
     num_blocks, device = deltas[0].shape[0], deltas[0].device
     deltas = without_negation(deltas)
     mixed = len({m.dtype for m in momenta}) > 1
-    copies = alike(([m.float() for m in momenta] if mixed else momenta, deltas), in_any_order=False)
+    copies = match_layout(([m.float() for m in momenta] if mixed else momenta, deltas), in_any_order=False)
     rows = []
     for m, delta in zip(*copies, strict=True):
         numel, cols = delta[0].numel() if num_blocks else 0, max(1, delta.shape[-1])
@@ -68,8 +68,8 @@ def momentum_call(
 
 
 def cut(numel: int, least: int, unit: int) -> tuple[int, int]:
-    """(numbers of a share, shares) of a block of `numel` numbers; a share is a multiple of `unit` numbers, the first
-    that is not below `least`."""
+    """Return (elements of a share, shares) of a block of `numel` elements. A share is the smallest multiple of `unit`
+    elements that has at least `least`."""
     size = -(-least // unit) * unit
     return size, max(1, -(-numel // size))
 

@@ -1,0 +1,187 @@
+"""What a backend is, and what it says about itself.
+
+A backend is a module that implements the operators. Each backend's package describes it in one `Backend` object:
+`rootfree_kernels.eager`, `rootfree_kernels.native` (C++ and CUDA) and `rootfree_kernels.triton_kernels`. Nothing else
+knows a backend by name: `rootfree_kernels.ops.backends` lists these objects and chooses among them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib import import_module
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+from rootfree_kernels.arguments import (
+    DiagonalOptions,
+    DiagonalState,
+    Draws,
+    FactorOptions,
+    Factors,
+    Gathered,
+    Preconditioner,
+    Scaling,
+    StepOptions,
+    Tiling,
+    Weights,
+)
+
+logger = logging.getLogger(__name__)
+
+FactorDtypes = tuple[torch.dtype, "torch.dtype | None"]
+"""Dtypes in which the factors of a batch are stored and multiplied. None leaves the second one to the backend."""
+
+FP64_PROBLEM = "its arithmetic is FP32, and parameters or state are FP64"
+
+
+class Operators(Protocol):
+    """What a backend's module defines. `rootfree_kernels.eager` documents each function and gives its formula.
+
+    A backend without matrix kernels defines `rf_rmsprop` and `clipped_momentum` only; its `why_not` refuses matrices.
+    """
+
+    def rf_rmsprop(
+        self,
+        params: list[Tensor],
+        state: DiagonalState,
+        grads: list[Tensor],
+        lr: Tensor,
+        draws: Draws,
+        scaling: Scaling,
+        options: DiagonalOptions,
+    ) -> None: ...
+
+    def clipped_momentum(
+        self,
+        momenta: list[Tensor],
+        deltas: list[Tensor],
+        found_inf: Tensor | None,
+        riemannian_momentum: float,
+        clip: str,
+    ) -> Tensor: ...
+
+    def kron_gather(
+        self,
+        grads: list[Tensor],
+        tiling: Tiling,
+        factors: list[Tensor],
+        grad_scale: Tensor | None,
+        dtype: torch.dtype,
+        maximize: bool,
+    ) -> Gathered: ...
+
+    def kron_factor(
+        self, factors: Factors, gathered: Gathered, draws: Draws, found_inf: Tensor | None, options: FactorOptions
+    ) -> Tensor: ...
+
+    def kron_step(
+        self,
+        weights: Weights,
+        preconditioner: Preconditioner,
+        gathered: Gathered,
+        lr: Tensor,
+        draws: Draws,
+        found_inf: Tensor | None,
+        options: StepOptions,
+    ) -> None: ...
+
+    def kron_products(self, factor_c: Tensor, factor_k: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]: ...
+
+    def padded_side(self, size: int) -> int:
+        """Return the side of G for a block side of `size`."""
+
+    def num_partial_sums(self, rows: int, cols: int) -> int:
+        """Return the last axis of `Gathered.squares` for blocks of rows × cols."""
+
+
+WhyNot = Callable[[torch.device, torch.dtype, "FactorDtypes | None"], "str | None"]
+
+
+def _same_dtype(factor_dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    return factor_dtype
+
+
+class BlockWork(Protocol):
+    """What a backend is told of a batch of blocks, to say how much memory it takes for a step."""
+
+    num_blocks: int
+    block_shape: tuple[int, int]
+    matmul_dtype: torch.dtype
+    updates_factors: bool
+    keeps_products: bool
+    packs_momenta: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Backend:
+    """A backend's description of itself. Two backends are equal only if they are the same object."""
+
+    name: str
+    """As in ROOTFREE_BACKEND, in dispatch tables and in the last argument of `torch.ops.rootfree`."""
+
+    module: str
+    """The module with the operators. It is imported when it is first needed."""
+
+    devices: tuple[str, ...] | None
+    """Types of devices on which it is chosen without being asked for. None means every type."""
+
+    why_not: WhyNot
+    """Return why it cannot serve parameters of a dtype on a device, or None if it can. The third argument holds the
+    dtypes of the factors, or None for the diagonal step."""
+
+    is_fused: bool = True
+    """Whether it has kernels of its own: `fused=True` accepts no other backend."""
+
+    serves_matrices: bool = True
+    """Whether it has the `kron_*` operators."""
+
+    makes_products: bool = False
+    """Whether an update computes CCᵀ and KKᵀ on its way, whether they are kept or not. Kernels save half of the
+    multiplications by symmetry, so that (CCᵀ)·G·(KKᵀ) takes three quarters of the work of C·(Cᵀ·G·K)·Kᵀ."""
+
+    matmul_dtype: Callable[[torch.dtype, torch.device], torch.dtype] = _same_dtype
+    """Return the dtype in which factors of a dtype are multiplied on a device, if the user does not say."""
+
+    workspace: Callable[[BlockWork], list[int]] | None = None
+    """Return the bytes of each piece of memory that a step holds at once. None for a backend that may fail halfway."""
+
+    variants: Mapping[str, Backend] = field(default_factory=dict)
+    """The same backend with one part done in another way, by the name of that way in dispatch tables."""
+
+    @cached_property
+    def import_problem(self) -> str | None:
+        """Import the module. None if that worked, otherwise the reason."""
+        try:
+            import_module(self.module)
+        except Exception as error:  # a broken installation raises anything
+            logger.warning("backend %s cannot be imported: %s: %s", self.name, type(error).__name__, error)
+            return f"it cannot be imported: {type(error).__name__}: {error}"
+        return None
+
+    @cached_property
+    def operators(self) -> Operators:
+        """The imported module.
+
+        Raises:
+            RuntimeError: it cannot be imported.
+        """
+        if self.import_problem:
+            raise RuntimeError(f"backend {self.name!r}: {self.import_problem}")
+        return cast(Operators, import_module(self.module))
+
+
+def old_gpu_problem(device: torch.device) -> str | None:
+    """Return why compiled kernels cannot run on a GPU of an old generation, or None."""
+    if device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
+        return "it needs a GPU of compute capability 8.0 (A100) or later"
+    return None
+
+
+def is_captured(device: torch.device) -> bool:
+    """Return whether a CUDA graph is recording the work of `device`, to run it at every replay."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -1,0 +1,40 @@
+"""Symmetric products: XXᵀ, and P_C = CCᵀ and P_K = KKᵀ of the factors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rootfree_kernels.eager.common import WIDE, cache_slices
+
+
+def gram(x: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return XXᵀ [L, n, n] of X [L, n, k].
+
+    The result is symmetric, so a CPU copies one of its four quarters from the mirror image. In BF16, and for small n,
+    three smaller products take longer than the whole one.
+    """
+    size = x.shape[-2]
+    if out is None:
+        out = x.new_empty((x.shape[0], size, size))
+    if x.device.type != "cpu" or x.dtype not in WIDE or size < 128:
+        return torch.bmm(x, x.mT, out=out)
+    half = size // 2
+    upper, lower = x[:, :half], x[:, half:]
+    torch.bmm(upper, upper.mT, out=out[:, :half, :half])
+    torch.bmm(lower, lower.mT, out=out[:, half:, half:])
+    torch.bmm(lower, upper.mT, out=out[:, half:, :half])
+    out[:, :half, half:] = out[:, half:, :half].mT
+    return out
+
+
+def kron_products(factor_c: Tensor, factor_k: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return P_C = CCᵀ [L, p, p] and P_K = KKᵀ [L, d, d] in `dtype`, from C [L, p, p] and K [L, d, d].
+
+    They are bitwise those that `kron_factor` writes, so that a resumed run repeats the original one.
+    """
+    products = factor_c.new_empty(factor_c.shape, dtype=dtype), factor_k.new_empty(factor_k.shape, dtype=dtype)
+    for part in cache_slices(len(factor_c), factor_c.shape[-1], factor_k.shape[-1], factor_c.device):
+        for factor, product in zip((factor_c, factor_k), products, strict=True):
+            gram(factor[part].to(dtype), out=product[part])
+    return products

@@ -1,0 +1,168 @@
+"""The step of a batch of blocks: gather the gradients, update the factors if they are due, step the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rootfree_kernels import ops, ranges
+from rootfree_kernels.arguments import Draws, Factors, Gathered, Preconditioner, Tiling, Weights
+from rootfree_kernels.backend import Backend
+from rootfree_kernels.optim.block_batch import BlockBatch
+from rootfree_kernels.optim.context import StepContext
+from rootfree_kernels.optim.state_spec import Group, is_pair, needs_bits
+
+
+class BlockBatchStep(NamedTuple):
+    """Entries of a batch that are stepped together: all of them with an update of their factors, or all without."""
+
+    params: list[Tensor]
+    buffers: list[Tensor]
+    residuals: list[Tensor]  # empty unless weights are compensated
+    tiling: Tiling
+    batch: BlockBatch
+    blocks: Tensor | None  # their indices in the batch; None stands for all
+    update: bool
+    are_matrices: bool  # whether every parameter has two axes, so that its blocks are views of it
+    owners: list[int]  # the row of each block's parameter in the counts of steps; empty if no random bits are drawn
+
+    @property
+    def label(self) -> str:
+        """The name in profiles."""
+        return f"{self.num_blocks} block{'s' * (self.num_blocks != 1)} of {self.tiling.rows}x{self.tiling.cols}"
+
+    @property
+    def num_blocks(self) -> int:
+        tiles = self.tiling.tiles
+        return sum(down * across for down, across in zip(tiles[1::4], tiles[3::4], strict=True))
+
+    @property
+    def backend(self) -> Backend:
+        return self.batch.backend
+
+    def step(self, grads: list[Tensor], steps: Tensor, context: StepContext) -> None:
+        """Step the blocks along their gradients. `steps` [L] are the counts that the random bits depend on."""
+        batch, options, found_inf = self.batch, context.options, context.scaling.found_inf
+        backend = batch.backend
+        if context.is_profiled:
+            ranges.phase("gather")
+        part = batch.part(self.blocks)
+        factors, draws = self._factors(part), Draws(part["seeds"], steps)
+        damped = [factors.factor_c, factors.factor_k] if self.update and options.diagonal.damping else []
+        scale, dtype = context.scaling.grad_scale, batch.matmul_dtype
+        gathered = ops.kron_gather(grads, self.tiling, damped, scale, dtype, options.maximize, backend)
+        ok = None
+        if self.update and options.factor is not None:
+            if context.is_profiled:
+                ranges.phase("factor update")
+            ok = ops.kron_factor(factors, gathered, draws, found_inf, options.factor, backend)
+        if context.is_profiled:
+            ranges.end_phase()  # kron_step has two phases of its own
+        self._step_weights(part["skipped"], _preconditioner(factors, ok), gathered, draws, context)
+        if self.blocks is not None:
+            batch.put_back(self.blocks, part, self.update)
+
+    def _factors(self, part: Mapping[str, Tensor]) -> Factors:
+        """Return the factors of the blocks, with memory for P_C and P_K if an update computes them on its way."""
+        if "product_c" in part:
+            products: tuple[Tensor | None, Tensor | None] = part["product_c"], part["product_k"]
+        elif self.update and self.batch.backend.makes_products:
+            products = self.batch.empty_products(part["factor_c"], part["factor_k"])
+        else:
+            products = None, None
+        residuals = part.get("residual_c"), part.get("residual_k")
+        momenta = part["momentum_c"], part["momentum_k"]
+        return Factors(part["factor_c"], part["factor_k"], *momenta, *residuals, *products)
+
+    def _step_weights(
+        self,
+        skipped: Tensor,
+        preconditioner: Preconditioner,
+        gathered: Gathered,
+        draws: Draws,
+        context: StepContext,
+    ) -> None:
+        matrices = self.params
+        if not self.are_matrices:
+            matrices = [p if p.dim() == 2 or p.is_contiguous() else p.contiguous() for p in self.params]
+        weights = Weights(matrices, self.buffers, self.residuals, self.tiling.tiles, skipped)
+        lr, found_inf, options = context.lr, context.scaling.found_inf, context.options.step
+        ops.kron_step(weights, preconditioner, gathered, lr, draws, found_inf, options, self.batch.backend)
+        if not self.are_matrices:
+            for param, matrix in zip(self.params, matrices, strict=True):
+                if matrix is not param:
+                    param.copy_(matrix)
+
+    def workspace(self) -> list[int]:
+        """Return the bytes of each piece of memory that a step holds at once, if the backend says so, else nothing."""
+        batch = self.batch
+        if batch.backend.workspace is None:
+            return []
+        sizes = batch.backend.workspace(self._work())
+        if self.blocks is not None:
+            every = batch.part(None).values()
+            sizes += [_num_bytes(x) * len(self.blocks) // len(x) for x in every]
+        return sizes + [_num_bytes(x) for x in self.params if not (x.dim() == 2 or x.is_contiguous())]
+
+    def _work(self) -> Work:
+        batch = self.batch
+        shape, keeps_products = batch.block_shape, bool(batch.products)
+        return Work(self.num_blocks, shape, batch.matmul_dtype, self.update, keeps_products, batch.packs_momenta)
+
+
+class Work(NamedTuple):
+    """`rootfree_kernels.backend.BlockWork` of a step."""
+
+    num_blocks: int
+    block_shape: tuple[int, int]
+    matmul_dtype: torch.dtype
+    updates_factors: bool
+    keeps_products: bool
+    packs_momenta: bool
+
+
+def _num_bytes(x: Tensor) -> int:
+    return x.numel() * x.element_size()
+
+
+def _preconditioner(factors: Factors, ok: Tensor | None) -> Preconditioner:
+    if factors.product_c is not None and factors.product_k is not None:
+        return Preconditioner(factors.product_c, factors.product_k, True, ok)
+    return Preconditioner(factors.factor_c, factors.factor_k, False, ok)
+
+
+def block_steps(
+    batches: Iterable[BlockBatch],
+    rows: Mapping[Tensor, int],
+    is_due: Mapping[Tensor, bool],
+    states: Any,
+    group: Group,
+) -> list[BlockBatchStep]:
+    """Return the steps of all batches: one for the parameters whose factors are due, one for the others.
+
+    `rows` maps every parameter with a gradient to its row in the counts of steps.
+    """
+    found = []
+    for batch in batches:
+        for update in (True, False):
+            entries = [entry for entry in batch.entries if is_due.get(entry.param) is update]
+            if entries:
+                params = [entry.param for entry in entries]
+                stored = (group["factor_dtype"], group["rounding"]), (params[0].dtype, group["weight_rounding"])
+                owners = [rows[entry.param] for entry in entries for _ in range(entry.tile.num_blocks)]
+                step = BlockBatchStep(
+                    params,
+                    [states[param]["momentum_buffer"] for param in params],
+                    [states[param]["weight_residual"] for param in params] if is_pair(*stored[1]) else [],
+                    Tiling([x for entry in entries for x in entry.tile.as_ints], *batch.block_shape),
+                    batch,
+                    batch.index(entries),
+                    update,
+                    all(param.dim() == 2 for param in params),
+                    owners if any(needs_bits(*kind) for kind in stored) else [],
+                )
+                found.append(step)
+    return found

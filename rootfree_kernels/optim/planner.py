@@ -1,0 +1,202 @@
+"""Checks before a step, and building of state and plans."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rootfree_kernels.backend import is_captured
+from rootfree_kernels.blocks import Tile
+from rootfree_kernels.ops import dispatch
+from rootfree_kernels.ops.backends import choose
+from rootfree_kernels.optim.context import GroupOptions, group_options
+from rootfree_kernels.optim.options import RULES, check_lr, check_options, grad_problem
+from rootfree_kernels.optim.plan import DeviceState, GroupCache, StepPlan, kinds
+from rootfree_kernels.optim.schedules import updates_due
+from rootfree_kernels.optim.state_spec import (
+    LAYOUT_OPTIONS,
+    Group,
+    arithmetic_dtype,
+    caches_products,
+    difference_of,
+    factor_dtypes,
+    label_of,
+    layout_options,
+    new_state,
+    state_spec,
+    tiles_of,
+)
+from rootfree_kernels.rounding import block_seed
+
+_OPTIONS = tuple(name for name in RULES if name != "lr")
+_PLAN_OPTIONS = (*LAYOUT_OPTIONS, "fused", "capturable", "matmul_dtype")
+
+States = Any
+"""An optimizer's `state`: a dictionary of tensors by name, for each parameter."""
+
+
+class PlannedStep(NamedTuple):
+    """A plan that is valid for this step, and what it is run with."""
+
+    group: Group
+    options: GroupOptions
+    plan: StepPlan
+    grads: list[Tensor]  # of `plan.params`
+
+
+class Planner:
+    """Keeps the plans of an optimizer from step to step.
+
+    `caches` holds what is kept for a group, by the number of the group; `traced` the plans of every group, by the number
+    of a trace of `torch.compile`.
+    """
+
+    def __init__(self) -> None:
+        self.caches: dict[int, GroupCache] = {}
+        self.traced: dict[int, list[list[StepPlan]]] = {}
+        self._checked: dict[int, Any] = {}  # the options and parameters for which a group's state was checked
+        self._seeds: dict[Tensor, int] = {}  # the index of every parameter
+
+    def planned_steps(self, groups: Sequence[Group], states: States) -> list[PlannedStep]:
+        """Return what this step has to do. All checks of all groups come first, then what has to be made.
+
+        Raises:
+            ValueError, RuntimeError: an option or a gradient cannot be served; nothing was changed.
+        """
+        cached = [self._cached(number, group, states) for number, group in enumerate(groups)]
+        for number, group in enumerate(groups):
+            if cached[number] is None:
+                self._check(number, group, states)
+        every = []
+        for number, group in enumerate(groups):
+            steps = cached[number]
+            every += self._new(number, groups, states) if steps is None else steps
+        return every
+
+    def _cached(self, number: int, group: Group, states: States) -> list[PlannedStep] | None:
+        """Return the cached steps of a group, or None if they are stale."""
+        cache = self.caches.get(number)
+        if cache is None or not self._options_are_valid(cache, group) or not cache.is_valid(group["params"], states):
+            self.caches.pop(number, None)
+            self.traced.clear()
+            return None
+        every = []
+        for device_state in cache.device_states:
+            grads, present = device_state.gradients()
+            plan = device_state.plans.get((present, self._due(group, device_state.counts.tolist)))
+            ordered = None if plan is None else plan.served(grads)
+            if plan is None or ordered is None:
+                return None
+            every.append(PlannedStep(group, cache.options, plan, ordered))
+        return every
+
+    def _new(self, number: int, groups: Sequence[Group], states: States) -> list[PlannedStep]:
+        """Return new steps for a group."""
+        group = groups[number]
+        for param in group["params"]:
+            if param.grad is not None and not states[param]:
+                states[param].update(new_state(param, group))
+        seed_of = partial(self._seed, groups, group)
+        if number not in self.caches:
+            self.caches[number] = self._new_cache(group, states, seed_of)
+        cache, every = self.caches[number], []
+        for device_state in cache.device_states:
+            grads, present = device_state.gradients()
+            due = self._due(group, device_state.counts.tolist)
+            plan = StepPlan(device_state, states, group, grads, due, seed_of)
+            device_state.keep((present, due), plan)
+            every.append(PlannedStep(group, cache.options, plan, plan.served(grads) or []))
+        return every
+
+    def _new_cache(self, group: Group, states: States, seed_of: Callable[[Tensor, int], int]) -> GroupCache:
+        tiles_on: dict[torch.device, dict[Tensor, list[Tile]]] = defaultdict(dict)
+        for param in group["params"]:
+            if states.get(param):
+                tiles_on[param.device][param] = tiles_of(param, group)
+        device_states = [DeviceState(tiles, states, group, seed_of) for tiles in tiles_on.values()]
+        return GroupCache(group, self._plan_key(group), self._option_values(group), states, device_states)
+
+    # ---- options --------------------------------------------------------------------------------------------------
+
+    def _options_are_valid(self, cache: GroupCache, group: Group) -> bool:
+        """Return whether the options still ask for the same state and plans. Check them again if one has changed."""
+        check_lr(group)
+        values = self._option_values(group)
+        if values != cache.option_values:
+            check_options(group)
+            cache.option_values, cache.options = values, group_options(group)
+        return self._plan_key(group) == cache.key
+
+    def _option_values(self, group: Group) -> tuple[list[type], list[Any]]:
+        """Return all options but lr. Their types come first: only values of one type are compared then, and never a
+        Tensor with a number."""
+        values = list(map(group.get, _OPTIONS))
+        return list(map(type, values)), values
+
+    def _plan_key(self, group: Group) -> Any:
+        """Return everything that decides about the state, about the batches and about their backend."""
+        forced = os.environ.get("ROOTFREE_BACKEND"), os.environ.get("ROOTFREE_DISPATCH")
+        return *map(group.get, _PLAN_OPTIONS), *forced, "structure" in group and caches_products(group)
+
+    def _due(self, group: Group, read_counts: Callable[[], list[float]]) -> bool | tuple[bool, ...]:
+        """Return whether factors are updated in this step: one answer for all, or else one for each count of steps."""
+        frequency = group.get("precondition_frequency", 1)
+        return True if frequency == 1 else updates_due(frequency, read_counts())
+
+    # ---- checks ---------------------------------------------------------------------------------------------------
+
+    def _check(self, number: int, group: Group, states: States) -> None:
+        """Raise if an option, a gradient, the state or the backend cannot be served."""
+        check_options(group)
+        for index, param in enumerate(group["params"]):
+            if param.grad is not None and (problem := grad_problem(param, param.grad)):
+                raise RuntimeError(f"{label_of(group, index)} {problem}")
+        key = (self._plan_key(group), kinds(group["params"]))
+        if self._checked.get(number) != key:
+            _check_state(group, states)
+            check_backends(group["params"], group)
+            self._checked[number] = key
+        if any(is_captured(param.device) for param in group["params"] if param.grad is not None):
+            raise RuntimeError(
+                "a step that a CUDA graph captures needs state and plans that were made before: take a step with the "
+                "same options and gradients first."
+            )
+        counts = (states[param]["step"] if states.get(param) else 0 for param in group["params"])
+        self._due(group, lambda: list(map(float, counts)))  # a user's callable may raise
+
+    # ---- seeds ----------------------------------------------------------------------------------------------------
+
+    def _seed(self, groups: Sequence[Group], group: Group, param: Tensor, block_index: int) -> int:
+        """Return the seed of a block: a function of the group's seed and of the parameter's index among all."""
+        if param not in self._seeds:
+            every = (p for g in groups for p in g["params"])
+            self._seeds = {p: index for index, p in enumerate(every)}
+        return block_seed(group["seed"], self._seeds[param], block_index)
+
+
+def _check_state(group: Group, states: States) -> None:
+    """Raise if the state was made for other options, dtypes or devices."""
+    for index, param in enumerate(group["params"]):
+        state = states.get(param)
+        if state and (difference := difference_of(state, state_spec(param, group), param.device)):
+            raise ValueError(
+                f"{label_of(group, index)} of {param.dtype} on {param.device} with {layout_options(group)}: its "
+                f"state was made for others ({difference}). Set them before the first step, or make a new optimizer."
+            )
+
+
+def check_backends(params: Sequence[Tensor], group: Group) -> None:
+    """Raise if a backend was asked for that cannot serve, or if a dispatch table cannot be read."""
+    served = set()
+    for param in params:
+        factors = factor_dtypes(group) if tiles_of(param, group) else None
+        served.add((param.device, arithmetic_dtype(param, group), factors))
+    for device, dtype, factors in served:
+        choose(device, dtype, group["fused"], factors)
+        dispatch.check(device, group["fused"])

@@ -1,0 +1,165 @@
+"""What the state of a parameter looks like, under the options of its group."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rootfree_kernels.backend import FactorDtypes
+from rootfree_kernels.blocks import Tile, tiles
+from rootfree_kernels.packing import packed_shape
+
+Group = dict[str, Any]
+"""A parameter group: parameters and options."""
+
+
+class StateSpec(NamedTuple):
+    """One tensor of a parameter's state before the first step."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    fill: float = 0.0
+    like_param: bool = False  # whether it has the memory format of the parameter
+    is_identity: bool = False  # whether the matrices [..., n, n] start as the identity
+
+
+LAYOUT_OPTIONS = (
+    *("structure", "max_preconditioner_dim", "factor_dtype", "packed_momentum", "state_dtype"),
+    *("rounding", "weight_rounding", "seed", "foreach"),
+)
+"""Options that decide about the state or about the batches."""
+
+
+# ---- the options of a group --------------------------------------------------------------------------------------
+
+
+def needs_bits(dtype: torch.dtype, rounding: str) -> bool:
+    """Return whether a tensor is rounded stochastically."""
+    return dtype == torch.bfloat16 and rounding == "stochastic"
+
+
+def is_pair(dtype: torch.dtype, rounding: str) -> bool:
+    """Return whether a tensor is a compensated pair, with a residual beside it."""
+    return dtype == torch.bfloat16 and rounding == "compensated"
+
+
+def state_dtype(param: Tensor, group: Group) -> torch.dtype:
+    """Return the dtype of the momentum buffer and of s."""
+    chosen: torch.dtype | None = group["state_dtype"]
+    return chosen or torch.promote_types(param.dtype, torch.float32)
+
+
+def arithmetic_dtype(param: Tensor, group: Group) -> torch.dtype:
+    """Return the dtype that decides about the backend: FP64 if the parameter or its state is, else the parameter's."""
+    return torch.float64 if state_dtype(param, group) == torch.float64 else param.dtype
+
+
+def tiles_of(param: Tensor, group: Group) -> list[Tile]:
+    """Return the tiles of a parameter's blocks. There are none if it takes the diagonal step."""
+    if group.get("structure", "elementwise") == "elementwise" or not param.numel():
+        return []
+    return tiles(param.shape, group["max_preconditioner_dim"])
+
+
+def factor_dtypes(group: Group) -> FactorDtypes:
+    """Return the dtypes in which a group wants its factors stored and multiplied."""
+    return group["factor_dtype"], group["matmul_dtype"]
+
+
+def caches_products(group: Group) -> bool:
+    """Return whether CCᵀ and KKᵀ are kept: as the group says, or else if an update serves more than one step."""
+    chosen: bool | None = group.get("cache_products", False)
+    return group["precondition_frequency"] != 1 if chosen is None else chosen
+
+
+def suffix(tile_number: int) -> str:
+    """Return the suffix of a tile's state keys: "", ".1", ".2", …"""
+    return f".{tile_number}" if tile_number else ""
+
+
+# ---- the state ---------------------------------------------------------------------------------------------------
+
+
+def state_spec(param: Tensor, group: Group) -> dict[str, StateSpec]:
+    """Return the state of a parameter, all but `step`."""
+    every_tile = tiles_of(param, group)
+    return _matrix_spec(param, group, every_tile) if every_tile else _diagonal_spec(param, group)
+
+
+def _diagonal_spec(param: Tensor, group: Group) -> dict[str, StateSpec]:
+    shape, kept = tuple(param.shape), state_dtype(param, group)
+    spec = {
+        "square": StateSpec(shape, kept, fill=1.0, like_param=True),
+        "momentum_buffer": StateSpec(shape, kept, like_param=True),
+        "skipped": StateSpec((), torch.int32),
+    }
+    if is_pair(kept, group["rounding"]):
+        spec["square_residual"] = StateSpec(shape, torch.int16, like_param=True)
+    if is_pair(param.dtype, group["weight_rounding"]):
+        spec["weight_residual"] = StateSpec(shape, torch.int16, like_param=True)
+    return spec
+
+
+def _matrix_spec(param: Tensor, group: Group, every_tile: list[Tile]) -> dict[str, StateSpec]:
+    spec = {"momentum_buffer": StateSpec(tuple(param.shape), state_dtype(param, group))}
+    if is_pair(param.dtype, group["weight_rounding"]):
+        spec["weight_residual"] = StateSpec(tuple(param.shape), torch.int16)
+    for number, tile in enumerate(every_tile):
+        for name, entry in tile_spec(tile, group).items():
+            spec[name + suffix(number)] = entry
+    return spec
+
+
+def tile_spec(tile: Tile, group: Group) -> dict[str, StateSpec]:
+    """Return the state of the blocks of one tile."""
+    dtype, count = group["factor_dtype"], tile.num_blocks
+    spec = {"skipped": StateSpec((count,), torch.int32)}
+    for side, size in zip("ck", tile.block_shape, strict=True):
+        shape = (count, size, size)
+        packed = (count, *packed_shape(size)) if group["packed_momentum"] else shape
+        spec[f"factor_{side}"] = StateSpec(shape, dtype, is_identity=True)
+        spec[f"momentum_{side}"] = StateSpec(packed, dtype)
+        if is_pair(dtype, group["rounding"]):
+            spec[f"residual_{side}"] = StateSpec(shape, torch.int16)
+    return spec
+
+
+def new_state(param: Tensor, group: Group) -> dict[str, Tensor]:
+    """Return the state of a parameter before its first step."""
+    device = param.device if group["capturable"] else "cpu"
+    state = {"step": torch.zeros((), dtype=torch.float32, device=device)}
+    for name, entry in state_spec(param, group).items():
+        if entry.like_param:
+            state[name] = torch.full_like(param, entry.fill, dtype=entry.dtype, requires_grad=False)
+        else:
+            state[name] = param.new_full(entry.shape, entry.fill, dtype=entry.dtype)
+        if entry.is_identity:
+            state[name].diagonal(dim1=-2, dim2=-1).fill_(1.0)
+    return state
+
+
+# ---- messages ----------------------------------------------------------------------------------------------------
+
+
+def difference_of(state: Mapping[str, Tensor], spec: Mapping[str, StateSpec], device: torch.device) -> str:
+    """Return how a parameter's state differs from its specification in names, shapes, dtypes or device, or ""."""
+    kept = {name: (tuple(x.shape), x.dtype, x.device) for name, x in state.items() if name != "step"}
+    wanted = {name: (entry.shape, entry.dtype, device) for name, entry in spec.items()}
+    for name in sorted(kept.keys() | wanted.keys()):
+        if kept.get(name) != wanted.get(name):
+            return f"{name} is {kept.get(name)} and should be {wanted.get(name)}"
+    return ""
+
+
+def layout_options(group: Group) -> str:
+    """Return the options that decide about a group's state, for messages."""
+    return ", ".join(f"{name}={group[name]}" for name in LAYOUT_OPTIONS if name in group)
+
+
+def label_of(group: Group, index: int) -> str:
+    """Return the name of a group's parameter, for messages."""
+    name = group["param_names"][index] if "param_names" in group else f"params[{index}]"
+    return f"parameter {name!r}"

@@ -1,0 +1,23 @@
+"""Sizes that kernels, launchers and memory estimates agree on. Nothing here imports Triton."""
+
+from __future__ import annotations
+
+PADDING = 8
+"""Sides of G are padded to a multiple of this, so that every row of BF16 begins on a 16-byte boundary."""
+
+MAX_PARTIAL_SUMS = 512
+"""The most programs of `kron_gather` for a block. With two blocks of 4096 × 4096, each of 132 multiprocessors gets seven
+programs of eight rows. The kernels that read the sums load all sums of a block at once."""
+
+ELEMENTS_PER_PROGRAM = 1 << 15
+"""Elements of G that one program of `kron_gather` works on, unless the block has more than it can give to all."""
+
+
+def padded(size: int) -> int:
+    """Return `size` rounded up to a multiple of PADDING."""
+    return -(-size // PADDING) * PADDING
+
+
+def num_partial_sums(rows: int, cols: int) -> int:
+    """Return how many partial sums of squares `kron_gather` leaves for a block of rows × cols."""
+    return min(MAX_PARTIAL_SUMS, max(1, rows * cols // ELEMENTS_PER_PROGRAM))

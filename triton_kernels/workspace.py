@@ -1,0 +1,26 @@
+"""The memory that a step of the Triton backend takes and gives back."""
+
+from __future__ import annotations
+
+from rootfree_kernels.backend import BlockWork
+from rootfree_kernels.triton_kernels.sizes import num_partial_sums, padded
+
+
+def workspace(work: BlockWork) -> list[int]:
+    """Return the bytes of each piece of memory that the operators hold at once during a step of a batch."""
+    count, (p, d) = work.num_blocks, work.block_shape
+    p8, d8 = padded(p), padded(d)
+    grad = count * p8 * d8
+    factors = [count * p8 * p8, count * d8 * d8]
+    copies = [count * n8 * n8 for n, n8 in ((p, p8), (d, d8)) if n != n8]  # padded factors
+
+    elements = [grad, grad]  # G and X
+    if work.updates_factors:
+        elements += [grad, *factors * 2, *copies * 4]  # A; new factors and momenta; the old ones
+        if work.packs_momenta:
+            elements += [count * p * p, count * d * d, (max(p8, d8) // 2) ** 2]  # unpacked; masks of one byte each
+    if not work.keeps_products:
+        elements += factors
+    elements += copies  # the products
+    sizes = [x * work.matmul_dtype.itemsize for x in elements]
+    return sizes + [sum(factors) // 8 + 72 * count, 12 * count * num_partial_sums(p, d)]  # norms, row sums; squares
