@@ -85,7 +85,8 @@ except Exception as error:  # a broken install of torch raises anything, and mus
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "rootfree_kernels"
-TABLES = f"{PACKAGE}.dispatch_tables"  # a folder of data
+KERNELS = f"{PACKAGE}.triton_kernels"  # the folder triton_kernels/
+TABLES = f"{PACKAGE}.ops.dispatch_tables"  # a folder of data
 # What was left out of a wheel, which is of one Python, and of a tree, in which every Python has a build of its own.
 WHEEL_RECORD = "_build.json"
 TREE_RECORD = f"_build{sysconfig.get_config_var('EXT_SUFFIX').rpartition('.')[0]}.json"
@@ -356,8 +357,11 @@ def describe_extension():
 extensions, commands = describe_extension()
 setup(
     # A top-level triton_kernels is another project's, and others probe for it: ours goes inside the package.
-    packages=[*find_packages(include=[PACKAGE, f"{PACKAGE}.*"]), f"{PACKAGE}.triton_kernels", TABLES],
-    package_dir={f"{PACKAGE}.triton_kernels": "triton_kernels"},
+    packages=[
+        *find_packages(include=[PACKAGE, f"{PACKAGE}.*"], exclude=[KERNELS]),  # a link to it may lie in the package
+        *(KERNELS, TABLES),
+    ],
+    package_dir={KERNELS: "triton_kernels"},
     package_data={PACKAGE: ["py.typed"], TABLES: ["*"]},
     ext_modules=extensions,
     cmdclass={"build": Build, "build_record": BuildRecord, **commands},

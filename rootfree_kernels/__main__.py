@@ -1,4 +1,4 @@
-"""`python -m rootfree_kernels`: what is installed, and which backend serves which device and dtype, and why."""
+"""`python -m rootfree_kernels`: print what is installed, which backend serves which device and dtype, and why."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import platform
 import torch
 
 import rootfree_kernels
-from rootfree_kernels import dispatch
-from rootfree_kernels.backends import DTYPES, NAMES, build_record, choose, matmul_dtype, why_not
+from rootfree_kernels.eager import EAGER
+from rootfree_kernels.native import build_record
+from rootfree_kernels.ops import dispatch
+from rootfree_kernels.ops.backends import DTYPES, NAMES, choose, why_not
 
 
 def _version(package: str) -> str:
@@ -22,7 +24,7 @@ def _version(package: str) -> str:
 
 
 def _devices() -> list[tuple[torch.device, str]]:
-    """(device, description) of the CPU and of every GPU that torch can see."""
+    """Return (device, description) of the CPU and of every GPU that torch can see."""
     threads = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     devices = [(torch.device("cpu"), f"{platform.processor() or platform.machine()}, {threads}")]
     for index in range(torch.cuda.device_count()):
@@ -68,7 +70,7 @@ def _serving(device: torch.device, description: str) -> list[str]:
     lines = [f"{device}: {description}"]
     for dtype in DTYPES:
         try:
-            lines.append(f"  {_short(dtype):9} {choose(device, dtype)}")
+            lines.append(f"  {_short(dtype):9} {choose(device, dtype).name}")
         except (RuntimeError, ImportError) as error:
             lines.append(f"  {_short(dtype):9} nothing: {error}")
     for name in NAMES:
@@ -79,12 +81,12 @@ def _serving(device: torch.device, description: str) -> list[str]:
         if reason:
             lines.append(f"  not {name}: {reason}")
     lines.append(f"  dispatch table: {_table(device)}")
-    lines.append(f"  bfloat16 factors are multiplied in {_short(matmul_dtype(torch.bfloat16, device))}")
+    lines.append(f"  bfloat16 factors are multiplied in {_short(EAGER.matmul_dtype(torch.bfloat16, device))}")
     return lines
 
 
 def main() -> None:
-    """Print the report; never fails where the package can be imported."""
+    """Print the report. It never fails if the package can be imported."""
     lines = _versions()
     for device, description in _devices():
         lines += ["", *_serving(device, description)]

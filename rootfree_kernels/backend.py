@@ -144,6 +144,9 @@ class Backend:
     """Whether an update computes CCᵀ and KKᵀ on its way, whether they are kept or not. Kernels save half of the
     multiplications by symmetry, so that (CCᵀ)·G·(KKᵀ) takes three quarters of the work of C·(Cᵀ·G·K)·Kᵀ."""
 
+    fuses_last_product: bool = False
+    """Whether `kron_step` takes the last product of U together with the step of the weights, in one phase."""
+
     matmul_dtype: Callable[[torch.dtype, torch.device], torch.dtype] = _same_dtype
     """Return the dtype in which factors of a dtype are multiplied on a device, if the user does not say."""
 

@@ -50,6 +50,7 @@ TRITON_WITH_BMM = Backend(
     devices=(),
     why_not=_why_not,
     makes_products=True,
+    fuses_last_product=True,
     workspace=workspace,
 )
 
@@ -59,6 +60,7 @@ TRITON = Backend(
     devices=("cuda",),
     why_not=_why_not,
     makes_products=True,
+    fuses_last_product=True,
     workspace=workspace,
     variants={"bmm": TRITON_WITH_BMM},
 )

@@ -16,11 +16,6 @@ CACHE_ELEMENTS = 1 << 18
 """Elements of G that a CPU works on at a time: half a dozen FP32 tensors of this size (6 MiB) stay near a core."""
 
 
-def wide(x: Tensor) -> Tensor:
-    """Return `x` in the dtype of element-wise arithmetic: FP32, or FP64 if `x` is FP64."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
 class Stored(NamedTuple):
     """A tensor as the optimizer keeps it, and what is needed to round a new value into its place."""
 

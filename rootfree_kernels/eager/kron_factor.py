@@ -18,37 +18,19 @@ from torch import Tensor
 from rootfree_kernels import rounding as rnd
 from rootfree_kernels.arguments import Draws, FactorOptions, Factors, Gathered
 from rootfree_kernels.eager.clipped_momentum import clipped_momentum
-from rootfree_kernels.eager.common import Stored, cache_slices, some_blocks, wide
-from rootfree_kernels.eager.products import gram
+from rootfree_kernels.eager.common import Stored, cache_slices, some_blocks
+from rootfree_kernels.eager.products import curvature_step, gram
 from rootfree_kernels.packing import pack, unpack
 
 ClippedMomentum = Callable[["list[Tensor]", "list[Tensor]", "Tensor | None", float, str], Tensor]
 """`clipped_momentum` of any backend."""
 
 
-def curvature_step(
-    a: Tensor,  # A [L, p, d]
-    factor: Tensor,  # C [L, p, p]
-    other: Tensor,  # K [L, d, d]
-    options: FactorOptions,
-) -> Tensor:
-    """Return Δ_C = ½[(B/d)·AAᵀ + (λ/d)·‖K‖²_F·CᵀC − γI], wide [L, p, p].
-
-    Pass Aᵀ, K and C for Δ_K. The trace in the damping is a squared norm of K, which needs no product.
-    """
-    cols = a.shape[-1]
-    delta = wide(gram(a)).mul_(options.batch_size / (2 * cols))
-    if options.damping:
-        trace = torch.linalg.vector_norm(wide(other), dim=(-2, -1), keepdim=True).square_()
-        delta.addcmul_(wide(gram(factor.mT)), trace, value=options.damping / (2 * cols))
-    delta.diagonal(dim1=-2, dim2=-1).sub_(options.gamma / 2)
-    return delta
-
-
 def move_factor(factor: Stored, momentum: Tensor, scale: Tensor, matmul_dtype: torch.dtype) -> None:
     """Update C ← C − s·C·m in place, with s [L]. The product reads only the BF16 half of a compensated pair."""
     product = torch.bmm(factor.value.to(matmul_dtype), momentum.to(matmul_dtype))
-    moved = factor.load().addcmul_(wide(product), scale[:, None, None], value=-1.0)
+    wide_dtype = torch.promote_types(product.dtype, torch.float32)
+    moved = factor.load().addcmul_(product.to(wide_dtype), scale[:, None, None], value=-1.0)
     value, residual = factor.rounded(moved)
     factor.value.copy_(value)
     if factor.residual is not None and residual is not None:

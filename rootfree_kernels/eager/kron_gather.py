@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rootfree_kernels.arguments import Gathered, Tiling
-from rootfree_kernels.blocks import blocks_of, tiles_from_ints
+from rootfree_kernels.blocks import tiled_blocks
 
 
 def padded_side(size: int) -> int:
@@ -34,7 +34,7 @@ def kron_gather(
     empty and computes norms where it needs them.
     """
     rows, cols = tiling.rows, tiling.cols
-    blocks = blocks_of(grads, tiles_from_ints(tiling.tiles, rows, cols))
+    (blocks,) = tiled_blocks([grads], *tiling)
     if all(block.dtype == dtype for block in blocks):
         batch = torch.stack(blocks)
     else:  # cast while copying, so that no second copy is made

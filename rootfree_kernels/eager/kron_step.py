@@ -11,8 +11,8 @@ from torch import Tensor
 from rootfree_kernels import ranges
 from rootfree_kernels import rounding as rnd
 from rootfree_kernels.arguments import Draws, Gathered, Preconditioner, StepOptions, Weights
-from rootfree_kernels.blocks import blocks_of, tiles_from_ints
-from rootfree_kernels.eager.common import WIDE, Stored, cache_slices, heavy_ball_, some_blocks, wide
+from rootfree_kernels.blocks import tiled_blocks
+from rootfree_kernels.eager.common import WIDE, Stored, cache_slices, heavy_ball_, some_blocks
 
 
 def precondition_(preconditioner: Preconditioner, grad: Tensor) -> Tensor:
@@ -47,14 +47,15 @@ def kron_step(
         draws: seeds and steps of the L blocks.
     """
     rows, cols = gathered.grad.shape[1:]
-    tiles = tiles_from_ints(weights.tiles, rows, cols)
-    params, buffers = blocks_of(weights.params, tiles), blocks_of(weights.buffers, tiles)
-    residuals = blocks_of(weights.residuals, tiles) if weights.residuals else []
-    blocks = Weights(params, buffers, residuals, [], weights.skipped)
-    for part in cache_slices(len(gathered.grad), rows, cols, gathered.grad.device):
+    blocks = Weights(*tiled_blocks(weights[:3], weights.tiles, rows, cols), [], weights.skipped)
+    parts = cache_slices(len(gathered.grad), rows, cols, gathered.grad.device)
+    if len(parts) == 1:
+        _step_blocks(blocks, preconditioner, gathered.grad, lr, draws, found_inf, options)
+    for part in parts if len(parts) > 1 else ():
         some, factors, drawn = (some_blocks(x, part) for x in (blocks, preconditioner, draws))
         _step_blocks(some, factors, gathered.grad[part], lr, drawn, found_inf, options)
-    ranges.end_phase()
+    if ranges.listened:
+        ranges.end_phase()
 
 
 def _step_blocks(
@@ -67,17 +68,20 @@ def _step_blocks(
     options: StepOptions,
 ) -> None:
     """Step as many blocks as are worked on at a time."""
-    ranges.phase("precondition")
-    finite = torch.linalg.vector_norm(wide(grad), dim=(-2, -1)) < torch.inf
+    if ranges.listened:
+        ranges.phase("precondition")
+    wide_dtype = torch.promote_types(grad.dtype, torch.float32)
+    finite = torch.linalg.vector_norm(grad.to(wide_dtype), dim=(-2, -1)) < torch.inf
     if preconditioner.ok is not None:
         finite = finite & preconditioner.ok
     if found_inf is not None:
         finite = finite & (found_inf.reshape(()) == 0)
     blocks.skipped.add_(~finite)
 
-    direction = wide(precondition_(preconditioner, grad))
+    direction = precondition_(preconditioner, grad).to(wide_dtype)
 
-    ranges.phase("apply")
+    if ranges.listened:
+        ranges.phase("apply")
     params, buffers, residuals = blocks.params, blocks.buffers, blocks.residuals
     bits = rnd.BlockBits(draws.seeds, draws.steps, rnd.SLOT_WEIGHT, grad[0].numel())
     weight = _as_batch(params, residuals, options.rounding, bits)

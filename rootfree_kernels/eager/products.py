@@ -1,10 +1,11 @@
-"""Symmetric products: XXᵀ, and P_C = CCᵀ and P_K = KKᵀ of the factors."""
+"""Symmetric products: XXᵀ, the curvature Δ of one side, and P_C = CCᵀ and P_K = KKᵀ of the factors."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from rootfree_kernels.arguments import FactorOptions
 from rootfree_kernels.eager.common import WIDE, cache_slices
 
 
@@ -26,6 +27,25 @@ def gram(x: Tensor, out: Tensor | None = None) -> Tensor:
     torch.bmm(lower, upper.mT, out=out[:, half:, :half])
     out[:, :half, half:] = out[:, half:, :half].mT
     return out
+
+
+def curvature_step(
+    a: Tensor,  # A [L, p, d]
+    factor: Tensor,  # C [L, p, p]
+    other: Tensor,  # K [L, d, d]
+    options: FactorOptions,
+) -> Tensor:
+    """Return Δ_C = ½[(B/d)·AAᵀ + (λ/d)·‖K‖²_F·CᵀC − γI], wide [L, p, p].
+
+    Pass Aᵀ, K and C for Δ_K. The trace in the damping is a squared norm of K, which needs no product.
+    """
+    cols, wide_dtype = a.shape[-1], torch.promote_types(a.dtype, torch.float32)
+    delta = gram(a).to(wide_dtype).mul_(options.batch_size / (2 * cols))
+    if options.damping:
+        trace = torch.linalg.vector_norm(other.to(wide_dtype), dim=(-2, -1), keepdim=True).square_()
+        delta.addcmul_(gram(factor.mT).to(wide_dtype), trace, value=options.damping / (2 * cols))
+    delta.diagonal(dim1=-2, dim2=-1).sub_(options.gamma / 2)
+    return delta
 
 
 def kron_products(factor_c: Tensor, factor_k: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rootfree_kernels import rounding as rnd
 from rootfree_kernels.arguments import DiagonalOptions, DiagonalState, Draws, Scaling
-from rootfree_kernels.eager.common import Stored, heavy_ball_, wide
+from rootfree_kernels.eager.common import Stored, heavy_ball_
 
 CHUNK_ELEMENTS = 1 << 20
 """Elements in a chunk: eight FP32 vectors of this length (32 MiB) fit a server's last-level cache."""
@@ -60,7 +60,8 @@ def _store(stored: Stored, new: Tensor, tensors: list[Tensor], residuals: list[T
 
 def _descent_gradient(grads: list[Tensor], grad_scale: Tensor | None, maximize: bool) -> Tensor:
     """Return the unscaled gradient to descend along as one wide vector, which is not the caller's tensor if changed."""
-    grad = wide(_flat(grads))
+    grad = _flat(grads)
+    grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
     if grad_scale is not None:
         grad = grad / grad_scale.reshape(())
     return -grad if maximize else grad
@@ -101,14 +102,16 @@ def rf_rmsprop(
         square = _gather(squares, square_residuals, options.rounding, square_bits)
         weight = _gather(params[chunk], weight_residuals, options.weight_rounding, weight_bits)
         grad = _descent_gradient(grads[chunk], scaling.grad_scale, options.maximize)
-        new_square = square.load() * decay
+        old_square = square.load()
+        new_square = old_square * decay
         new_square.addcmul_(grad, grad, value=growth)
         direction = (grad / (new_square + options.damping)).to(new_square.dtype)
 
         keep, bad = _skips(new_square + direction, sizes, scaling.found_inf)
         torch._foreach_add_(skipped, list(bad.unbind()))
-        new_square = square.load().lerp_(new_square.nan_to_num_(0.0, 0.0, 0.0), keep)
-        new_weight, buffer = weight.load(), wide(_flat(buffers))
+        new_square = old_square.lerp_(new_square.nan_to_num_(0.0, 0.0, 0.0), keep)
+        new_weight, buffer = weight.load(), _flat(buffers)
+        buffer = buffer.to(torch.promote_types(buffer.dtype, torch.float32))
         direction.nan_to_num_(0.0, 0.0, 0.0)
         descent = options.momentum, options.weight_decay, options.decoupled
         heavy_ball_([new_weight], [buffer], [direction], keep[None], lr, *descent)

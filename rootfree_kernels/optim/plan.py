@@ -109,9 +109,15 @@ class GroupCache:
     """What is kept for a group, and what it depends on."""
 
     def __init__(
-        self, group: Group, key: Any, option_values: Any, states: Any, device_states: list[DeviceState]
+        self,
+        group: Group,
+        key: Any,
+        option_values: Any,
+        states: Any,
+        device_states: list[DeviceState],
+        environment: tuple[str | None, str | None],
     ) -> None:
-        self.key, self.option_values = key, option_values
+        self.key, self.option_values, self.environment = key, option_values, environment
         self.options: GroupOptions = group_options(group)
         self.device_states = device_states
         self._params = list(group["params"])

@@ -41,6 +41,11 @@ States = Any
 """An optimizer's `state`: a dictionary of tensors by name, for each parameter."""
 
 
+def _environment() -> tuple[str | None, str | None]:
+    """Return the environment variables that decide about backends."""
+    return os.environ.get("ROOTFREE_BACKEND"), os.environ.get("ROOTFREE_DISPATCH")
+
+
 class PlannedStep(NamedTuple):
     """A plan that is valid for this step, and what it is run with."""
 
@@ -120,7 +125,8 @@ class Planner:
             if states.get(param):
                 tiles_on[param.device][param] = tiles_of(param, group)
         device_states = [DeviceState(tiles, states, group, seed_of) for tiles in tiles_on.values()]
-        return GroupCache(group, self._plan_key(group), self._option_values(group), states, device_states)
+        key, values = self._plan_key(group), self._option_values(group)
+        return GroupCache(group, key, values, states, device_states, _environment())
 
     # ---- options --------------------------------------------------------------------------------------------------
 
@@ -131,7 +137,9 @@ class Planner:
         if values != cache.option_values:
             check_options(group)
             cache.option_values, cache.options = values, group_options(group)
-        return self._plan_key(group) == cache.key
+            if self._plan_key(group) != cache.key:
+                return False
+        return cache.environment == _environment()
 
     def _option_values(self, group: Group) -> tuple[list[type], list[Any]]:
         """Return all options but lr. Their types come first: only values of one type are compared then, and never a
@@ -141,8 +149,8 @@ class Planner:
 
     def _plan_key(self, group: Group) -> Any:
         """Return everything that decides about the state, about the batches and about their backend."""
-        forced = os.environ.get("ROOTFREE_BACKEND"), os.environ.get("ROOTFREE_DISPATCH")
-        return *map(group.get, _PLAN_OPTIONS), *forced, "structure" in group and caches_products(group)
+        caches = "structure" in group and caches_products(group)
+        return *map(group.get, _PLAN_OPTIONS), caches, *_environment()
 
     def _due(self, group: Group, read_counts: Callable[[], list[float]]) -> bool | tuple[bool, ...]:
         """Return whether factors are updated in this step: one answer for all, or else one for each count of steps."""
