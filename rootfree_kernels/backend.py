@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
-from typing import Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -106,8 +106,8 @@ def _same_dtype(factor_dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return factor_dtype
 
 
-class BlockWork(Protocol):
-    """What a backend is told of a batch of blocks, to say how much memory it takes for a step."""
+class BlockWork(NamedTuple):
+    """What a backend has to know of a step of a batch of blocks, to say how much memory it takes."""
 
     num_blocks: int
     block_shape: tuple[int, int]

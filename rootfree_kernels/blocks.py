@@ -124,9 +124,7 @@ def tiles_from_ints(ints: Sequence[int], rows: int, cols: int) -> list[Tile]:
     return [Tile(BlockRun(row, down, rows), BlockRun(col, across, cols)) for row, down, col, across in quadruples]
 
 
-def tiled_blocks(
-    lists: Sequence[Sequence[Tensor]], ints: Sequence[int], rows: int, cols: int
-) -> list[list[Tensor]]:
+def tiled_blocks(lists: Sequence[Sequence[Tensor]], ints: Sequence[int], rows: int, cols: int) -> list[list[Tensor]]:
     """Return `blocks_of` for every list of tensors, from the `Tile.as_ints` of their tiles. Empty lists stay empty."""
     tiles = tiles_from_ints(ints, rows, cols)
     return [blocks_of(tensors, tiles) if tensors else [] for tensors in lists]

@@ -9,9 +9,9 @@ from torch import Tensor
 def block_norm(m: Tensor, clip: str) -> Tensor:
     """Return ‖m‖ [L] of blocks m [L, ...].
 
-    `clip` names the norm: "frobenius", over all axes but the first; "row_sum", the largest absolute row sum of symmetric
-    blocks [L, n, n], which is never below the largest singular value; or "none", which returns 0, so that nothing is
-    clipped, but NaN if m is not finite.
+    `clip` names the norm. "frobenius" takes it over all axes but the first. "row_sum" takes the largest absolute row
+    sum of symmetric blocks [L, n, n], which is never below the largest singular value. "none" returns 0, so that
+    nothing is clipped, but NaN if m is not finite.
     """
     if clip == "row_sum":
         return torch.linalg.vector_norm(m, 1, dim=-1).amax(-1)

@@ -1,6 +1,6 @@
 """The preconditioned step of the weights of a batch of blocks.
 
-    U = CCᵀ·G·KKᵀ,    buf ← α₁buf + U + κW,    W ← W − β₁buf
+U = CCᵀ·G·KKᵀ,    buf ← α₁buf + U + κW,    W ← W − β₁buf
 """
 
 from __future__ import annotations
@@ -47,13 +47,15 @@ def kron_step(
         draws: seeds and steps of the L blocks.
     """
     rows, cols = gathered.grad.shape[1:]
-    blocks = Weights(*tiled_blocks(weights[:3], weights.tiles, rows, cols), [], weights.skipped)
+    lists = weights.params, weights.buffers, weights.residuals
+    params, buffers, residuals = tiled_blocks(lists, weights.tiles, rows, cols)
+    blocks = Weights(params, buffers, residuals, [], weights.skipped)
     parts = cache_slices(len(gathered.grad), rows, cols, gathered.grad.device)
     if len(parts) == 1:
         _step_blocks(blocks, preconditioner, gathered.grad, lr, draws, found_inf, options)
     for part in parts if len(parts) > 1 else ():
-        some, factors, drawn = (some_blocks(x, part) for x in (blocks, preconditioner, draws))
-        _step_blocks(some, factors, gathered.grad[part], lr, drawn, found_inf, options)
+        some, drawn = some_blocks(blocks, part), some_blocks(draws, part)
+        _step_blocks(some, some_blocks(preconditioner, part), gathered.grad[part], lr, drawn, found_inf, options)
     if ranges.listened:
         ranges.end_phase()
 

@@ -9,10 +9,11 @@ A table belongs to a device by its name. For an operation and a class of shapes 
     symmetric   triton, bmm                 the same sizes: how the Triton backend computes P_C = CCᵀ and P_K = KKᵀ, by
                                             its own kernel, which saves half of the work, or by cuBLAS
 
-Sizes fall into classes that end at the powers of two: 513 to 1024 are one class. A shape takes the choice of the nearest
-class in the table. A class is near if every size differs by at most one doubling, and nearest with the fewest doublings
-in all. If there is none, or if the nearest ones disagree, the order of preference decides (`backends.BACKENDS`). It
-also decides if a choice cannot run. No table is read if `fused=False` or ROOTFREE_BACKEND forces a backend.
+Sizes fall into classes that end at the powers of two: 513 to 1024 are one class. A shape takes the choice of the
+nearest class in the table. A class is near if every size differs by at most one doubling, and nearest with the fewest
+doublings in all. If there is none, or if the nearest ones disagree, the order of preference decides
+(`backends.BACKENDS`). It also decides if a choice cannot run. No table is read if `fused=False` or ROOTFREE_BACKEND
+forces a backend.
 
 ROOTFREE_DISPATCH=off ignores all tables. ROOTFREE_DISPATCH=FILE.json takes that table for devices of its name, and none
 of this package. Tables are read once. They are asked once for a plan or a batch, never in a step.

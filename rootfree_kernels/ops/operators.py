@@ -60,9 +60,7 @@ def _define(schema: str, implementation: Callable[..., Any], fake: Callable[...,
 
 def _is_observed() -> bool:
     """Return whether a compiler, a dispatch mode or a profiler has to see the operators."""
-    return bool(
-        torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or profiler._is_profiler_enabled
-    )
+    return bool(torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or profiler._is_profiler_enabled)
 
 
 # ---- rf_rmsprop --------------------------------------------------------------------------------------------------
@@ -159,7 +157,8 @@ def kron_gather(
 
 
 def _run_kron_gather(grads: list[Tensor], *flat: Any) -> tuple[Tensor, Tensor]:
-    return tuple(named(flat[7]).operators.kron_gather(grads, Tiling(*flat[:3]), *flat[3:7]))
+    grad, squares = named(flat[7]).operators.kron_gather(grads, Tiling(*flat[:3]), *flat[3:7])
+    return grad, squares
 
 
 def _fake_gathered(grads: list[Tensor], *flat: Any) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from rootfree_kernels.optim.state_spec import Group
 
 
 def lr_scalar(lr: float | Tensor) -> Tensor:
-    """Return the learning rate as a 0-d tensor. A Tensor stays on its device and is never read; a float becomes FP64."""
+    """Return the learning rate as a 0-d tensor. A float becomes FP64; a Tensor stays on its device, unread."""
     return lr.reshape(()) if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64, device="cpu")
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from rootfree_kernels import ops, ranges
 from rootfree_kernels.arguments import Draws, Factors, Gathered, Preconditioner, Tiling, Weights
-from rootfree_kernels.backend import Backend
+from rootfree_kernels.backend import Backend, BlockWork
 from rootfree_kernels.optim.block_batch import BlockBatch
 from rootfree_kernels.optim.context import StepContext
 from rootfree_kernels.optim.state_spec import Group, is_pair, needs_bits
@@ -101,27 +100,13 @@ class BlockBatchStep(NamedTuple):
         batch = self.batch
         if batch.backend.workspace is None:
             return []
-        sizes = batch.backend.workspace(self._work())
+        options = self.update, bool(batch.products), batch.packs_momenta
+        work = BlockWork(self.num_blocks, batch.block_shape, batch.matmul_dtype, *options)
+        sizes = batch.backend.workspace(work)
         if self.blocks is not None:
             every = batch.part(None).values()
             sizes += [_num_bytes(x) * len(self.blocks) // len(x) for x in every]
         return sizes + [_num_bytes(x) for x in self.params if not (x.dim() == 2 or x.is_contiguous())]
-
-    def _work(self) -> Work:
-        batch = self.batch
-        shape, keeps_products = batch.block_shape, bool(batch.products)
-        return Work(self.num_blocks, shape, batch.matmul_dtype, self.update, keeps_products, batch.packs_momenta)
-
-
-class Work(NamedTuple):
-    """`rootfree_kernels.backend.BlockWork` of a step."""
-
-    num_blocks: int
-    block_shape: tuple[int, int]
-    matmul_dtype: torch.dtype
-    updates_factors: bool
-    keeps_products: bool
-    packs_momenta: bool
 
 
 def _num_bytes(x: Tensor) -> int:

@@ -4,8 +4,8 @@
     DeviceState   the state of a group on one device: batches of blocks, and all counts of steps in one tensor
     StepPlan      the batches of one step, for the parameters that have gradients and the factors that are due
 
-Every step asks whether they are still valid. The checks are passes over lists that run in C, since they are a large part
-of a step's time on the host (`python -m bench.host_step`).
+Every step asks whether they are still valid. The checks are passes over lists that run in C, since they are a large
+part of a step's time on the host (`python -m bench.host_step`).
 """
 
 from __future__ import annotations

@@ -58,8 +58,8 @@ class PlannedStep(NamedTuple):
 class Planner:
     """Keeps the plans of an optimizer from step to step.
 
-    `caches` holds what is kept for a group, by the number of the group; `traced` the plans of every group, by the number
-    of a trace of `torch.compile`.
+    `caches` holds what is kept for a group, by the number of the group. `traced` holds the plans of every group, by the
+    number of a trace of `torch.compile`.
     """
 
     def __init__(self) -> None:
@@ -79,8 +79,7 @@ class Planner:
             if cached[number] is None:
                 self._check(number, group, states)
         every = []
-        for number, group in enumerate(groups):
-            steps = cached[number]
+        for number, steps in enumerate(cached):
             every += self._new(number, groups, states) if steps is None else steps
         return every
 

@@ -20,8 +20,8 @@ def updates_due(frequency: int | Callable[[int], bool], counts: Sequence[float])
 class GrowingInterval:
     """Update at every step at first, then less and less often, but at least every `max_interval` steps.
 
-    At step t = 0, 1, … the interval is min(max(⌊log₄(t + 1)⌋, 1), `max_interval`), and factors are updated if it divides
-    t, as in the experiments of Lin et al. (ICML 2024). It depends on the step alone, so a resumed run needs no state.
+    At step t = 0, 1, … the interval is min(max(⌊log₄(t + 1)⌋, 1), `max_interval`). Factors are updated if it divides t,
+    as in the experiments of Lin et al. (ICML 2024). It depends on the step alone, so a resumed run needs no state.
 
     Args:
         max_interval: T, an integer, 1 or more.

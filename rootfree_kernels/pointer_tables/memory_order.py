@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def _order(x: Tensor) -> list[tuple[int, int]]:
-    """Return (stride, size) of every axis longer than 1: two tensors with the same result have the same memory layout."""
+    """Return (stride, size) of every axis longer than 1: it is the same for tensors of the same memory layout."""
     return [(stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
 
 

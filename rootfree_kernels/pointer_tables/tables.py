@@ -148,7 +148,7 @@ def tensor_table(
 
 
 class BlockTable(NamedTuple):
-    """The blocks of a batch in memory: for each block, (address, row stride, column stride) in every list of tensors."""
+    """Where the blocks of a batch are: (address, row stride, column stride) of each block in every list of tensors."""
 
     rows: Tensor
     num_blocks: int
