@@ -29,7 +29,8 @@ from torch.optim import Optimizer
 from bench.naive import NaiveIFShampoo
 from bench.record import provenance
 from rootfree_kernels import IFShampoo, RFRMSProp
-from rootfree_kernels.backends import choose, matmul_dtype
+from rootfree_kernels.eager import cpu_matmul_dtype
+from rootfree_kernels.ops.backends import choose
 
 COMMON = {
     "lr": 1e-3,
@@ -205,11 +206,11 @@ def blas_rows(repeats: int) -> list[Row]:
 
 
 def product_row(size: int, repeats: int) -> Row:
-    """BF16 against FP32 products of PyTorch, which is what `rootfree_kernels.backends.matmul_dtype` decides by."""
+    """BF16 against FP32 products of PyTorch, which is what `rootfree_kernels.eager.cpu_matmul_dtype` decides by."""
     bf16, fp32 = (torch.randn(1, size, size, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
     calls = {"bf16": lambda: torch.bmm(bf16, bf16), "fp32": lambda: torch.bmm(fp32, fp32)}
     times = medians(taking_turns(calls, repeats))
-    chosen = str(matmul_dtype(torch.bfloat16, torch.device("cpu"))).removeprefix("torch.")
+    chosen = str(cpu_matmul_dtype(torch.bfloat16, torch.device("cpu"))).removeprefix("torch.")
     return row(f"torch.bmm, {size}², BF16 (chosen: {chosen}): FP32", times["bf16"], times["fp32"])
 
 
@@ -250,7 +251,7 @@ def main() -> None:
         rows += [*factor_rows(args.repeats), *blas_rows(args.repeats), product_row(1024, args.repeats)]
     report(rows)
     if args.json:
-        record = {**record, "backend": choose(torch.device("cpu"), torch.float32), "rows": rows}
+        record = {**record, "backend": choose(torch.device("cpu"), torch.float32).name, "rows": rows}
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rootfree_kernels.dispatch import OPERATIONS, TABLES, DispatchTableError, parse, size_class, slug
+from rootfree_kernels.ops.dispatch import OPERATIONS, TABLES, DispatchTableError, parse, size_class, slug
 
 MARGIN = 1.03
 """How many times as long the other one must take."""

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -16,7 +17,8 @@ from torch import Tensor
 from bench.gpt2 import GPT2, Ceilings, Work
 from bench.gpu_report import Row
 from bench.gpu_timing import Timer, Timing
-from rootfree_kernels.backends import why_not
+from rootfree_kernels.backend import Backend
+from rootfree_kernels.ops.backends import choose, fused
 
 
 @dataclass(frozen=True)
@@ -58,18 +60,28 @@ TINY = Sizes(3000, 100, 32, 10, ((1, 16),), ((1, 16, 24),), ((1, 16, 24),), GPT2
 
 @dataclass
 class Context:
-    """Where and how is measured. `backend` is the one whose kernels are meant."""
+    """Where and how is measured."""
 
     device: torch.device
     sizes: Sizes
     timer: Timer
     ceilings: Ceilings | None = None
-    backend: str = "triton"
+    chosen: Backend | None = None
 
-    def compiled_backend(self) -> str | None:
-        """The backend of the compiled extension for this device, None where it cannot serve."""
-        name = "cuda" if self.device.type == "cuda" else "cpp"
-        return None if why_not(name, self.device, torch.float32) else name
+    @cached_property
+    def backend(self) -> Backend:
+        """The backend whose kernels are measured: the chosen one, or else the best that has all operators."""
+        return self.chosen or fused(self.device, torch.float32, (torch.bfloat16, None))[0]
+
+    @cached_property
+    def eager(self) -> Backend:
+        """The yardstick."""
+        return choose(self.device, torch.float32, fused=False)
+
+    def other_backend(self) -> Backend | None:
+        """Return the best other backend with kernels for lists of tensors, None if there is none."""
+        others = [backend for backend in fused(self.device, torch.float32) if backend is not self.backend]
+        return others[0] if others else None
 
     def fraction(self, work: Work, timing: Timing) -> float | None:
         """The least time of the work over the measured one; None where the ceilings were not measured."""

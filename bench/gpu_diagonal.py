@@ -15,6 +15,8 @@ from bench.gpu_cases import Case, Context, attempt, check, ratio, require
 from bench.gpu_report import Alternatives, Row, Target
 from bench.gpu_timing import Call, Measured, num_inputs
 from rootfree_kernels import ops
+from rootfree_kernels.arguments import DiagonalOptions, DiagonalState, Draws, Scaling
+from rootfree_kernels.backend import Backend
 
 DIAGONAL, MOMENTUM = "RF-RMSProp", "Clipped momentum"
 NUM_LARGE = 16
@@ -52,6 +54,20 @@ BF16 = Precision("BF16, state too", torch.bfloat16, torch.bfloat16)
 PRECISIONS = (FP32, MIXED, BF16)
 
 
+OPTIONS = DiagonalOptions(
+    batch_size=16.0,
+    beta2=0.1,
+    gamma=1.0,
+    momentum=0.9,
+    damping=1e-2,
+    weight_decay=0.01,
+    decoupled=False,
+    maximize=False,
+    rounding="stochastic",
+    weight_rounding="stochastic",
+)
+
+
 class DiagonalLists:
     """The tensors of a diagonal step, and the operator on them."""
 
@@ -72,20 +88,19 @@ class DiagonalLists:
         """Params, squares, buffers and gradients in FP64."""
         return [[x.double() for x in tensors] for tensors in (*self.changed(), self.grads)]
 
-    def step(self, backend: str, lr: float = 1e-4, lists: list[list[Tensor]] | None = None) -> None:
+    def step(self, backend: Backend, lr: float = 1e-4, lists: list[list[Tensor]] | None = None) -> None:
         """A step of these tensors, or of `lists`: params, squares, buffers, gradients."""
         params, squares, buffers, grads = lists or [*self.changed(), self.grads]
-        numbers = (16.0, 0.1, 1.0, 0.9, 1e-2, 0.01)  # B, β₂, γ, α₁, λ, κ
         rate = torch.tensor(lr, dtype=torch.float64)
-        every = [params, squares, buffers, self.skipped, [], [], grads, rate, self.seeds, self.steps, None, None]
-        ops.rf_rmsprop(*every, *numbers, False, False, "stochastic", "stochastic", backend)
+        state, draws = DiagonalState(squares, buffers, self.skipped, [], []), Draws(self.seeds, self.steps)
+        ops.rf_rmsprop(params, state, grads, rate, draws, Scaling(None, None), OPTIONS, backend)
 
 
-def check_diagonal(shapes: Sequence[Shape], precision: Precision, context: Context, backend: str) -> float:
+def check_diagonal(shapes: Sequence[Shape], precision: Precision, context: Context, backend: Backend) -> float:
     """The largest relative error of weights, s and m against FP64; the weights are of a step as large as they are."""
     lists = DiagonalLists(shapes, precision, context.device)
     expected = lists.in_double()
-    lists.step("eager", 0.1, expected)
+    lists.step(context.eager, 0.1, expected)
     for skipped in lists.skipped:
         skipped.zero_()
     lists.step(backend, 0.1)
@@ -123,8 +138,8 @@ def diagonal_targets(precision: Precision, of_copy: float | None) -> dict[str, T
     return targets
 
 
-def variant(precision: Precision, backend: str | None, context: Context) -> str:
-    return precision.name if backend == context.backend else f"{precision.name}, {backend}"
+def variant(precision: Precision, backend: Backend | None, context: Context) -> str:
+    return precision.name if backend in (None, context.backend) else f"{precision.name}, {backend.name}"
 
 
 def diagonal_rows(name: str, shapes: Sequence[Shape], of_copy: float | None, context: Context) -> list[Row]:
@@ -135,7 +150,7 @@ def diagonal_rows(name: str, shapes: Sequence[Shape], of_copy: float | None, con
     for precision in PRECISIONS:
         sets = num_inputs(numbers * precision.bytes, context.device)
         lists = [DiagonalLists(shapes, precision, context.device) for _ in range(sets)]
-        for backend in filter(None, (context.backend, context.compiled_backend())):
+        for backend in filter(None, (context.backend, context.other_backend())):
             case = f"{name}, {variant(precision, backend, context)}"
             error = attempt(rows, DIAGONAL, case, partial(check_diagonal, shapes, precision, context, backend))
             if error is not None:
@@ -173,10 +188,10 @@ def _diagonal_row(
     for peer, column in columns.items():
         if peer in measured:
             cells[column] = ratio(measured[peer].total, ours)
-    backend, alternatives = context.compiled_backend(), None
+    backend, alternatives = context.other_backend(), None
     if (compiled := measured.get(variant(precision, backend, context))) and backend:
-        cells[f"{backend} µs"], cells[f"{backend} / ours"] = compiled.total, ratio(compiled.total, ours)
-        alternatives = Alternatives("diagonal", sizes, {context.backend: ours, backend: compiled.total})
+        cells[f"{backend.name} µs"], cells[f"{backend.name} / ours"] = compiled.total, ratio(compiled.total, ours)
+        alternatives = Alternatives("diagonal", sizes, {context.backend.name: ours, backend.name: compiled.total})
     cells["AdamW's bytes / ours"] = FP32.bytes / precision.bytes
     targets = diagonal_targets(precision, of_copy)
     return Row(DIAGONAL, f"{name}, {precision.name}", cells, targets, alternatives=alternatives)
@@ -215,17 +230,17 @@ class MomentumSides:
     def numbers(self) -> int:
         return sum(x.numel() for batch in self.momenta for x in batch)
 
-    def step(self, backend: str) -> list[Tensor]:
+    def step(self, backend: Backend) -> list[Tensor]:
         """The clips of every batch."""
         pairs = zip(self.momenta, self.deltas, strict=True)
         return [ops.clipped_momentum(m, delta, None, 0.5, "frobenius", backend) for m, delta in pairs]
 
 
-def check_momentum(sides: MomentumSides, backend: str) -> float:
+def check_momentum(sides: MomentumSides, backend: Backend, eager: Backend) -> float:
     """The largest relative error of m and of the clips against FP64; Δ is overwritten."""
     expected = [[x.double() for x in batch] for batch in sides.momenta]
     clips = [
-        ops.clipped_momentum(m, [x.double() for x in delta], None, 0.5, "frobenius", "eager")
+        ops.clipped_momentum(m, [x.double() for x in delta], None, 0.5, "frobenius", eager)
         for m, delta in zip(expected, sides.deltas, strict=True)
     ]
     found = sides.step(backend)
@@ -234,14 +249,14 @@ def check_momentum(sides: MomentumSides, backend: str) -> float:
 
 
 def momentum_rows(name: str, batches: Sequence[Sequence[tuple[int, int]]], context: Context) -> list[Row]:
-    backends = [*filter(None, (context.backend, context.compiled_backend())), "eager"]
+    backends = [*filter(None, (context.backend, context.other_backend())), context.eager]
     for backend in backends[:-1]:
-        check_momentum(MomentumSides(batches, context.device), backend)
+        check_momentum(MomentumSides(batches, context.device), backend, context.eager)
     sides = MomentumSides(batches, context.device)
     moved, twice = (sides.numbers() * momentum_bytes(torch.bfloat16, passes) for passes in (1, 2))
     every = [sides, *(MomentumSides(batches, context.device) for _ in range(num_inputs(moved, context.device) - 1))]
-    measured = context.timer.measure({backend: [partial(x.step, backend) for x in every] for backend in backends})
-    ours, eager = measured[context.backend].total, measured["eager"].total
+    measured = context.timer.measure({x.name: [partial(y.step, x) for y in every] for x in backends})
+    ours, eager = measured[context.backend.name].total, measured[context.eager.name].total
     cells = {
         "µs": ours,
         "GB": moved / 1e9,
@@ -250,8 +265,8 @@ def momentum_rows(name: str, batches: Sequence[Sequence[tuple[int, int]]], conte
         "eager µs": eager,
         "eager / ours": ratio(eager, ours),
     }
-    if compiled := context.compiled_backend():
-        cells[f"{compiled} / ours"] = ratio(measured[compiled].total, ours)
+    if other := context.other_backend():
+        cells[f"{other.name} / ours"] = ratio(measured[other.name].total, ours)
     return [Row(MOMENTUM, name, cells)]
 
 

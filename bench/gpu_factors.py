@@ -3,7 +3,7 @@ every launch by itself, so that the one furthest from its limit shows."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,17 @@ from bench.gpu_cases import Case, Context, check, poisoned_memory, ratio, requir
 from bench.gpu_report import Alternatives, Row, Target
 from bench.gpu_timing import Measured, Timing, num_inputs
 from rootfree_kernels import ops
-from rootfree_kernels.backends import makes_products
+from rootfree_kernels.arguments import (
+    Draws,
+    FactorOptions,
+    Factors,
+    Gathered,
+    Preconditioner,
+    StepOptions,
+    Tiling,
+    Weights,
+)
+from rootfree_kernels.backend import Backend
 from rootfree_kernels.blocks import Tile
 
 UPDATE, STEP, LAUNCHES = "Factor update", "Preconditioned step", "Launches"
@@ -75,7 +85,7 @@ class Blocks:
         self.c, self.k = (near_identity(count, n, device, seed + 3 + n) for n in (p, d))
         self.m_c, self.m_k = (_symmetric(count, n, device, 0.01, seed + 4 + n) for n in (p, d))
         self.p_c, self.p_k = torch.bmm(self.c, self.c.mT), torch.bmm(self.k, self.k.mT)
-        self.tiles = [*Tile.single(p, d).numbers] * count
+        self.tiles = [*Tile.single(p, d).as_ints] * count
         self.skipped = torch.zeros(count, dtype=torch.int32, device=device)
         self.seeds = torch.arange(count, dtype=torch.int32, device=device)
         self.steps = torch.zeros(count, device=device)
@@ -97,35 +107,35 @@ class Blocks:
         other.dtype = torch.float64
         return other
 
-    def gather(self, backend: str, factors: list[Tensor]) -> tuple[Tensor, Tensor]:
-        return ops.kron_gather(self.grads, self.tiles, self.p, self.d, factors, None, self.dtype, False, backend)
+    def gather(self, backend: Backend, factors: list[Tensor]) -> Gathered:
+        tiling = Tiling(self.tiles, self.p, self.d)
+        return ops.kron_gather(self.grads, tiling, factors, None, self.dtype, False, backend)
 
-    def update(self, backend: str) -> Tensor:
+    def update(self, backend: Backend) -> Tensor:
         """Gather and one update of the factors, their products made; `ok` [L]."""
-        return self._factor(backend, [self.p_c, self.p_k], *self.gather(backend, [self.c, self.k]))
+        return self._factor(backend, True, self.gather(backend, [self.c, self.k]))
 
-    def step(self, backend: str) -> None:
+    def step(self, backend: Backend) -> None:
         """Gather and a step with the products that are kept."""
-        self._weight(backend, [self.p_c, self.p_k], *self.gather(backend, []), None, True)
+        self._weight(backend, Preconditioner(self.p_c, self.p_k, True, None), self.gather(backend, []))
 
-    def update_and_step(self, backend: str) -> None:
+    def update_and_step(self, backend: Backend) -> None:
         """A step at T = 1: gather, update and step; whether products are made on the way is the backend's to say."""
-        made, gathered = makes_products(backend), self.gather(backend, [self.c, self.k])
-        products = [self.p_c, self.p_k]
-        ok = self._factor(backend, products if made else [None, None], *gathered)
-        self._weight(backend, products if made else [self.c, self.k], *gathered, ok, made)
+        made, gathered = backend.makes_products, self.gather(backend, [self.c, self.k])
+        ok = self._factor(backend, made, gathered)
+        factors = (self.p_c, self.p_k) if made else (self.c, self.k)
+        self._weight(backend, Preconditioner(*factors, made, ok), gathered)
 
-    def _factor(self, backend: str, products: Sequence[Tensor | None], grad: Tensor, squares: Tensor) -> Tensor:
-        state = [self.c, self.k, self.m_c, self.m_k, None, None, *products]
-        numbers = [BATCH_SIZE, BETA2, ALPHA2, DAMPING, GAMMA, self.clip, "stochastic"]
-        return ops.kron_factor(*state, grad, squares, self.seeds, self.steps, None, *numbers, backend)
+    def _factor(self, backend: Backend, with_products: bool, gathered: Gathered) -> Tensor:
+        products = (self.p_c, self.p_k) if with_products else (None, None)
+        factors = Factors(self.c, self.k, self.m_c, self.m_k, None, None, *products)
+        options = FactorOptions(BATCH_SIZE, BETA2, ALPHA2, DAMPING, GAMMA, self.clip, "stochastic")
+        return ops.kron_factor(factors, gathered, Draws(self.seeds, self.steps), None, options, backend)
 
-    def _weight(
-        self, backend: str, factors: list[Tensor], grad: Tensor, squares: Tensor, ok: Tensor | None, cached: bool
-    ) -> None:
-        lists = [self.weights, self.buffers, [], self.tiles, self.skipped, *factors, grad, squares]
-        draws = [self.seeds, self.steps, None, cached]
-        ops.kron_step(*lists, self.lr, ok, *draws, 0.9, 0.01, False, "stochastic", backend)
+    def _weight(self, backend: Backend, preconditioner: Preconditioner, gathered: Gathered) -> None:
+        weights = Weights(self.weights, self.buffers, [], self.tiles, self.skipped)
+        draws, options = Draws(self.seeds, self.steps), StepOptions(0.9, 0.01, False, "stochastic")
+        ops.kron_step(weights, preconditioner, gathered, self.lr, draws, None, options, backend)
 
     def bytes(self) -> int:
         tensors = [*self.weights, *self.buffers, *self.grads, *self.state()]
@@ -149,7 +159,7 @@ def check_update(count: int, p: int, d: int, context: Context, clip: str = "frob
     """At most two blocks against FP64, in poisoned memory; products are symmetric to the bit."""
     blocks = Blocks(min(count, 2), p, d, context.device, clip=clip)
     expected = blocks.in_double()
-    expected.update("eager")
+    expected.update(context.eager)
     with poisoned_memory():
         ok = blocks.update(context.backend)
     require(bool(ok.all()), "a block was skipped that is finite")
@@ -164,7 +174,7 @@ def check_step(count: int, p: int, d: int, context: Context, method: str = "step
     blocks = Blocks(min(count, 2), p, d, context.device)
     blocks.lr = torch.ones((), dtype=torch.float64)
     expected = blocks.in_double()
-    getattr(expected, method)("eager")
+    getattr(expected, method)(context.eager)
     with poisoned_memory():
         getattr(blocks, method)(context.backend)
     for name, x, y in (("W", blocks.weights, expected.weights), ("buffer", blocks.buffers, expected.buffers)):
@@ -220,8 +230,9 @@ def _sets(count: int, p: int, d: int, context: Context, clip: str = "frobenius")
 
 
 def _times(method: str, every: list[Blocks], context: Context) -> dict[str, Timing]:
-    """A method by Triton's and by the eager backend, which take turns."""
-    calls = {name: [partial(getattr(x, method), name) for x in every] for name in (context.backend, "eager")}
+    """Times of a method by our kernels and by the eager backend, which take turns."""
+    backends = context.backend, context.eager
+    calls = {backend.name: [partial(getattr(x, method), backend) for x in every] for backend in backends}
     return {name: measured.total for name, measured in context.timer.measure(calls).items()}
 
 

@@ -13,6 +13,7 @@ from bench.gpu_cases import Case, Context, check, poisoned_memory, ratio, requir
 from bench.gpu_factors import (
     ALPHA2,
     BATCH_SIZE,
+    BETA2,
     DAMPING,
     GAMMA,
     Blocks,
@@ -22,9 +23,8 @@ from bench.gpu_factors import (
 )
 from bench.gpu_report import Alternatives, Row, Target
 from bench.gpu_timing import Timing, num_inputs
-from rootfree_kernels import eager
-from rootfree_kernels.backends import implementation
-from rootfree_kernels.eager.kron_factor import curvature_step
+from rootfree_kernels.arguments import FactorOptions
+from rootfree_kernels.eager.products import curvature_step
 
 SYMMETRIC = "Symmetric products"
 
@@ -53,7 +53,7 @@ def _factors(count: int, n: int, bytes_of_one: float, context: Context) -> list[
 
 def _products_row(count: int, n: int, context: Context) -> Row:
     """P_C = CCᵀ and P_K = KKᵀ."""
-    make = implementation(context.backend, "kron_products")
+    make = context.backend.operators.kron_products
     pairs = _factors(count, n, 8.0 * count * n * n, context)
     c, k = (x[:2] for x in pairs[0])
     with poisoned_memory():
@@ -76,7 +76,7 @@ def _products_row(count: int, n: int, context: Context) -> Row:
 def _kept_row(count: int, n: int, context: Context) -> Row:
     """The last launch of an update: P_C and P_K of new factors, which are copied to the old ones' place."""
     module = import_module("rootfree_kernels.triton_kernels.products")
-    makers = {"triton": module.make_products, "bmm": module.products_by_bmm}
+    makers = {context.backend.name: module.make_products, "bmm": module.products_by_bmm}
     every = []
     for factors in _factors(count, n, 12.0 * count * n * n, context):
         products, kept = ([torch.empty_like(x) for x in factors] for _ in range(2))
@@ -103,9 +103,9 @@ def _momentum_row(count: int, n: int, context: Context) -> Row:
     every = [Blocks(count, n, n, context.device, seed=10 * index) for index in range(sets)]
 
     def with_bmm(x: Blocks, a: Tensor) -> Tensor:
-        numbers = (BATCH_SIZE, DAMPING, GAMMA)
-        deltas = [curvature_step(a, x.c, x.k, *numbers), curvature_step(a.mT, x.k, x.c, *numbers)]
-        return eager.clipped_momentum([x.m_c, x.m_k], deltas, None, ALPHA2, "frobenius")
+        options = FactorOptions(BATCH_SIZE, BETA2, ALPHA2, DAMPING, GAMMA, "frobenius", "stochastic")
+        deltas = [curvature_step(a, x.c, x.k, options), curvature_step(a.mT, x.k, x.c, options)]
+        return context.eager.operators.clipped_momentum([x.m_c, x.m_k], deltas, None, ALPHA2, "frobenius")
 
     inputs = [torch.stack(x.grads).bfloat16() for x in every]
     variants = {

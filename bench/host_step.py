@@ -36,7 +36,9 @@ from torch import Tensor, nn
 
 from bench.gpt2 import GPT2
 from bench.record import provenance
-from rootfree_kernels import IFShampoo, RFRMSProp, backends
+from rootfree_kernels import IFShampoo, RFRMSProp
+from rootfree_kernels.arguments import Factors, Gathered, Tiling
+from rootfree_kernels.triton_kernels import TRITON
 
 SCALE = 16
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,11 +49,12 @@ ROUNDS = 3
 """Of processes that take turns where two checkouts are compared."""
 
 
-def idle_backend() -> Any:
-    """A backend whose operators do nothing but hand out memory that was there before."""
+def idle_operators() -> Any:
+    """Return operators that do nothing but return memory that was there before."""
     outputs: dict[Any, Any] = {}
 
-    def kron_gather(grads: list[Tensor], tiles: list[int], rows: int, cols: int, *rest: Any) -> tuple[Tensor, Tensor]:
+    def kron_gather(grads: list[Tensor], tiling: Tiling, *rest: Any) -> Gathered:
+        tiles, rows, cols = tiling
         blocks = sum(down * across for down, across in zip(tiles[1::4], tiles[3::4], strict=True))
         if (blocks, rows, cols) not in outputs:
             outputs[blocks, rows, cols] = (
@@ -59,12 +62,13 @@ def idle_backend() -> Any:
                 torch.zeros(3, blocks, 1),
             )
         G, squares = outputs[blocks, rows, cols]
-        return G.detach(), squares.detach()  # an operator's results are new tensors
+        return Gathered(G.detach(), squares.detach())  # an operator's results are new tensors
 
-    def kron_factor(factor_c: Tensor, *rest: Any) -> Tensor:
-        if len(factor_c) not in outputs:
-            outputs[len(factor_c)] = torch.ones(len(factor_c), dtype=torch.bool)
-        return outputs[len(factor_c)].detach()
+    def kron_factor(factors: Factors, *rest: Any) -> Tensor:
+        num_blocks = len(factors.factor_c)
+        if num_blocks not in outputs:
+            outputs[num_blocks] = torch.ones(num_blocks, dtype=torch.bool)
+        return outputs[num_blocks].detach()
 
     def nothing(*args: Any) -> None:
         return None
@@ -182,8 +186,8 @@ def main() -> None:
     device = torch.device(args.device, 0) if args.device == "cuda" else torch.device("cpu")
     torch.set_num_threads(1)
     if device.type == "cpu":
-        os.environ.update(TRITON_INTERPRET="1", ROOTFREE_BACKEND="triton")  # or Triton does not serve a CPU
-        backends.BACKENDS["triton"] = idle_backend()
+        os.environ.update(TRITON_INTERPRET="1", ROOTFREE_BACKEND=TRITON.name)  # or Triton does not serve a CPU
+        TRITON.__dict__.update(operators=idle_operators(), import_problem=None)
     if args.profile:
         profile(device)
         return

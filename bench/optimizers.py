@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from bench.peers import find
 from rootfree_kernels import IFShampoo, RFRMSProp
-from rootfree_kernels.backends import why_not
+from rootfree_kernels.ops.backends import BACKENDS, why_not
 
 LR = 1e-4
 SETTINGS = {"beta2": 0.2, "momentum": 0.9, "riemannian_momentum": 0.5, "damping": 1e-4, "batch_size": 16}
@@ -133,7 +133,11 @@ OURS = (
     _ours("RFRMSProp, BF16 state", "diagonal", state_dtype=BF16),
     _ours("RFRMSProp, BF16 state, compensated", "diagonal", state_dtype=BF16, rounding="compensated"),
     _ours("RFRMSProp, BF16 weights and state", "diagonal", state_dtype=BF16, weights=BF16),
-    _ours("RFRMSProp, CUDA", "diagonal", backend="cuda"),
+    *(
+        _ours(f"RFRMSProp, {backend.name.upper()}", "diagonal", backend=backend.name)
+        for backend in BACKENDS
+        if not backend.serves_matrices
+    ),
     _ours("RFRMSProp, eager", "diagonal", fused=False),
 )
 

@@ -19,8 +19,7 @@ from bench.gpu_report import Row, cell, number
 from bench.gpu_timing import Timing
 from bench.roofline import Roofline
 from bench.step_trace import Names, Step
-from rootfree_kernels.backends import makes_products
-from rootfree_kernels.optim.plan import Diagonal, Matrices
+from rootfree_kernels.optim.report import BatchReport, step_reports
 
 MULTIPLIED = (torch.float32, torch.bfloat16)
 """The dtypes of products whose rate is measured."""
@@ -46,45 +45,40 @@ def tasks_of(optimizer: Optimizer) -> dict[bool, dict[Names, Task]]:
     """What the phases of a step have to do, by batch and phase: of one with (True) and one without an update of the
     factors, as far as the optimizer, of one group on one device, has taken any."""
     found: dict[bool, dict[Names, Task]] = {}
-    for basis in optimizer._bases.values():  # type: ignore[attr-defined]
-        for plan in (plan for state in basis.device_states for plan in state.plans.values()):
-            updates = any(isinstance(part, Matrices) and part.update for part in plan.parts)
-            tasks = found[updates] = {}
-            for part in plan.parts:
-                phases = _diagonal(part) if isinstance(part, Diagonal) else _matrices(part)
-                for phase, task in phases.items():
-                    names = (part.label, phase)
-                    tasks[names] = tasks[names] + task if names in tasks else task
+    for batches in step_reports(optimizer):
+        tasks = found[any(batch.updates_factors for batch in batches)] = {}
+        for batch in batches:
+            for phase, task in (_matrices(batch) if batch.block_shape else _diagonal(batch)).items():
+                names = (batch.label, phase)
+                tasks[names] = tasks[names] + task if names in tasks else task
     return found
 
 
-def _diagonal(part: Diagonal) -> dict[str, Task]:
-    kinds = (part.params[0].dtype, part.params[0].grad.dtype, part.squares[0].dtype)  # type: ignore[union-attr]
-    work = Work(0, diagonal_bytes(*kinds) * sum(param.numel() for param in part.params))
+def _diagonal(batch: BatchReport) -> dict[str, Task]:
+    kinds = (batch.params[0].dtype, batch.grad_dtype, batch.state_dtype)
+    work = Work(0, diagonal_bytes(*kinds) * sum(param.numel() for param in batch.params))
     return {"apply": Task(work, torch.float32)}
 
 
-def _matrices(part: Matrices) -> dict[str, Task]:
-    """The phases of a batch. Kernels of Triton take the second product of a step together with what follows it."""
-    p, d = part.batch.block_shape
-    dtype, weight = part.batch.matmul_dtype, part.params[0]
-    size, grad_bytes = dtype.itemsize, weight.grad.element_size()  # type: ignore[union-attr]
+def _matrices(batch: BatchReport) -> dict[str, Task]:
+    """Return the work of a batch's phases. Some kernels take the second product of a step together with the step."""
+    assert batch.block_shape is not None and batch.matmul_dtype is not None
+    (p, d), dtype = batch.block_shape, batch.matmul_dtype
+    size, grad_bytes = dtype.itemsize, batch.grad_dtype.itemsize
     update = update_stages(p, d, grad_bytes, size)
-    step = step_stages(p, d, grad_bytes, weight.element_size(), size)
-    has_products = bool(part.batch.products) or makes_products(part.batch.backend)
+    step = step_stages(p, d, grad_bytes, batch.params[0].element_size(), size)
     second = Work(2 * d * p * d, size * (2 * p * d + d * d))
-    if part.batch.backend.startswith("triton"):
+    if batch.backend.fuses_last_product:
         phases = {"precondition": step["P_C·G"], "apply": step["step"]}
     else:
-        both = (step["P_C·G"] + second) * (1 if has_products else 2)  # without P_C and P_K four products
+        both = (step["P_C·G"] + second) * (1 if batch.computes_products else 2)  # without P_C and P_K four products
         rest = Work(0, step["step"].bytes - size * d * d)  # U is read in the place of X
         phases = {"precondition": both, "apply": rest, "precondition and apply": both + rest}
-    phases["gather"] = (update if part.update else step)["gather"]
-    if part.update:
-        stages = ["CᵀG", "·K", "momentum", "factor", *(["products"] if has_products else [])]
+    phases["gather"] = (update if batch.updates_factors else step)["gather"]
+    if batch.updates_factors:
+        stages = ["CᵀG", "·K", "momentum", "factor", *(["products"] if batch.computes_products else [])]
         phases["factor update"] = sum((update[stage] for stage in stages), Work())
-    num_blocks = int(part.label.split()[0])
-    return {phase: Task(work * num_blocks, dtype) for phase, work in phases.items()}
+    return {phase: Task(work * batch.num_blocks, dtype) for phase, work in phases.items()}
 
 
 # ---- tables ------------------------------------------------------------------------------------------------------

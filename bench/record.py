@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from rootfree_kernels.dispatch import device_name, processor
-from rootfree_kernels.dispatch import slug as slug
+from rootfree_kernels.ops.dispatch import device_name, processor
+from rootfree_kernels.ops.dispatch import slug as slug
 
 
 def commit() -> str:

@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 
 from bench.contest import OTHER, UPDATE
 from bench.workloads import Workload
-from rootfree_kernels.dispatch import OPERATIONS
-from rootfree_kernels.optim.plan import Diagonal
+from rootfree_kernels.ops.dispatch import OPERATIONS
+from rootfree_kernels.optim.report import step_reports
 
 DIAGONAL = ("RFRMSProp", "RFRMSProp, CUDA", "RFRMSProp, eager")
 MATRICES = ("IFShampoo", "IFShampoo, eager")
@@ -25,10 +25,7 @@ Row = dict[str, Any]
 
 def backend_of(optimizer: Optimizer) -> str | None:
     """The backend that steps all of an optimizer's parameters; None of several, and of other people's optimizers."""
-    bases = getattr(optimizer, "_bases", {}).values()
-    plans = [plan for basis in bases for state in basis.device_states for plan in state.plans.values()]
-    parts = [part for plan in plans for part in plan.parts]
-    names = {part.backend if isinstance(part, Diagonal) else part.batch.backend for part in parts}
+    names = {batch.backend.name for batches in step_reports(optimizer) for batch in batches}
     return names.pop() if len(names) == 1 else None
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from rootfree_kernels import IFShampoo, RFRMSProp
-from rootfree_kernels.backends import matmul_dtype
+from rootfree_kernels.eager import cpu_matmul_dtype
 
 SIDE = 1024
 LAYERS = 12
@@ -46,7 +46,7 @@ def product(dtype: torch.dtype, layers: int, side: int) -> Callable[[], Tensor]:
 
 
 def is_slow_in_bf16() -> bool:
-    return matmul_dtype(BF16, torch.device("cpu")) != BF16
+    return cpu_matmul_dtype(BF16, torch.device("cpu")) != BF16
 
 
 @pytest.mark.parametrize("kind", PRODUCTS)

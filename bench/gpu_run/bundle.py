@@ -28,7 +28,7 @@ from pathlib import Path
 from bench.gpu_run.stages import HUGE
 from bench.peers import CHECKOUTS, COMMIT, PEERS
 from bench.record import commit
-from rootfree_kernels.backends import build_record
+from rootfree_kernels.native import build_record
 
 ROOT = Path(__file__).resolve().parents[2]
 BUNDLE = ROOT / ".gpu-bundle"

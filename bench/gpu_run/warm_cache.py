@@ -23,7 +23,7 @@ from bench.optimizers import dion_muon
 from bench.peers import why_missing
 from bench.workloads import gpt2_matrices
 from rootfree_kernels import IFShampoo, RFRMSProp
-from rootfree_kernels.backends import implementation
+from rootfree_kernels.ops.backends import choose
 from rootfree_kernels.rounding import ROUNDINGS
 from rootfree_kernels.triton_kernels.launch import num_compilations
 
@@ -85,7 +85,7 @@ def step_rf_rmsprop() -> None:
 
 def step_clipped_momentum() -> None:
     """Call the operator that no optimizer calls by itself."""
-    clipped_momentum = implementation("triton", "clipped_momentum")
+    clipped_momentum = choose(torch.device("cuda"), FP32).operators.clipped_momentum
     for dtype, clip in product((FP32, BF16), ("frobenius", "row_sum", "none")):
         momentum = torch.zeros(2, 64, 64, dtype=dtype, device="cuda")
         clipped_momentum([momentum], [momentum.float()], None, 0.5, clip)

@@ -73,6 +73,15 @@ def candidates(device: torch.device) -> list[Backend]:
     return [backend for backend in BACKENDS if backend.devices is None or device.type in backend.devices]
 
 
+def fused(device: torch.device, dtype: torch.dtype, factors: FactorDtypes | None = None) -> list[Backend]:
+    """Return all backends with kernels that can serve, whether or not they would be chosen, best first.
+
+    Raises:
+        ImportError: the compiled extension was built and cannot be imported.
+    """
+    return [x for x in map(named, NAMES) if x.is_fused and why_not(x.name, device, dtype, factors) is None]
+
+
 def choose(
     device: torch.device,
     dtype: torch.dtype,

@@ -43,6 +43,7 @@ from rootfree_kernels.blocks import tiles_from_ints
 from rootfree_kernels.ops.backends import named
 
 _LIBRARY = Library("rootfree", "FRAGMENT")
+_IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
 
 # `Library` instead of `torch.library.custom_op`: the wrapper of the latter walks the schema at every call to bump the
 # version counters of changed tensors. The in-place operations of eager PyTorch bump them anyway. A backend that writes
@@ -52,10 +53,16 @@ _LIBRARY = Library("rootfree", "FRAGMENT")
 def _define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     """Register an operator and return it. `implementation` takes the flat arguments of the schema."""
     name = schema.partition("(")[0]
+    _IMPLEMENTATIONS[name] = implementation
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     register_fake(f"rootfree::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.rootfree, name).default
+
+
+def run_flat(name: str, *flat: Any) -> Any:
+    """Run an operator on the flat arguments of its schema, without PyTorch's dispatcher."""
+    return _IMPLEMENTATIONS[name](*flat)
 
 
 def _is_observed() -> bool:
