@@ -1,4 +1,4 @@
-"""Counting the batch size B from the model's forward calls."""
+"""Count the batch size B from the model's forward calls."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ CountTerms = Callable[[tuple[Any, ...], dict[str, Any]], int]
 
 
 def leading_dim(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Size of the first axis of the first tensor among the arguments of a forward call, keywords included.
+    """Return the size of the first axis of the first tensor among the arguments of a forward call, or its keywords.
 
     Raises:
-        ValueError: no tensor with an axis is among them.
+        ValueError: there is no tensor with an axis.
     """
     for leaf in tree_leaves((args, kwargs)):
         if isinstance(leaf, Tensor) and leaf.dim():
@@ -29,18 +29,18 @@ def leading_dim(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
 
 
 class BatchSizeCounter:
-    """Sets `batch_size` of all groups, before every step, to the terms that the model saw since the last one.
+    """Set the `batch_size` of all groups before every step, to the loss terms that the model saw since the last one.
 
-    Forward calls in training mode and with gradients enabled are counted and added up, those of a closure included.
-    With gradient accumulation over N micro-batches, each loss divided by N, that is the B of the whole. A step without
-    a counted call keeps the groups' values.
+    It adds up forward calls in training mode and with gradients enabled, including those of a closure. With gradient
+    accumulation over N micro-batches, each loss divided by N, the sum is the B of the whole batch. A step without a
+    counted call keeps the groups' values.
 
     Args:
-        model: the module whose forward calls are counted. Wrap the outermost one that the loop calls.
+        model: the module whose forward calls are counted. Pass the outermost one that the training loop calls.
         optimizer: an optimizer whose groups have a `batch_size`.
-        count_terms: (args, kwargs) of a forward call → number of loss terms; None counts the first axis of the first
-            tensor (`leading_dim`), that is samples or sequences.
-        world_size: ranks over which gradients are averaged.
+        count_terms: returns the number of loss terms from the (args, kwargs) of a forward call. The default,
+            `leading_dim`, is the first axis of the first tensor: samples or sequences.
+        world_size: the number of ranks over which gradients are averaged.
 
     Use it as a context manager, or call `remove()` when done::
 
@@ -75,7 +75,7 @@ class BatchSizeCounter:
             self.count += self._count_terms(args, kwargs)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """Set the batch size; a closure, whose forward calls are still to come, is made to set it after them."""
+        """Set the batch size. Wrap a closure so that it is set again after the closure's forward calls."""
         self._set_batch_size(optimizer)
 
         def counted(argument: Any) -> Any:

@@ -1,8 +1,8 @@
-"""From a parameter to blocks: matrix view → runs of equal blocks along each side → tiles.
+"""How a parameter is cut into blocks: matrix view → runs of equal blocks along each side → tiles.
 
-A weight with two or more axes is seen as a matrix [shape[0], rest]; a side longer than `max_dim` is cut into blocks of
-at most two sizes. Blocks of one size lie side by side, so that a matrix falls into at most four *tiles*, rectangles of
-equal blocks, and a tile is one strided view of the weight.
+A weight with two or more axes is viewed as a matrix [shape[0], rest]. A side longer than `max_dim` is cut into blocks
+of at most two sizes. Blocks of one size are neighbours, so a matrix consists of at most four *tiles*: rectangles of
+equal blocks. A tile is one strided view of the weight.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Tile(NamedTuple):
 
     @classmethod
     def single(cls, rows: int, cols: int) -> Tile:
-        """One block that is the whole matrix."""
+        """Return a tile of one block that is the whole matrix."""
         return cls(BlockRun(0, 1, rows), BlockRun(0, 1, cols))
 
     @property
@@ -47,22 +47,22 @@ class Tile(NamedTuple):
 
     @property
     def as_ints(self) -> tuple[int, int, int, int]:
-        """What operators are told of a tile beside its block shape: first row, blocks down, first column, across."""
+        """First row, blocks down, first column, blocks across: how operators are told of a tile."""
         return self.rows.start, self.rows.num_blocks, self.cols.start, self.cols.num_blocks
 
 
 ALIGNED = 16
-"""Long sides are cut into blocks of a multiple of this, 32 bytes of BF16: memory is read 16 bytes at a time."""
+"""Long sides are cut at multiples of this, 32 bytes of BF16, because kernels read memory 16 bytes at a time."""
 
 LONG = 128
-"""From this `max_dim` on sides are cut at multiples of ALIGNED."""
+"""The smallest `max_dim` for which sides are cut at multiples of ALIGNED."""
 
 
 def split_side(size: int, max_dim: int | None) -> list[BlockRun]:
-    """The runs of a side of `size` cut into blocks of at most `max_dim`; `None` leaves it whole.
+    """Return the runs of a side of `size`, cut into blocks of at most `max_dim`. None leaves the side whole.
 
-    Where `max_dim` is 128 or more, into equal blocks of a multiple of 16, as few as possible; or else into the longest
-    such blocks that leave a last one of at least half their size. Otherwise, and where there are no such, into
+    If `max_dim` is 128 or more, the blocks are multiples of 16: as few equal ones as possible, or else the longest ones
+    that leave a last block of at least half their size. If that is impossible, or `max_dim` is smaller, there are
     ceil(size / max_dim) blocks whose sizes differ by at most one, the larger ones first.
     """
     if max_dim is None or size <= max_dim:
@@ -82,7 +82,7 @@ def split_side(size: int, max_dim: int | None) -> list[BlockRun]:
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int] | None:
-    """(rows, columns) of a weight seen as a matrix, `None` where it has no two sides longer than 1."""
+    """Return (rows, columns) of a weight viewed as a matrix, or None if it has no two sides longer than 1."""
     if len(shape) < 2:
         return None
     rows, cols = shape[0], prod(shape[1:])
@@ -90,7 +90,7 @@ def matrix_shape(shape: Sequence[int]) -> tuple[int, int] | None:
 
 
 def tiles(shape: Sequence[int], max_dim: int | None) -> list[Tile]:
-    """The tiles of a weight, none where it takes the diagonal step."""
+    """Return the tiles of a weight. There are none if it takes the diagonal step."""
     matrix = matrix_shape(shape)
     if matrix is None:
         return []
@@ -99,17 +99,17 @@ def tiles(shape: Sequence[int], max_dim: int | None) -> list[Tile]:
 
 
 def matrix_view(tensor: Tensor) -> Tensor:
-    """`tensor` as [shape[0], rest]: a view where its strides allow, else a contiguous copy."""
+    """Return `tensor` as [shape[0], rest]: a view if its strides allow that, else a contiguous copy."""
     return tensor if tensor.dim() == 2 else tensor.reshape(tensor.shape[0], -1)
 
 
 def matrix_views(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Return `matrix_view` of every tensor; the list itself where all of them have two axes."""
+    """Return `matrix_view` of every tensor, or the list itself if all of them have two axes."""
     return tensors if set(map(Tensor.dim, tensors)) == {2} else [matrix_view(tensor) for tensor in tensors]
 
 
 def block_views(matrix: Tensor, tile: Tile) -> list[Tensor]:
-    """The blocks of a tile, row by row, each a strided view [block rows, block columns] of `matrix`."""
+    """Return the blocks of a tile, row by row, each a strided view [block rows, block columns] of `matrix`."""
     if tile.num_blocks == 1 and tile.block_shape == tuple(matrix.shape):
         return [matrix]
     (row_start, num_rows, rows), (col_start, num_cols, cols) = tile
@@ -119,7 +119,7 @@ def block_views(matrix: Tensor, tile: Tile) -> list[Tensor]:
 
 
 def tiles_from_ints(ints: Sequence[int], rows: int, cols: int) -> list[Tile]:
-    """Tiles of blocks of rows × cols from their `Tile.as_ints`, laid end to end."""
+    """Return tiles of blocks of rows × cols from their `Tile.as_ints`, one after the other."""
     quadruples = zip(*(iter(ints),) * 4, strict=True)
     return [Tile(BlockRun(row, down, rows), BlockRun(col, across, cols)) for row, down, col, across in quadruples]
 
@@ -131,7 +131,7 @@ def tiled_blocks(lists: Sequence[Sequence[Tensor]], ints: Sequence[int], rows: i
 
 
 def blocks_of(tensors: Sequence[Tensor], tiles: Sequence[Tile]) -> list[Tensor]:
-    """The block views [p, d] of one tile of each tensor, tile by tile and each row by row."""
+    """Return the block views [p, d] of one tile of each tensor, tile by tile and each tile row by row."""
     return [
         block for tensor, tile in zip(tensors, tiles, strict=True) for block in block_views(matrix_view(tensor), tile)
     ]

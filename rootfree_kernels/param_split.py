@@ -1,4 +1,4 @@
-"""Splitting a model's parameters into groups that deserve hyperparameters of their own."""
+"""Split a model's parameters into groups that may need hyperparameters of their own."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HEAD_NAMES = frozenset({"head", "lm_head", "classifier", "score", "unembed", "ou
 
 @dataclass
 class ParamSplit:
-    """Named parameters in three parts, and for each name one sentence why it is where it is."""
+    """Named parameters in three parts, and for each name one sentence on why it is in its part."""
 
     matrices: list[tuple[str, Parameter]] = field(default_factory=list)
     embeddings_and_heads: list[tuple[str, Parameter]] = field(default_factory=list)
@@ -24,7 +24,7 @@ class ParamSplit:
     reasons: dict[str, str] = field(default_factory=dict)
 
     def groups(self, **options: dict[str, Any]) -> list[dict[str, Any]]:
-        """The parts that are not empty as parameter groups, in the order above.
+        """Return the parts that are not empty as parameter groups, in the order of the fields.
 
         Args:
             options: group options by part, such as `vectors={"weight_decay": 0.0}`.
@@ -42,18 +42,18 @@ class ParamSplit:
 
 
 def split_params(model: Module, heads: Collection[str] = ()) -> ParamSplit:
-    """Split the trainable parameters of `model`; each stands once, under its first name.
+    """Split the trainable parameters of `model`. Each parameter appears once, under its first name.
 
-    - *matrices*: hidden weights with two or more axes (two sides longer than 1): Kronecker factors pay most here.
-    - *embeddings and heads*: one row a token or class; sides are long and gradients sparse by rows, so that another
-      learning rate, smaller blocks or `structure="elementwise"` may serve better.
-    - *vectors*: biases, gains and all else that takes the diagonal step.
+    - *matrices*: hidden weights with two or more axes (and two sides longer than 1). Kronecker factors help most here.
+    - *embeddings and heads*: weights with one row for each token or class. Their sides are long and most rows of their
+      gradients are zero, so another learning rate, smaller blocks or `structure="elementwise"` may work better.
+    - *vectors*: biases, gains and everything else that takes the diagonal step.
 
     Args:
         model: any module.
-        heads: names of modules to count as heads besides those recognised: modules named like a head (`lm_head`,
-            `classifier`, …) and the last linear layer of the model, where it has as many outputs as an embedding
-            of its inputs has rows. A weight that a head shares with an embedding stands under the embedding's name.
+        heads: names of further modules to count as heads. Two kinds are recognised without it: modules named like a
+            head (`lm_head`, `classifier`, …), and the last linear layer of the model if it maps the columns of an
+            embedding to its rows. A weight that a head shares with an embedding has the embedding's name.
 
     Raises:
         ValueError: `heads` names a module that the model does not have.
@@ -71,9 +71,9 @@ def split_params(model: Module, heads: Collection[str] = ()) -> ParamSplit:
                 f"shape {tuple(param.shape)} has no two sides longer than 1: diagonal step",
             )
         elif isinstance(owner, nn.Embedding | nn.EmbeddingBag):
-            part, why = split.embeddings_and_heads, "the weight of an embedding: one row a token"
+            part, why = split.embeddings_and_heads, "the weight of an embedding: one row for each token"
         elif owner_name in heads:
-            part, why = split.embeddings_and_heads, "the weight of an output head: one row a class"
+            part, why = split.embeddings_and_heads, "the weight of an output head: one row for each class"
         else:
             part, why = split.matrices, f"a hidden weight of shape {tuple(param.shape)}: Kronecker factors"
         part.append((name, param))
@@ -82,14 +82,14 @@ def split_params(model: Module, heads: Collection[str] = ()) -> ParamSplit:
 
 
 def _owned_params(model: Module) -> Iterator[tuple[str, Parameter, str]]:
-    """(name, parameter, name of the module that holds it) for every trainable parameter, once."""
+    """Yield (name, parameter, name of the module that holds it) for every trainable parameter, once."""
     for name, param in model.named_parameters():
         if param.requires_grad:
             yield name, param, name.rpartition(".")[0]
 
 
 def _recognised_heads(modules: dict[str, Module]) -> set[str]:
-    """Modules named like a head, and the last linear layer if it maps an embedding's columns to its rows."""
+    """Return the modules named like a head, and the last linear layer if it maps an embedding's columns to its rows."""
     named = {name for name in modules if name.rpartition(".")[2] in HEAD_NAMES}
     tables = {(m.embedding_dim, m.num_embeddings) for m in modules.values() if isinstance(m, nn.Embedding)}
     linears = [(name, m) for name, m in modules.items() if isinstance(m, nn.Linear)]

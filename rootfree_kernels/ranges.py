@@ -1,4 +1,4 @@
-"""Ranges for profilers: which step, batch and phase a launch belongs to.
+"""Ranges for profilers: they show which step, batch and phase a launch belongs to.
 
     IFShampoo.step
         36 blocks of 768x1024
@@ -6,13 +6,13 @@
         diagonal step of 98 tensors
             apply
 
-Nsight Systems and Nsight Compute get them through NVTX, PyTorch's profilers by `record_function`; these go first, since
-under `emit_nvtx` theirs become NVTX ranges. Where nobody listens there are none: a step asks once, and what is marked
-within it looks at one flag. Steps that `torch.compile` traced have none either, and a replayed CUDA graph has those of
-its capture only, which record nothing in it.
+Nsight Systems and Nsight Compute receive them through NVTX, PyTorch's profilers through `record_function`. A PyTorch
+profiler has precedence, because `emit_nvtx` turns its ranges into NVTX ranges. Without a profiler no range is opened: a
+step asks once, and every mark within it tests one flag. Steps that `torch.compile` traced have no ranges, and neither
+has the replay of a CUDA graph.
 
-A range ends where the next one of its level or of the level above begins, or with the step, by an exception too. One
-that begins in an operator is ended there, since profilers have a range of their own around operators.
+A range ends where the next one of its level, or of the level above, begins. It also ends with the step, even if that
+raises. A range that begins in an operator must end there, because profilers put a range of their own around operators.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from torch.autograd import profiler
 
 Close = Callable[[], Any]
 
-_BATCH, _PHASE = 1, 2  # how many ranges lie around one of the level
+_BATCH, _PHASE = 1, 2  # the number of ranges around a range of this level
 
 _nvtx: Any = torch.cuda.nvtx if torch.version.cuda and hasattr(torch._C, "_nvtx") else None
-"""None where PyTorch was built without; for AMD's GPUs too, whose roctx takes every range, listened to or not."""
+"""None if PyTorch was built without NVTX, and on AMD's GPUs: roctx takes every range, with or without a profiler."""
 
 _injected = bool(os.environ.get("NVTX_INJECTION64_PATH"))
-"""Whether a tool has NVTX load its library, as nsys and ncu do. One that does not count levels returns -2 as well."""
+"""Whether a tool makes NVTX load its library, as nsys and ncu do. Some return -2 from `range_push`, as if absent."""
 
 listened = False
-"""Whether somebody listened to the last step that began."""
+"""Whether a profiler was attached when the last step began."""
 
 
 class _Step(AbstractContextManager[None]):
-    """The ranges of a step that are open, outermost first, by what closes them."""
+    """The open ranges of a step, outermost first, as the functions that close them."""
 
     def __init__(self, begin: Callable[[str], Close], close: Close) -> None:
         self.begin, self.open = begin, [close]
@@ -72,7 +72,7 @@ _UNHEARD = nullcontext()
 
 
 def step(name: str) -> AbstractContextManager[None]:
-    """The context of a step, around which there is a range of this name, if anybody listens."""
+    """Return the context of a step. It opens a range of this name if a profiler is attached."""
     global listened
     opened = _opened(name)
     listened = opened is not None
@@ -80,25 +80,25 @@ def step(name: str) -> AbstractContextManager[None]:
 
 
 def batch(name: str) -> None:
-    """From here on the step works on another batch."""
+    """Begin the range of the next batch."""
     if listened and _thread.step is not None:
         _thread.step.mark(_BATCH, name)
 
 
 def end_batch() -> None:
-    """From here on the step works on no batch."""
+    """End the range of the last batch."""
     if listened and _thread.step is not None:
         _thread.step.close(_BATCH)
 
 
 def phase(name: str) -> None:
-    """From here on another phase of the batch runs. Nothing where an operator is called by itself, without a step."""
+    """Begin the range of the next phase of a batch. An operator that is called without a step opens none."""
     if listened and _thread.step is not None:
         _thread.step.mark(_PHASE, name)
 
 
 def end_phase() -> None:
-    """From here on no phase runs."""
+    """End the range of the last phase."""
     if listened and _thread.step is not None:
         _thread.step.close(_PHASE)
 

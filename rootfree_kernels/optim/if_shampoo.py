@@ -1,4 +1,4 @@
-"""IF-Shampoo: the inverse-free, root-free Shampoo."""
+"""IF-Shampoo: Shampoo without inverses and without roots."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rootfree_kernels.optim.base import RootFreeOptimizer
 class IFShampoo(RootFreeOptimizer):
     r"""Shampoo without roots and without inverses (Lin et al., ICML 2024, Fig. 5 right and Fig. 7).
 
-    For a block W of p × d with gradient G; C (p × p) and K (d × d) start at I, m_C and m_K at 0::
+    For a block W of p × d with gradient G. C (p × p) and K (d × d) start at I, m_C and m_K at 0::
 
         every T-th step, both sides from the old factors:
           A   = CᵀGK
@@ -26,60 +26,63 @@ class IFShampoo(RootFreeOptimizer):
           buf ← α₁buf + U + κW
           W   ← W − β₁buf
 
-    A parameter with two or more axes is seen as a matrix [shape[0], rest] and cut into blocks; one with fewer axes, or
-    with a side of 1, takes the diagonal step of `RFRMSProp` with the same options.
+    A parameter with two or more axes is viewed as a matrix [shape[0], rest] and cut into blocks. A parameter with fewer
+    axes, or with a side of 1, takes the diagonal step of `RFRMSProp` with the same options.
 
     Args:
         params: parameters, named parameters or groups; FP32, BF16, FP16 or FP64, of any shape and strides.
-        lr: β₁, a number or a one-element Tensor (which is never read by the host).
+        lr: β₁, a number or a one-element Tensor (which the host never reads).
         batch_size: B, the number of terms that the loss averages over (sequences worked well for language models);
-            1 for a summed loss. Required: a wrong B silently changes the method. It lives in the group, so that a
-            training loop can set it at every step.
-        beta2: β₂, the step size of the factors; below 1, so that with a clip CCᵀ and KKᵀ stay positive definite.
-        momentum: α₁, heavy ball, without a factor 1 − α₁: the step grows by 1/(1 − α₁).
-        riemannian_momentum: α₂, of the factors.
-        damping: λ. Where gradients are small, lr/(λ(1−α₁)) is the step size of plain SGD.
+            1 for a summed loss. It is required, since a wrong B silently changes the method. A training loop can set
+            it in the group at every step.
+        beta2: β₂, the step size of the factors: below 1, so that with a clip CCᵀ and KKᵀ stay positive definite.
+        momentum: α₁ of the heavy ball. There is no factor 1 − α₁, so the step grows by 1/(1 − α₁).
+        riemannian_momentum: α₂, the momentum of the factors.
+        damping: λ. For small gradients, lr/(λ(1−α₁)) is the step size of plain SGD.
         weight_decay: κ, added to the preconditioned gradient before the momentum.
-        decoupled_weight_decay: apply the decay to the weights instead, W ← (1 − β₁κ)W, as AdamW does.
-        gamma: γ; 1 averages the curvature (as RMSProp), 0 sums it (as AdaGrad).
-        precondition_frequency: T, or a callable from a parameter's step (0, 1, …) to whether its factors are updated,
-            `GrowingInterval(10)` for one. Updating at every step trains best.
-        clip: the norm ‖m‖ in the update: "frobenius" (the paper's), "row_sum" (the largest absolute row sum, which
-            grows less with width, so that the factors of wide layers learn faster) or "none".
-        structure: of the factors: "dense", or "elementwise" to give the whole group the diagonal step.
-        max_preconditioner_dim: longest side of a block; longer sides are cut into nearly equal blocks, each with
-            factors of its own. None leaves matrices whole. Smaller blocks cost less: an update of n × n is 24n³.
-        cache_products: keep CCᵀ and KKᵀ between updates, which halves the work of the other steps. None: where T is
-            not 1; False saves the memory.
-        packed_momentum: store the symmetric m_C and m_K as one triangle each, n(n+1)/2 numbers instead of n² (LAPACK's
+        decoupled_weight_decay: apply the decay to the weights instead, W ← (1 − β₁κ)W, as in AdamW.
+        gamma: γ. 1 averages the curvature (as RMSProp), 0 sums it (as AdaGrad).
+        precondition_frequency: T, or a callable that takes a parameter's step (0, 1, …) and returns whether its factors
+            are updated, such as `GrowingInterval(10)`. Updating at every step trains best.
+        clip: the norm ‖m‖ in the update. "frobenius" is the paper's. "row_sum" is the largest absolute row sum, which
+            grows less with width, so that the factors of wide layers learn faster. "none" does not clip.
+        structure: "dense" factors, or "elementwise" to give the whole group the diagonal step.
+        max_preconditioner_dim: the longest side of a block. Longer sides are cut into nearly equal blocks, each with
+            its own factors. None leaves matrices whole. Smaller blocks cost less: an update of n × n takes 24n³.
+        cache_products: keep CCᵀ and KKᵀ between updates, which halves the work of the other steps. None keeps them
+            unless T is 1. False saves the memory.
+        packed_momentum: store the symmetric m_C and m_K as one triangle each, n(n+1)/2 elements instead of n² (LAPACK's
             rectangular full packed format, see `rootfree_kernels.packing`). An update unpacks them, a batch at a time,
-            and packs them again. With BF16 factors, `state_dtype=torch.bfloat16` and `cache_products=False` the state
-            of an n × n block then takes 8 + 2/n bytes a weight instead of 12.
-        factor_dtype: of C, K and m: torch.bfloat16, torch.float32 or torch.float64.
-        matmul_dtype: in which the factors are multiplied; None: `factor_dtype`, but FP32 where a CPU multiplies BF16
-            slowly.
-        state_dtype: of the momentum buffer and of the diagonal step's state; None is FP32 (FP64 for FP64 parameters).
-        rounding: of BF16 factors: "stochastic", "compensated" (two bytes more, FP32 to the bit) or "nearest" (the
-            paper's, which mostly stands still; see `rootfree_kernels.rounding`). m is rounded to nearest.
-        weight_rounding: of BF16 parameters, likewise.
-        seed: of the random bits of stochastic rounding. The global generators are never touched.
-        maximize: ascend.
-        foreach: False steps one parameter at a time; None and True all blocks of a shape together.
-        fused: True asks for a kernel backend, False for eager PyTorch, None takes the best that is there.
-        capturable: keep the step count on the device. The step can then be captured in a CUDA graph, after one that
-            was not, and `torch.compile` makes one graph of it (`fullgraph=True`); pass lr as a Tensor on the device,
-            or its value is built in. Needs T = 1.
+            and packs them again. With BF16 factors, `state_dtype=torch.bfloat16` and `cache_products=False`, the state
+            of an n × n block then takes 8 + 2/n bytes for each weight instead of 12.
+        factor_dtype: the dtype of C, K and m: torch.bfloat16, torch.float32 or torch.float64.
+        matmul_dtype: the dtype in which the factors are multiplied. None is `factor_dtype`, or FP32 on a CPU that
+            multiplies BF16 slowly.
+        state_dtype: the dtype of the momentum buffer and of the diagonal step's state. None is FP32 (FP64 for FP64
+            parameters).
+        rounding: how BF16 factors are rounded: "stochastic", "compensated" (bitwise FP32 factors, in two more bytes) or
+            "nearest" (the paper's, with which factors mostly do not move; see `rootfree_kernels.rounding`). m is
+            rounded to nearest.
+        weight_rounding: how BF16 parameters are rounded, with the same choices.
+        seed: the seed of stochastic rounding. It does not touch the global generators.
+        maximize: ascend instead of descend.
+        foreach: False steps one parameter at a time. None and True step all blocks of a shape together.
+        fused: True asks for a backend with kernels, False for eager PyTorch. None takes the best one available.
+        capturable: keep the step count on the device. A CUDA graph can then capture the step, after a first step
+            outside of it, and `torch.compile` makes one graph of it (`fullgraph=True`). Pass lr as a Tensor on the
+            device, or its present value is compiled in. It needs T = 1.
 
-    State of a matrix: `step`, `momentum_buffer`, and for its n blocks of one shape `factor_c` [n, p, p], `factor_k`
-    [n, d, d], `momentum_c`, `momentum_k` (the same; packed [n, p + 1, p/2] for even p, [n, p, (p + 1)/2] for odd p, and
-    likewise for d), `skipped` [n], and int16 `residual_c`, `residual_k` where rounding is compensated (also
-    `weight_residual`, for BF16 weights). Where blocks differ in shape, further names end in .1, .2 and .3.
+    The state of a matrix is `step` and `momentum_buffer`, and for its n blocks of one shape: `factor_c` [n, p, p],
+    `factor_k` [n, d, d], `momentum_c` and `momentum_k` of the same shapes (packed: [n, p + 1, p/2] for even p,
+    [n, p, (p + 1)/2] for odd p, and the same for d), and `skipped` [n]. Compensated rounding adds int16 `residual_c`
+    and `residual_k`, and `weight_residual` for BF16 weights. If blocks differ in shape, further names end in .1, .2
+    and .3.
 
-    A block with a non-finite gradient, or one so large that its square overflows, is left out of the step, whole, and
-    counted in `skipped`; the next step goes on.
+    A step leaves out a whole block if its gradient is not finite, or so large that its square overflows. `skipped`
+    counts such steps. The next step goes on.
 
     Raises:
-        ValueError: an option or a parameter cannot be served; the message names it, its value and the remedy.
+        ValueError: an option or a parameter cannot be served. The message names it, its value and the remedy.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What an option may be. Every check names the argument, its value and the remedy."""
+"""The rules of options, parameters and gradients. Every error names the argument, its value and the remedy."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FACTOR_DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 
 
 class Rule(NamedTuple):
-    """`allows(value)` or an error that gives `remedy`."""
+    """A value is allowed, or an error says `remedy`."""
 
     allows: Callable[[Any], bool]
     remedy: str
@@ -30,7 +30,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_lr(value: Any) -> bool:
-    if isinstance(value, Tensor):  # its value is left unread: that would wait for the device
+    if isinstance(value, Tensor):  # its value is not read, since that would wait for the device
         return value.numel() == 1 and value.is_floating_point()
     return _is_number(value) and value >= 0
 
@@ -58,7 +58,7 @@ RULES: dict[str, Rule] = {
     "batch_size": Rule(
         lambda value: _is_number(value) and value > 0,
         "pass the number of terms that the loss averages over, a Python number (1 for a summed loss; times the world "
-        "size where gradients are averaged over ranks)",
+        "size if gradients are averaged over ranks)",
     ),
     "beta2": _NON_NEGATIVE,
     "momentum": _FRACTION,
@@ -92,13 +92,13 @@ RULES: dict[str, Rule] = {
 
 
 def check_lr(options: Mapping[str, Any]) -> None:
-    """Raise ValueError at a learning rate that breaks its rule, the one option that changes all the time."""
+    """Raise ValueError if the learning rate breaks its rule. Schedules change it at every step, so it is cheap."""
     if not _is_lr(options["lr"]):
         raise ValueError(f"lr={options['lr']!r}: {RULES['lr'].remedy}.")
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """Raise ValueError at the first option that breaks its rule, or that another option forbids."""
+    """Raise ValueError for the first option that breaks its rule, or that another option forbids."""
     for name, rule in RULES.items():
         if name in options:
             value = options[name]
@@ -116,7 +116,7 @@ def check_options(options: Mapping[str, Any]) -> None:
 
 
 def check_param(name: str, param: Any) -> None:
-    """Raise unless `param` is a dense, real, floating-point tensor of a dtype that is served."""
+    """Raise TypeError or ValueError unless `param` is a dense, real, local tensor of a dtype that is served."""
     if not isinstance(param, Tensor):
         raise TypeError(f"{name} is a {type(param).__name__}: optimizers take Tensors.")
     if param.is_complex():
@@ -132,7 +132,7 @@ def check_param(name: str, param: Any) -> None:
 
 
 def grad_problem(param: Tensor, grad: Tensor) -> str | None:
-    """What is wrong with a gradient, and the remedy; None where it is dense and matches its parameter."""
+    """Return what is wrong with a gradient, and the remedy. None if it is dense and matches its parameter."""
     if grad.layout != torch.strided:
         return f"has a gradient of layout {grad.layout}: make it dense (nn.Embedding(sparse=False))."
     if grad.shape != param.shape:

@@ -20,33 +20,33 @@ class RFRMSProp(RootFreeOptimizer):
 
     Args:
         params: parameters, named parameters or groups; FP32, BF16, FP16 or FP64, of any shape and strides.
-        lr: β₁, a number or a one-element Tensor (which is never read by the host).
-        batch_size: B, the number of terms that the loss averages over; 1 for a summed loss. Required: a wrong B
-            silently changes the method. It lives in the group, so that a training loop can set it at every step.
-        beta2: β₂, how fast s follows the curvature; below 1, and 1 minus what Adam calls beta2.
-        momentum: α₁, heavy ball, without a factor 1 − α₁: the step grows by 1/(1 − α₁).
-        damping: λ. Where gradients are small, lr/(λ(1−α₁)) is the step size of plain SGD.
+        lr: β₁, a number or a one-element Tensor (which the host never reads).
+        batch_size: B, the number of terms that the loss averages over; 1 for a summed loss. It is required, since a
+            wrong B silently changes the method. A training loop can set it in the group at every step.
+        beta2: β₂, how fast s follows the curvature: below 1, and 1 minus what Adam calls beta2.
+        momentum: α₁ of the heavy ball. There is no factor 1 − α₁, so the step grows by 1/(1 − α₁).
+        damping: λ. For small gradients, lr/(λ(1−α₁)) is the step size of plain SGD.
         weight_decay: κ, added to the preconditioned gradient before the momentum.
-        decoupled_weight_decay: apply the decay to the weights instead, μ ← (1 − β₁κ)μ, as AdamW does.
-        gamma: γ; 1 averages the curvature (RMSProp), 0 sums it (AdaGrad).
-        state_dtype: dtype of s and m; None is FP32 (FP64 for FP64 parameters). m is rounded to nearest.
-        rounding: of a BF16 s: "stochastic", "compensated" or "nearest" (see `rootfree_kernels.rounding`).
-        weight_rounding: of BF16 parameters, likewise. "compensated" keeps the FP32 weight to the bit, in 2 bytes more.
-        seed: of the random bits of stochastic rounding. The global generators are never touched.
-        maximize: ascend.
-        foreach: False steps one parameter at a time; None and True all of a dtype together.
-        fused: True asks for a kernel backend, False for eager PyTorch, None takes the best that is there.
-        capturable: keep the step count on the device. The step can then be captured in a CUDA graph, after one that
-            was not, and `torch.compile` makes one graph of it (`fullgraph=True`); pass lr as a Tensor on the device,
-            or its value is built in.
+        decoupled_weight_decay: apply the decay to the weights instead, μ ← (1 − β₁κ)μ, as in AdamW.
+        gamma: γ. 1 averages the curvature (RMSProp), 0 sums it (AdaGrad).
+        state_dtype: dtype of s and m. None is FP32 (FP64 for FP64 parameters). m is rounded to nearest.
+        rounding: how a BF16 s is rounded: "stochastic", "compensated" or "nearest" (see `rootfree_kernels.rounding`).
+        weight_rounding: how BF16 parameters are rounded. "compensated" keeps bitwise the FP32 weight, in 2 more bytes.
+        seed: the seed of stochastic rounding. It does not touch the global generators.
+        maximize: ascend instead of descend.
+        foreach: False steps one parameter at a time. None and True step all parameters of a dtype together.
+        fused: True asks for a backend with kernels, False for eager PyTorch. None takes the best one available.
+        capturable: keep the step count on the device. A CUDA graph can then capture the step, after a first step
+            outside of it, and `torch.compile` makes one graph of it (`fullgraph=True`). Pass lr as a Tensor on the
+            device, or its present value is compiled in.
 
-    State of a parameter: `step`, `square` (s), `momentum_buffer` (m), `skipped` (see `RootFreeOptimizer`), and int16
-    `square_residual` and `weight_residual` where rounding is compensated.
+    The state of a parameter is `step`, `square` (s), `momentum_buffer` (m), `skipped` (see `RootFreeOptimizer`), and
+    int16 `square_residual` and `weight_residual` for compensated rounding.
 
-    A number with a non-finite gradient is left out of the step and counted in `skipped`; its state stays.
+    A step leaves out elements with a non-finite gradient: their weight and state stay. `skipped` counts such steps.
 
     Raises:
-        ValueError: an option or a parameter cannot be served; the message names it, its value and the remedy.
+        ValueError: an option or a parameter cannot be served. The message names it, its value and the remedy.
     """
 
     def __init__(
@@ -77,11 +77,11 @@ class RFRMSProp(RootFreeOptimizer):
 class RFAdaGrad(RFRMSProp):
     """AdaGrad without the square root: `RFRMSProp` with γ = 0, so that s sums the curvature, s ← s + β₂·B·g².
 
-    As s starts at 1 and only grows, lr starts out as the step size of plain SGD. Other options are those of
-    `RFRMSProp`, without gamma; beta2 may be 1 or more.
+    Since s starts at 1 and only grows, lr is the step size of plain SGD at first. The other options are those of
+    `RFRMSProp`, without gamma. beta2 may be 1 or more.
 
     Raises:
-        ValueError: gamma is given, or as `RFRMSProp`.
+        ValueError: gamma is given, or an option or a parameter cannot be served.
     """
 
     def __init__(self, params: ParamsT, lr: float | Tensor = 1e-2, *, beta2: float = 1.0, **options: Any) -> None:
