@@ -1,9 +1,8 @@
 // rootfree_kernels._C: how the extension was built, for `python -m rootfree_kernels` and bug reports.
 //
-// Build information is all that goes through pybind11. Operators written in C++ or CUDA register themselves with
-// TORCH_LIBRARY beside their kernels, in cpu/ and cuda/, so that torch.compile and opcheck see them; setup.py compiles
-// what lies there into this module.
-// The headers of PyTorch stay out of this file (but for its version), so that it compiles in seconds.
+// Only build information goes through pybind11. The operators are registered with TORCH_LIBRARY_IMPL beside their
+// kernels in cpu/ and cuda/, so that torch.compile and opcheck see them. setup.py compiles all of it into this module.
+// This file includes no header of PyTorch but its version, so that it compiles in seconds.
 
 #include <pybind11/pybind11.h>
 #include <torch/version.h>
@@ -29,7 +28,7 @@ std::string compiler() {
 }
 
 std::string cxx_standard() {
-#ifdef _MSVC_LANG  // MSVC leaves __cplusplus at C++98
+#ifdef _MSVC_LANG  // MSVC reports C++98 in __cplusplus
   constexpr long version = _MSVC_LANG;
 #else
   constexpr long version = __cplusplus;

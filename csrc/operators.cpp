@@ -1,26 +1,48 @@
-// The schemas of torch.ops.rootfree_native: what rootfree_kernels/cpp_kernels.py and cuda_kernels.py call. Each device's
-// kernels register themselves in cpu/ and cuda/.
+// The schemas of torch.ops.rootfree_native, the private operators of the C++ and CUDA backends.
 //
-// These operators are private. The public ones, torch.ops.rootfree, choose among backends.
+// The public operators, torch.ops.rootfree (rootfree_kernels/ops/), choose a backend and call these.
+//
+// To add an operator:
+//   1. Declare its schema here, and list its name at the end of this file.
+//   2. Write its kernels in csrc/<device>/<stem>.cpp (.cu for CUDA) and register them with TORCH_LIBRARY_IMPL: in the
+//      same file for CPUs, in csrc/cuda/operators.cpp for CUDA. Loops that should use the widest vector instructions
+//      of a CPU go into csrc/cpu/kernels/<stem>.cpp; csrc/cpu/kernels.h and kernels/kernel_table.cpp list them.
+//   3. Call it from Python in rootfree_kernels/native/<device>.py.
+// The stem is the operator's name. It names the operator's files in every backend.
 
 #include <torch/library.h>
 
 TORCH_LIBRARY(rootfree_native, m) {
-  // Tables of addresses (rootfree_kernels/tables.py), for GPUs, which read them from their own memory. rows [n, 8] and
-  // grads [n]: see csrc/cuda/rf_rmsprop.h; owners [programs]: whose tensor a program works on; counters [n]: zeros, and zeros again
-  // afterwards. All else as in rootfree_kernels/eager/rf_rmsprop.py.
+  // ---- operators that take tables of addresses ----------------------------------------------------------------------
+  // rootfree_kernels/pointer_tables/tables.py makes the tables, rootfree_kernels/native/table_calls.py passes them.
+  // A program is a unit of work of a launch: a thread block in CUDA, an iteration of a parallel loop on a CPU.
+
+  // CUDA only. The update of rootfree_kernels/eager/rf_rmsprop.py over n tensors.
+  //   rows      int64 [n, 8]: addresses and sizes, the columns of DiagonalRow in csrc/cuda/rf_rmsprop.h
+  //   grads     int64 [n]: addresses of the gradients
+  //   owners    int32 [programs]: index of the tensor that a program works on
+  //   counters  int64 [n]: scratch memory, zero before and after the call
+  //   seeds, steps: element i * seed_stride (or i * step_stride) belongs to tensor i
+  //   lr, grad_scale, found_inf: float32 [1], on the device
   m.def(
       "rf_rmsprop_table(Tensor rows, Tensor grads, Tensor owners, Tensor(a!) counters, Tensor seeds, Tensor steps, "
       "Tensor lr, Tensor grad_scale, Tensor found_inf, int seed_stride, int step_stride, float step, float lr_value, "
       "float sign, float decay, float growth, float momentum, float damping, float weight_decay, "
       "float decoupled_decay, ScalarType param, ScalarType grad, ScalarType square, ScalarType buffer, "
       "int rounding, int weight_rounding) -> ()");
-  // The same for both, CPUs too: sides [sides, 8]: addresses of m and delta; numbers of a block, of its last axis, of a share; shares of a block;
-  // number of programs; first program. sums [programs]: for the kernels' use. clips [sides, L]: the result.
+  // CPU and CUDA. The update of rootfree_kernels/eager/clipped_momentum.py. A side is one of the two Kronecker factors
+  // of a batch of L blocks. A share is the contiguous part of one block that one program works on.
+  //   sides   int64 [sides, 8]: address of m, address of delta, elements of a block, elements of its last axis,
+  //           elements of a share, shares of a block, number of programs, index of the first program
+  //   owners  int32 [programs]: index of the side that a program works on
+  //   sums    float32 [programs]: scratch memory for partial norms
+  //   clips   float32 [sides, L]: output, the factor by which the step of a block is scaled
   m.def(
       "clipped_momentum(Tensor sides, Tensor owners, Tensor(a!) sums, Tensor found_inf, Tensor(b!) clips, "
       "float riemannian_momentum, ScalarType dtype, int clip) -> ()");
-  // These have the arguments of their namesakes in rootfree_kernels/eager.
+
+  // ---- operators that take tensors, CPU only ------------------------------------------------------------------------
+  // Each has the arguments of the function of the same name in rootfree_kernels/eager.
   m.def(
       "rf_rmsprop(Tensor(a0!)[] params, Tensor(a1!)[] squares, Tensor(a2!)[] buffers, Tensor(a3!)[] skipped, "
       "Tensor(a4!)[] square_residuals, Tensor(a5!)[] weight_residuals, Tensor[] grads, Tensor lr, Tensor seeds, "
@@ -43,7 +65,7 @@ TORCH_LIBRARY(rootfree_native, m) {
       "str rounding) -> ()");
 }
 
-// Autograd has no part in them. Without this it would walk through all arguments of every call, to find that out.
+// These operators are not differentiable. Falling through spares autograd a search of all arguments at every call.
 TORCH_LIBRARY_IMPL(rootfree_native, Autograd, m) {
   for (const char* name : {"rf_rmsprop_table", "clipped_momentum", "rf_rmsprop", "kron_gather", "kron_factor",
                            "kron_products", "kron_step"}) {

@@ -1,6 +1,8 @@
-// The loops over numbers, compiled once for every instruction set (cpu/kernels/*.cpp) and chosen when run.
+// The interface of the loops in cpu/kernels/*.cpp, which are compiled once for each instruction set and chosen at run
+// time.
 //
-// They know no headers of PyTorch, so that nothing of it is compiled with instructions that a processor may lack.
+// Kernels include no header of PyTorch: its inline functions would be compiled with instructions that the processor may
+// lack, and the linker might keep those copies for the whole library.
 
 #pragma once
 
@@ -11,97 +13,105 @@ namespace rootfree::cpu {
 
 enum class Dtype : int { f32, bf16, f16 };
 
-// Numbers of a dtype somewhere in memory.
-struct Numbers {
+// The address of elements whose dtype is known at run time.
+struct TypedPointer {
   void* data;
   Dtype dtype;
 
-  Numbers from(int64_t start) const {
+  // Return the address of the element `start` places further on.
+  TypedPointer offset(int64_t start) const {
     return {static_cast<char*>(data) + start * (dtype == Dtype::f32 ? 4 : 2), dtype};
   }
 };
 
-// Numbers with all that is needed to write new ones in their place.
+// Elements, and what is needed to round new values into their place.
 struct Stored {
-  Numbers value;
-  int16_t* residual;  // where rounding is compensated, else null
+  TypedPointer value;
+  int16_t* residual;  // null unless rounding is compensated
   Rounding rounding;
-  uint32_t key;  // of the random bits, where rounding is stochastic
+  uint32_t key;  // of the random bits; unused unless rounding is stochastic
 };
 
-// Neighbouring numbers of a tensor. `first` is the index of the first one, for the random bits.
-struct DiagonalPiece {
+// Contiguous elements of a parameter, its state and its gradient.
+struct DiagonalChunk {
   Stored param, square;
-  Numbers buffer, grad;
-  uint32_t first;
+  TypedPointer buffer, grad;
+  uint32_t first;  // index of the first element in its tensor, for the random bits
   int64_t length;
 };
 
-// A matrix of any strides, counted in numbers.
+// A matrix of any strides, which are counted in elements.
 struct Matrix {
-  Numbers numbers;
+  TypedPointer elements;
   int64_t row_stride, col_stride;
 };
 
-// What new momentum m = alpha2 m + (1 - alpha2) (a S + t D - c I) is made of: n x n matrices, row by row. Of the
-// symmetric S, D and m the lower triangles are read. D.data may be null.
+// The terms of new momentum m = alpha2 m + (1 - alpha2) (a S + t D - c I), contiguous n x n matrices. S, D and m are
+// symmetric, and only their lower triangles are read. D.data is null without damping.
 struct MomentumUpdate {
-  Numbers product, damping, old_m, new_m;
+  TypedPointer product, damping, old_m, new_m;  // S, D, m, m
   int64_t n;
   float product_factor, damping_factor, diagonal, momentum;  // a, t, c, alpha2
 };
 
-// A row of weights, of their momentum (and residual), and of the preconditioned gradient u, which is without gaps;
-// strides are those between neighbours of the row.
+// A row of a block of weights, of its momentum (and residual), and of the preconditioned gradient u. The strides are
+// those between neighbours of the row; u is contiguous.
 struct WeightRow {
   Stored weight;
-  Numbers buffer, direction;
+  TypedPointer buffer, direction;
   int64_t weight_stride, buffer_stride, residual_stride;
-  uint32_t first;
+  uint32_t first;  // index of the first element in its block, for the random bits
   int64_t length;
 };
 
-struct WeightStep {
-  float lr, momentum, weight_decay, shrinkage;  // as in DiagonalNumbers
+// Scalars that all elements of a batch of weights share.
+struct WeightScalars {
+  float lr, momentum, weight_decay, shrinkage;  // as in DiagonalScalars
 };
 
+// A share is the contiguous part of one block that one thread works on at a time. A tile is a square of tile_size rows
+// and columns of a matrix, smaller at its lower and right edges; tile (i, j) begins at row i * tile_size.
 struct Kernels {
-  // The diagonal step. Gives whether a number was left out.
-  bool (*rf_rmsprop)(const DiagonalPiece&, const DiagonalNumbers&);
+  // Step a chunk in place. Return whether an element was skipped because its new state would not be finite.
+  bool (*rf_rmsprop)(const DiagonalChunk&, const DiagonalScalars&);
 
-  // Of alpha m + (1 - alpha) delta: the sum of squares, or the largest row sum of rows of `cols`.
-  float (*share_norm)(const Numbers& m, const float* delta, int64_t length, int64_t cols, float alpha, bool row_sum);
+  // Return a norm of alpha m + (1 - alpha) delta over a share: the sum of squares, or the largest absolute row sum of
+  // rows of `cols` elements.
+  float (*share_norm)(const TypedPointer& m, const float* delta, int64_t length, int64_t cols, float alpha,
+                      bool row_sum);
 
-  // m <- alpha m + (1 - alpha) delta
-  void (*share_momentum)(const Numbers& m, const float* delta, int64_t length, float alpha);
+  // Update m <- alpha m + (1 - alpha) delta in place.
+  void (*share_momentum)(const TypedPointer& m, const float* delta, int64_t length, float alpha);
 
-  // out <- factor * matrix, row by row. Gives the sum of squares of what was written, of `factor` = 1 and no `out` that
-  // of the matrix itself.
-  float (*gather)(const Matrix&, int64_t rows, int64_t cols, float factor, const Numbers& out);
+  // Write factor * matrix to `out`, contiguously, and return the sum of squares of the rounded result. If out.data is
+  // null, write nothing and return the sum of squares of the matrix.
+  float (*gather)(const Matrix&, int64_t rows, int64_t cols, float factor, const TypedPointer& out);
 
-  // A tile of new momentum and its mirror image. Gives the sum of squares of both, and, where `row_sums` [tiles][n] is
-  // not null, the sums of magnitudes of the rows of both: of the tile at [tile_col], of its image at [tile_row].
+  // Write a tile of new momentum and its mirror image. Return the sum of squares of both. If `row_sums` [tiles][n] is
+  // not null, write to it the absolute row sums of the tile, at [tile_col], and of its mirror image, at [tile_row].
   float (*momentum_tile)(const MomentumUpdate&, int64_t tile_row, int64_t tile_col, float* row_sums);
 
-  // The mirror image of a tile of a symmetric n x n matrix, of which the lower triangle was there.
-  void (*mirror_tile)(const Numbers& matrix, int64_t n, int64_t tile_row, int64_t tile_col);
+  // Copy a tile in the lower triangle of a symmetric n x n matrix to its mirror image above the diagonal.
+  void (*mirror_tile)(const TypedPointer& matrix, int64_t n, int64_t tile_row, int64_t tile_col);
 
-  // A tile of a rows x cols matrix, transposed, into its place in a cols x rows one; both FP32 or both of 16 bits.
-  void (*transpose_tile)(const Numbers& source, const Numbers& target, int64_t rows, int64_t cols, int64_t tile_row,
-                         int64_t tile_col);
+  // Transpose a tile of a rows x cols matrix into its place in a cols x rows matrix. Their dtypes have one size.
+  void (*transpose_tile)(const TypedPointer& source, const TypedPointer& target, int64_t rows, int64_t cols,
+                         int64_t tile_row, int64_t tile_col);
 
-  // C <- C - scale * Y
-  void (*move_factor)(const Stored& factor, const Numbers& product, uint32_t first, int64_t length, float scale);
+  // Update C <- C - scale * Y in place. `first` is the index of the first element in its block, for the random bits.
+  void (*update_factor)(const Stored& factor, const TypedPointer& product, uint32_t first, int64_t length, float scale);
 
-  // The heavy-ball step of a row of weights.
-  void (*weight_row)(const WeightRow&, const WeightStep&);
+  // Step a row of weights and its momentum in place (heavy ball).
+  void (*step_weight_row)(const WeightRow&, const WeightScalars&);
 };
 
-constexpr int64_t tile_size = 32;
+constexpr int64_t tile_size = 32;  // two FP32 tiles, 8 KiB, fit the first-level cache
 
+// Return the number of tiles along an axis of n elements.
 inline int64_t num_tiles(int64_t n) { return (n + tile_size - 1) / tile_size; }
 
-// Those for the best instruction set that the processor has; as in PyTorch, ATEN_CPU_CAPABILITY chooses a lesser one.
+// Return the kernels for the best instruction set of the processor. As in PyTorch, the environment variable
+// ATEN_CPU_CAPABILITY selects a lesser one.
 const Kernels& kernels();
 
 }  // namespace rootfree::cpu

@@ -1,9 +1,10 @@
-// Symmetric matrices of which one triangle is stored (rootfree_kernels/packing.py): with k = (n + 1) / 2 rows of A,
+// Packed symmetric matrices, of which one triangle is stored (rootfree_kernels/packing.py). A has k = (n + 1) / 2 rows:
 //
-//     S = [A  B']    even n: n + 1 rows of n / 2,    row i of B: row k + 1 + i    of A's lower triangle: row i + 1
-//         [B  D ]    odd n:  n rows of (n + 1) / 2               row k + i                               row i
+//     S = [A  B']    n      packed shape            row i of A is in row    row i of B is in row
+//         [B  D ]    even   [n + 1, n / 2]          i + 1                   k + 1 + i
+//                    odd    [n, (n + 1) / 2]        i                       k + i
 //
-// and column j of D's lower triangle in row j, from column j on (odd n: j + 1).
+// Only the lower triangles of A and D are stored. Column j of D is in row j, and begins at column j (odd n: j + 1).
 
 #pragma once
 
@@ -11,13 +12,17 @@
 
 namespace rootfree::cpu {
 
-// Whether m [L, ., .] of factors [L, n, n] is packed. An error where it has neither shape.
-bool is_packed(const at::Tensor& m, const at::Tensor& factor);
+// Return whether the momentum of a factor is packed. Raise if its shape is neither the factor's nor the packed one.
+bool is_packed(const at::Tensor& momentum,  // [L, n, n], or [L, rows, cols] as above
+               const at::Tensor& factor);   // [L, n, n]
 
-// Matrices [L, n, n] whose lower triangles are those of packed ones; what is above may be anything.
-at::Tensor lower_triangles(const at::Tensor& packed, int64_t n);
+// Return matrices [L, n, n] whose lower triangles are those of the packed ones. The elements above the diagonal are
+// uninitialized.
+at::Tensor unpack_lower_triangles(const at::Tensor& packed, int64_t n);
 
-// Pack those of the symmetric matrices [L, n, n] that are `chosen` [L].
-void pack(const at::Tensor& matrices, const bool* chosen, const at::Tensor& packed);
+// Pack symmetric matrices. Those that are not chosen leave their packed ones unchanged.
+void pack(const at::Tensor& matrices,  // [L, n, n]
+          const bool* chosen,          // [L]
+          const at::Tensor& packed);   // [L, rows, cols] as above
 
 }  // namespace rootfree::cpu

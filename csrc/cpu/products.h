@@ -1,4 +1,5 @@
-// The matrix products of a batch of blocks, by PyTorch's libraries: what is ours is to save half of a symmetric one.
+// Matrix products of batches of blocks. PyTorch's libraries compute them; this code saves half the work of a symmetric
+// product.
 
 #pragma once
 
@@ -6,13 +7,15 @@
 
 namespace rootfree::cpu {
 
-// A B [L, m, n] of A [L, m, k] and B [L, k, n] of one dtype.
-at::Tensor product(const at::Tensor& a, const at::Tensor& b);
+// Return A B [L, m, n]. Both have one dtype.
+at::Tensor product(const at::Tensor& a,   // [L, m, k]
+                   const at::Tensor& b);  // [L, k, n]
 
-// The lower triangle, at least, of A A' [L, m, m] of A [L, m, k]; what is above may be anything.
-at::Tensor symmetric_product(const at::Tensor& a);
+// Return A A' [L, m, m]. Only its lower triangle is defined.
+at::Tensor symmetric_product(const at::Tensor& a);  // [L, m, k]
 
-// All of A A' into `out` [L, m, m], symmetric to the bit.
-void symmetric_product(const at::Tensor& a, const at::Tensor& out);
+// Write A A' to `out`, bitwise symmetric.
+void symmetric_product(const at::Tensor& a,     // [L, m, k]
+                       const at::Tensor& out);  // [L, m, m]
 
 }  // namespace rootfree::cpu

@@ -1,4 +1,4 @@
-// From tensors of PyTorch to what kernels take.
+// Conversion of PyTorch's tensors and options to the arguments of kernels.
 
 #pragma once
 
@@ -8,6 +8,7 @@
 
 namespace rootfree::cpu {
 
+// Return the kernels' name of a dtype. Raise if they do not support it.
 inline Dtype dtype_of(at::ScalarType type) {
   switch (type) {
     case at::kFloat:
@@ -17,21 +18,25 @@ inline Dtype dtype_of(at::ScalarType type) {
     case at::kHalf:
       return Dtype::f16;
     default:
-      TORCH_CHECK_VALUE(false, "dtype ", type, ": pass float32, bfloat16 or float16 tensors.");
+      TORCH_CHECK_VALUE(false, "there is no kernel for dtype ", type, ": pass float32, bfloat16 or float16 tensors.");
   }
 }
 
-inline Numbers numbers_of(const at::Tensor& x) { return {x.mutable_data_ptr(), dtype_of(x.scalar_type())}; }
+// Return a tensor's address and dtype.
+inline TypedPointer pointer_to(const at::Tensor& x) { return {x.mutable_data_ptr(), dtype_of(x.scalar_type())}; }
 
-inline Numbers numbers_at(int64_t address, at::ScalarType type) {
+// Return a pointer to elements of `type` at an address that was read from a table.
+inline TypedPointer pointer_at(int64_t address, at::ScalarType type) {
   return {reinterpret_cast<void*>(address), dtype_of(type)};
 }
 
-inline float value_of(const std::optional<at::Tensor>& scalar, float otherwise) {
+// Return the value of a one-element tensor, or `otherwise` if there is none.
+inline float item_or(const std::optional<at::Tensor>& scalar, float otherwise) {
   return scalar ? scalar->item<float>() : otherwise;
 }
 
-// As in rootfree_kernels/rounding.py; only BF16 knows modes.
+// Return the rounding mode of a tensor (rootfree_kernels/rounding.py). A residual makes it compensated, whatever `name`
+// says. Only BF16 has modes.
 inline Rounding rounding_of(c10::string_view name, bool has_residual, at::ScalarType type) {
   if (type != at::kBFloat16) {
     return Rounding::nearest;
@@ -39,6 +44,7 @@ inline Rounding rounding_of(c10::string_view name, bool has_residual, at::Scalar
   return has_residual ? Rounding::compensated : name == "stochastic" ? Rounding::stochastic : Rounding::nearest;
 }
 
+// Raise unless the tensor is contiguous.
 inline void check_contiguous(const char* name, const at::Tensor& x) {
   TORCH_CHECK_VALUE(x.is_contiguous(), name, " is not contiguous: pass a contiguous tensor.");
 }
@@ -49,20 +55,20 @@ inline void check_contiguous(const char* name, const std::optional<at::Tensor>& 
   }
 }
 
-// Sums of shares, added up in order.
-inline float total_of(const float* shares, int64_t length) {
+// Return the sum of partial sums. They are added in FP64 and in order, so that the result is reproducible.
+inline float sum_of(const float* partial_sums, int64_t length) {
   double total = 0;
   for (int64_t i = 0; i < length; ++i) {
-    total += shares[i];
+    total += partial_sums[i];
   }
   return static_cast<float>(total);
 }
 
-// The random bits of blocks: `seeds` [L], int32, and `steps` [L] or one for all. Both may be anything where no bits are
-// drawn.
+// The keys of the random bits of L blocks or tensors. Both tensors may hold anything if no bits are drawn.
 class Draws {
  public:
-  Draws(const at::Tensor& seeds, const at::Tensor& steps)
+  Draws(const at::Tensor& seeds,  // int32 [L]
+        const at::Tensor& steps)  // [L], or one element for all, of any dtype
       : seeds_(seeds.contiguous()), steps_(steps.to(at::kFloat).contiguous()) {}
 
   uint32_t key(int64_t block, Slot slot) const {
@@ -74,8 +80,8 @@ class Draws {
   at::Tensor seeds_, steps_;
 };
 
-// Tell autograd that a tensor has changed.
-inline void changed(const at::Tensor& x) {
+// Tell autograd that a tensor has changed. Inference tensors have no version counter.
+inline void bump_version(const at::Tensor& x) {
   if (!x.is_inference()) {
     x.unsafeGetTensorImpl()->bump_version();
   }

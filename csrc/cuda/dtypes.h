@@ -1,4 +1,5 @@
-// What a launcher's header needs: dtypes, and the CUDA runtime's names for errors and streams. No device code.
+// The dtypes of launchers, and the CUDA runtime's types for errors and streams. This header has no device code, so that
+// a C++ compiler can include it.
 
 #pragma once
 

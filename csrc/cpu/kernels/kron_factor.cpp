@@ -1,4 +1,5 @@
-// The loops around the products of a factor update: m and its norm, the factor, the mirror image of a product.
+// The loops between the matrix products of a factor update: the new m and its norm, the step of the factor, and copies
+// of tiles to their transposed places.
 
 #include "sums.h"
 
@@ -14,14 +15,15 @@ static void transpose(const Tile& source, Tile& target) {
   }
 }
 
-// Rows of a tile whose upper left number is `corner`; what lies outside of the matrix stays as it is.
-static void store_tile(const Numbers& x, int64_t corner, int64_t n, int64_t height, int64_t width, const Tile& tile) {
+// Write the upper left height x width elements of a tile to an n x n matrix. `corner` is the index of the first one.
+static void store_tile(const TypedPointer& x, int64_t corner, int64_t n, int64_t height, int64_t width,
+                       const Tile& tile) {
   for (int64_t i = 0; i < height; ++i) {
     store(x, corner + i * n, width, tile[i]);
   }
 }
 
-// Columns right of the diagonal take those below it.
+// Copy the elements below the diagonal to those above it.
 static void mirror_within(Tile& tile, int64_t size) {
   for (int64_t i = 0; i < size; ++i) {
     for (int64_t j = i + 1; j < size; ++j) {
@@ -30,7 +32,7 @@ static void mirror_within(Tile& tile, int64_t size) {
   }
 }
 
-static float squares_of(const Tile& tile, int64_t height, int64_t width) {
+static float sum_of_squares(const Tile& tile, int64_t height, int64_t width) {
   Lanes sums;
   for (int64_t i = 0; i < height; ++i) {
     add_squares(sums, tile[i], width);
@@ -38,7 +40,8 @@ static float squares_of(const Tile& tile, int64_t height, int64_t width) {
   return sums.total();
 }
 
-static void row_sums_of(const Tile& tile, int64_t height, int64_t width, float* out) {
+// Write the absolute row sums of a tile to `out`.
+static void absolute_row_sums(const Tile& tile, int64_t height, int64_t width, float* out) {
   for (int64_t i = 0; i < height; ++i) {
     Lanes sums;
     add_magnitudes(sums, tile[i], width);
@@ -46,6 +49,7 @@ static void row_sums_of(const Tile& tile, int64_t height, int64_t width, float* 
   }
 }
 
+// Write a row of a tile of the new m to `target`, without the term of the diagonal.
 static void new_row(const MomentumUpdate& u, int64_t start, int64_t width, float* ROOTFREE_RESTRICT target) {
   alignas(64) float buffers[3][tile_size];
   const float alpha = u.momentum, beta = 1 - alpha;
@@ -67,12 +71,12 @@ static void new_row(const MomentumUpdate& u, int64_t start, int64_t width, float
 float momentum_tile(const MomentumUpdate& u, int64_t tile_row, int64_t tile_col, float* row_sums) {
   alignas(64) Tile tile, mirrored;
   const int64_t n = u.n, row = tile_row * tile_size, col = tile_col * tile_size;
-  const int64_t height = smaller(tile_size, n - row), width = smaller(tile_size, n - col);
+  const int64_t height = minimum(tile_size, n - row), width = minimum(tile_size, n - col);
   for (int64_t i = 0; i < height; ++i) {
     new_row(u, (row + i) * n + col, width, tile[i]);
   }
   const bool diagonal = tile_row == tile_col;
-  if (diagonal) {
+  if (diagonal) {  // this tile is its own mirror image
     for (int64_t i = 0; i < height; ++i) {
       tile[i][i] -= (1 - u.momentum) * u.diagonal;
     }
@@ -80,24 +84,24 @@ float momentum_tile(const MomentumUpdate& u, int64_t tile_row, int64_t tile_col,
   }
   store_tile(u.new_m, row * n + col, n, height, width, tile);
   if (row_sums) {
-    row_sums_of(tile, height, width, row_sums + tile_col * n + row);
+    absolute_row_sums(tile, height, width, row_sums + tile_col * n + row);
   }
-  const float squares = squares_of(tile, height, width);
+  const float squares = sum_of_squares(tile, height, width);
   if (diagonal) {
     return squares;
   }
   transpose(tile, mirrored);
   store_tile(u.new_m, col * n + row, n, width, height, mirrored);
   if (row_sums) {
-    row_sums_of(mirrored, width, height, row_sums + tile_row * n + col);
+    absolute_row_sums(mirrored, width, height, row_sums + tile_row * n + col);
   }
   return 2 * squares;
 }
 
-void mirror_tile(const Numbers& matrix, int64_t n, int64_t tile_row, int64_t tile_col) {
+void mirror_tile(const TypedPointer& matrix, int64_t n, int64_t tile_row, int64_t tile_col) {
   alignas(64) Tile tile, mirrored;
   const int64_t row = tile_row * tile_size, col = tile_col * tile_size;
-  const int64_t height = smaller(tile_size, n - row), width = smaller(tile_size, n - col);
+  const int64_t height = minimum(tile_size, n - row), width = minimum(tile_size, n - col);
   for (int64_t i = 0; i < height; ++i) {
     const float* source = load(matrix, (row + i) * n + col, width, tile[i]);
     if (source != tile[i]) {
@@ -114,9 +118,9 @@ void mirror_tile(const Numbers& matrix, int64_t n, int64_t tile_row, int64_t til
 }
 
 template <typename T>
-static void transpose_numbers(const T* source, T* target, int64_t rows, int64_t cols, int64_t row, int64_t col) {
+static void transpose_elements(const T* source, T* target, int64_t rows, int64_t cols, int64_t row, int64_t col) {
   T tile[tile_size][tile_size];
-  const int64_t height = smaller(tile_size, rows - row), width = smaller(tile_size, cols - col);
+  const int64_t height = minimum(tile_size, rows - row), width = minimum(tile_size, cols - col);
   for (int64_t i = 0; i < height; ++i) {
     std::memcpy(tile[i], source + (row + i) * cols + col, width * sizeof(T));
   }
@@ -128,27 +132,27 @@ static void transpose_numbers(const T* source, T* target, int64_t rows, int64_t 
   }
 }
 
-void transpose_tile(const Numbers& source, const Numbers& target, int64_t rows, int64_t cols, int64_t tile_row,
-                    int64_t tile_col) {
+void transpose_tile(const TypedPointer& source, const TypedPointer& target, int64_t rows, int64_t cols,
+                    int64_t tile_row, int64_t tile_col) {
   const int64_t row = tile_row * tile_size, col = tile_col * tile_size;
   if (source.dtype == Dtype::f32) {
-    transpose_numbers(static_cast<const float*>(source.data), static_cast<float*>(target.data), rows, cols, row, col);
+    transpose_elements(static_cast<const float*>(source.data), static_cast<float*>(target.data), rows, cols, row, col);
   } else {
-    transpose_numbers(static_cast<const uint16_t*>(source.data), static_cast<uint16_t*>(target.data), rows, cols, row,
-                      col);
+    transpose_elements(static_cast<const uint16_t*>(source.data), static_cast<uint16_t*>(target.data), rows, cols, row,
+                       col);
   }
 }
 
-void move_factor(const Stored& factor, const Numbers& product, uint32_t first, int64_t length, float scale) {
-  alignas(64) float factors[piece], products[piece];
-  for (int64_t start = 0; start < length; start += piece) {
-    const int64_t some = smaller(piece, length - start);
-    float* ROOTFREE_RESTRICT c = load(factor, start, some, factors);
-    const float* ROOTFREE_RESTRICT y = load(product, start, some, products);
-    for (int64_t i = 0; i < some; ++i) {
+void update_factor(const Stored& factor, const TypedPointer& product, uint32_t first, int64_t length, float scale) {
+  alignas(64) float factors[buffer_length], products[buffer_length];
+  for (int64_t start = 0; start < length; start += buffer_length) {
+    const int64_t count = minimum(buffer_length, length - start);
+    float* ROOTFREE_RESTRICT c = load(factor, start, count, factors);
+    const float* ROOTFREE_RESTRICT y = load(product, start, count, products);
+    for (int64_t i = 0; i < count; ++i) {
       c[i] -= scale * y[i];
     }
-    store(factor, start, some, first + static_cast<uint32_t>(start), c);
+    store(factor, start, count, first + static_cast<uint32_t>(start), c);
   }
 }
 

@@ -1,36 +1,37 @@
-// A block of a gradient, of any strides, to a matrix of its own, and the sum of its squares.
+// Copy a block of a gradient, of any strides, to a contiguous matrix, and compute the sum of its squares.
 
 #include "sums.h"
 
 namespace rootfree::cpu::ROOTFREE_ISA {
 
-// `length` <= `piece` numbers of a row as FP32.
+// Return `length` <= buffer_length elements of a row as FP32: the matrix's own memory if possible, else `buffer`.
 static const float* load_row(const Matrix& matrix, int64_t start, int64_t length, float* buffer) {
   if (matrix.col_stride == 1) {
-    return load(matrix.numbers, start, length, buffer);
+    return load(matrix.elements, start, length, buffer);
   }
-  const Numbers there = matrix.numbers.from(start);
+  const TypedPointer there = matrix.elements.offset(start);
   if (there.dtype == Dtype::f32) {
     copy_strided<float>(there.data, matrix.col_stride, buffer, 1, length);
     return buffer;
   }
-  uint16_t packed[piece];
+  uint16_t packed[buffer_length];
   copy_strided<uint16_t>(there.data, matrix.col_stride, packed, 1, length);
-  return load(Numbers{packed, there.dtype}, 0, length, buffer);
+  return load(TypedPointer{packed, there.dtype}, 0, length, buffer);
 }
 
-float gather(const Matrix& matrix, int64_t rows, int64_t cols, float factor, const Numbers& out) {
-  alignas(64) float copy[piece], scaled[piece];
+float gather(const Matrix& matrix, int64_t rows, int64_t cols, float factor, const TypedPointer& out) {
+  alignas(64) float copy[buffer_length], scaled[buffer_length];
   double total = 0;
   for (int64_t row = 0; row < rows; ++row) {
-    for (int64_t col = 0; col < cols; col += piece) {
-      const int64_t length = smaller(piece, cols - col);
+    for (int64_t col = 0; col < cols; col += buffer_length) {
+      const int64_t length = minimum(buffer_length, cols - col);
       const float* x = load_row(matrix, row * matrix.row_stride + col * matrix.col_stride, length, copy);
       if (out.data) {
         for (int64_t i = 0; i < length; ++i) {
           scaled[i] = x[i] * factor;
         }
         store(out, row * cols + col, length, scaled);
+        // The sum is that of the rounded elements, so it is computed from what was stored.
         x = load(out, row * cols + col, length, scaled);
       }
       Lanes sums;

@@ -1,16 +1,18 @@
-// Sums in a fixed order, whatever the instruction set and the number of threads.
+// Sums in a fixed order, so that they do not depend on the instruction set or the number of threads.
 
 #pragma once
 
-#include "numbers.h"
+#include "load_store.h"
 
 namespace rootfree::cpu::ROOTFREE_ISA {
 
-constexpr int64_t lanes = 16;  // sums that run side by side, so that they fill a register of any instruction set
+constexpr int64_t num_lanes = 16;  // partial sums, as many as the widest register (AVX-512) has elements
 
+// Partial sums: element i of an array is added to sum[i % num_lanes].
 struct Lanes {
-  alignas(64) float sum[lanes] = {};
+  alignas(64) float sum[num_lanes] = {};
 
+  // Return the sum of the partial sums.
   float total() const {
     double total = 0;
     for (float x : sum) {
@@ -20,27 +22,29 @@ struct Lanes {
   }
 };
 
-static inline void add_squares(Lanes& lanes_, const float* ROOTFREE_RESTRICT x, int64_t length) {
+// Add the squares of x to the partial sums.
+static inline void add_squares(Lanes& lanes, const float* ROOTFREE_RESTRICT x, int64_t length) {
   int64_t i = 0;
-  for (; i + lanes <= length; i += lanes) {
-    for (int64_t j = 0; j < lanes; ++j) {
-      lanes_.sum[j] += x[i + j] * x[i + j];
+  for (; i + num_lanes <= length; i += num_lanes) {
+    for (int64_t j = 0; j < num_lanes; ++j) {
+      lanes.sum[j] += x[i + j] * x[i + j];
     }
   }
   for (int64_t j = 0; i + j < length; ++j) {
-    lanes_.sum[j] += x[i + j] * x[i + j];
+    lanes.sum[j] += x[i + j] * x[i + j];
   }
 }
 
-static inline void add_magnitudes(Lanes& lanes_, const float* ROOTFREE_RESTRICT x, int64_t length) {
+// Add the absolute values of x to the partial sums.
+static inline void add_magnitudes(Lanes& lanes, const float* ROOTFREE_RESTRICT x, int64_t length) {
   int64_t i = 0;
-  for (; i + lanes <= length; i += lanes) {
-    for (int64_t j = 0; j < lanes; ++j) {
-      lanes_.sum[j] += float_of(bits_of(x[i + j]) & 0x7FFFFFFFu);
+  for (; i + num_lanes <= length; i += num_lanes) {
+    for (int64_t j = 0; j < num_lanes; ++j) {
+      lanes.sum[j] += float_of(bits_of(x[i + j]) & 0x7FFFFFFFu);
     }
   }
   for (int64_t j = 0; i + j < length; ++j) {
-    lanes_.sum[j] += float_of(bits_of(x[i + j]) & 0x7FFFFFFFu);
+    lanes.sum[j] += float_of(bits_of(x[i + j]) & 0x7FFFFFFFu);
   }
 }
 

@@ -1,4 +1,5 @@
-// Numbers as they lie in a GPU's memory: their dtypes, and several of them in one access. Kernels alone include this.
+// Device code that reads and writes several elements of a tensor in one access, in the dtypes of storage.
+// Only .cu files include this header.
 
 #pragma once
 
@@ -13,6 +14,7 @@
 
 namespace rootfree::cuda {
 
+// The type that holds an element in memory. 16-bit floats are kept as their bit patterns.
 template <Dtype DTYPE>
 using Storage = std::conditional_t<DTYPE == Dtype::fp32, float, uint16_t>;
 
@@ -27,6 +29,7 @@ __device__ __forceinline__ float to_float(Storage<DTYPE> x) {
   }
 }
 
+// Round half to even.
 template <Dtype DTYPE>
 __device__ __forceinline__ Storage<DTYPE> to_nearest(float x) {
   if constexpr (DTYPE == Dtype::bf16) {
@@ -38,24 +41,25 @@ __device__ __forceinline__ Storage<DTYPE> to_nearest(float x) {
   }
 }
 
-// What an aligned tensor begins at: an access has 128 bits at most.
+// Bytes of the widest access. A tensor is aligned if its address is a multiple of this.
 constexpr int64_t kAlignment = 16;
 
-// N numbers of a tensor. They are one access, or, of more than 128 bits, several.
+// N neighbouring elements of a tensor. Up to 128 bits are read or written in one access, more in several.
 template <class T, int N>
-struct alignas(sizeof(T) * N < kAlignment ? sizeof(T) * N : kAlignment) Pack {
-  T at[N];
+struct alignas(sizeof(T) * N < kAlignment ? sizeof(T) * N : kAlignment) AlignedVector {
+  T val[N];
 };
 
-// The `offset`-th and the following N - 1 numbers at an address of global memory. Of an address out of a table the
-// compiler does not know what memory it is of, and would make generic accesses, which are slower.
+// Return N elements, the first at index `offset` from an address in global memory. An address that was read from a
+// table is only a number to the compiler: without the conversion it would emit generic accesses, which are slower.
 template <class T, int N>
-__device__ __forceinline__ Pack<T, N>& pack_at(int64_t address, int64_t offset) {
+__device__ __forceinline__ AlignedVector<T, N>& vector_at(int64_t address, int64_t offset) {
   const auto first = static_cast<size_t>(address + offset * static_cast<int64_t>(sizeof(T)));
-  return *static_cast<Pack<T, N>*>(__cvta_global_to_generic(first));
+  return *static_cast<AlignedVector<T, N>*>(__cvta_global_to_generic(first));
 }
 
-// Launch `kernel` on `programs` blocks of `threads` threads; nothing where there are none.
+// Launch `kernel` with `programs` thread blocks of `threads` threads. Without programs, launch nothing: CUDA refuses an
+// empty grid.
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), int64_t programs, int threads, cudaStream_t stream,
                    const Arguments&... arguments) {

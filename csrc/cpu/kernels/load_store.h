@@ -1,7 +1,7 @@
-// Pieces of tensors as FP32 in the first-level cache, whatever the dtype in memory.
+// Loading elements of any dtype into FP32 buffers in the first-level cache, and storing them.
 //
-// The loops are plain, over one number each: compilers vectorise them for the instruction set that a file is compiled
-// for, the integer arithmetic of rounding included.
+// The loops are plain, so that compilers vectorize them for the instruction set that a file is compiled for. That
+// includes the integer arithmetic of rounding.
 
 #pragma once
 
@@ -13,16 +13,17 @@
 #define ROOTFREE_RESTRICT __restrict__
 #endif
 
-// What is compiled for several instruction sets lies in a namespace of its set, or is static, so that the linker, which
-// keeps one copy of an inline function, never mixes them up.
+// Code that is compiled for several instruction sets is static or in a namespace of its set. Otherwise the linker,
+// which keeps one copy of an inline function, could choose one with instructions that the processor lacks. For the same
+// reason kernels do not call inline functions of the standard library, such as std::min.
 namespace rootfree::cpu::ROOTFREE_ISA {
 
-constexpr int64_t piece = 512;  // numbers that are worked on at a time: 2 KiB of each tensor
+constexpr int64_t buffer_length = 512;  // elements that are worked on at a time: 2 KiB of each tensor
 
-static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Numbers of other dtypes are made FP32 by whole numbers, since not every instruction set converts them. FP16: normal
-// numbers by a multiplication with 2^-112, subnormal ones by a subtraction, both exact.
+// Convert FP16 to FP32 by integer arithmetic, since not every instruction set has a conversion. Normal numbers are
+// multiplied by 2^-112 and subnormal ones are computed by a subtraction. Both are exact.
 static inline float f16_to_float(uint16_t x) {
   const uint32_t magnitude = x & 0x7FFFu;
   const float normal = float_of((magnitude << 13) + 0x70000000u) * float_of(0x07800000u);
@@ -31,7 +32,8 @@ static inline float f16_to_float(uint16_t x) {
   return float_of(bits | static_cast<uint32_t>(x & 0x8000u) << 16);
 }
 
-// Half to even; infinite from 65520 on; NaN stays NaN. To add 0.5 rounds a subnormal number as it has to be.
+// Round half to even. From 65520 on the result is infinite, and NaN stays NaN. Adding 0.5 rounds a subnormal number to
+// the right bit, since 0.5 has the exponent whose unit is the smallest FP16 number.
 static inline uint16_t f16_nearest(float x) {
   const uint32_t sign = bits_of(x) & 0x80000000u;
   const uint32_t bits = bits_of(x) ^ sign;
@@ -45,8 +47,8 @@ static inline uint16_t f16_nearest(float x) {
 
 // ---- loading --------------------------------------------------------------------------------------------------------
 
-// `length` <= `piece` numbers as FP32: themselves, or a copy in `buffer`.
-static inline float* load(const Numbers& x, int64_t start, int64_t length, float* buffer) {
+// Return `length` <= buffer_length elements as FP32: the tensor's own memory if it is FP32, else a copy in `buffer`.
+static inline float* load(const TypedPointer& x, int64_t start, int64_t length, float* buffer) {
   if (x.dtype == Dtype::f32) {
     return static_cast<float*>(x.data) + start;
   }
@@ -64,6 +66,7 @@ static inline float* load(const Numbers& x, int64_t start, int64_t length, float
   return buffer;
 }
 
+// Likewise, with the remainders of compensated rounding added.
 static inline float* load(const Stored& x, int64_t start, int64_t length, float* buffer) {
   if (x.rounding != Rounding::compensated) {
     return load(x.value, start, length, buffer);
@@ -77,7 +80,7 @@ static inline float* load(const Stored& x, int64_t start, int64_t length, float*
   return buffer;
 }
 
-// target[i * target_stride] = source[i * source_stride]
+// Copy target[i * target_stride] = source[i * source_stride].
 template <typename T>
 static inline void copy_strided(const void* source, int64_t source_stride, void* target, int64_t target_stride,
                                 int64_t length) {
@@ -90,8 +93,9 @@ static inline void copy_strided(const void* source, int64_t source_stride, void*
 
 // ---- storing --------------------------------------------------------------------------------------------------------
 
-// Write what `load` gave and a loop has changed. FP32 was worked on in place.
-static inline void store(const Numbers& x, int64_t start, int64_t length, const float* buffer) {
+// Store elements that `load` returned and a loop has changed, rounded to nearest. FP32 elements may already be in
+// place.
+static inline void store(const TypedPointer& x, int64_t start, int64_t length, const float* buffer) {
   if (x.dtype == Dtype::f32) {
     float* target = static_cast<float*>(x.data) + start;
     if (target != buffer) {
@@ -112,7 +116,7 @@ static inline void store(const Numbers& x, int64_t start, int64_t length, const 
   }
 }
 
-// `index` is that of the first number for the random bits.
+// Likewise, by the tensor's rounding mode. `index` is that of the first element, for the random bits.
 static inline void store(const Stored& x, int64_t start, int64_t length, uint32_t index, const float* buffer) {
   if (x.rounding == Rounding::nearest) {
     return store(x.value, start, length, buffer);
