@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PACKAGES = ("rootfree_kernels", "triton_kernels")
-PACKAGE = "rootfree_kernels"
+PACKAGE, EXTENSION = "rootfree_kernels", "_C"
 MAX_PARAMETERS, MAX_LINES, MAX_KERNEL_LINES, MAX_FILE_LINES = 8, 60, 90, 350
 BACKENDS = ("triton", "triton_bmm", "cuda", "cpp", "eager")
 ABOUT_DEVICES = ("type", "device", "device_type", "devices")
@@ -167,7 +167,9 @@ def _names(node: ast.Import | ast.ImportFrom, source: Source) -> Iterator[str]:
 
 
 def _module_of(name: str, modules: Mapping[str, Source]) -> str | None:
-    """Return the module of the package that a name is, or that it is something of."""
+    """Return the module of the package that a name is, or that it is something of; None for the extension."""
+    if name.split(".")[:2] == [PACKAGE, EXTENSION]:
+        return None
     while name and name not in modules:
         name = name.rpartition(".")[0]
     return name or None
@@ -233,6 +235,11 @@ def import_cycles(root: Path = ROOT, in_functions: bool = False) -> list[Finding
 # ---- names of backends -------------------------------------------------------------------------------------------
 
 
+def _is_about_devices(node: ast.keyword | ast.Assign) -> bool:
+    name = node.arg if isinstance(node, ast.keyword) else _last_name(node.targets[0])
+    return (name or "").lower() in ABOUT_DEVICES
+
+
 def _device_literals(tree: ast.Module) -> set[int]:
     """Return the identities of the literals "cuda" that are types of devices: compared with or passed to one."""
     found: set[int] = set()
@@ -242,9 +249,7 @@ def _device_literals(tree: ast.Module) -> set[int]:
             parts = [*node.comparators]
         elif isinstance(node, ast.Call) and _last_name(node) in ABOUT_DEVICES:
             parts = [*node.args]
-        elif isinstance(node, ast.keyword) and node.arg in ABOUT_DEVICES:
-            parts = [node.value]
-        elif isinstance(node, ast.Assign) and _last_name(node.targets[0]).lower() in ABOUT_DEVICES:
+        elif isinstance(node, ast.keyword | ast.Assign) and _is_about_devices(node):
             parts = [node.value]
         found |= {id(x) for part in parts for x in ast.walk(part) if isinstance(x, ast.Constant)}
     return found
