@@ -1,0 +1,30 @@
+"""The structure of the source: short signatures, no circles, few changes of file on the way through a step."""
+
+from __future__ import annotations
+
+import pytest
+from cpp_calls import needs_cpp
+from tools import file_changes, signatures
+
+MOST_PARAMETERS = 12
+MOST_CHANGES = {"eager": 90, "cpp": 50}
+
+
+def listed(findings: list[signatures.Finding]) -> str:
+    return "\n".join(str(finding) for finding in findings)
+
+
+def test_only_kernels_and_constructors_of_optimizers_have_many_parameters() -> None:
+    found = [finding for finding in signatures.many_parameters(most=MOST_PARAMETERS) if not finding.allowed]
+    assert not found, listed(found)
+
+
+@pytest.mark.parametrize("in_functions", [False, True], ids=["modules", "functions"])
+def test_no_modules_import_each_other_in_circles(in_functions: bool) -> None:
+    found = signatures.import_cycles(in_functions=in_functions)
+    assert not found, listed(found)
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("cpp", marks=needs_cpp)])
+def test_a_step_changes_files_seldom(backend: str) -> None:
+    assert file_changes.count(backend) <= MOST_CHANGES[backend]
