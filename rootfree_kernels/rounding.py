@@ -76,7 +76,7 @@ def block_seed(seed: int, param_index: int, block_index: int) -> int:
 
 
 def keys(seeds: Tensor, steps: Tensor, slot: int) -> Tensor:
-    """Return the keys [L], int32, of L blocks from `seeds` [L], int32, and `steps` [L] or 0-d, integers of any dtype."""
+    """Return the keys [L], int32, of L blocks. `seeds` [L] are int32; `steps` [L] or 0-d are integers of any dtype."""
     key = _mix(seeds ^ steps.to(device=seeds.device, dtype=torch.int32, non_blocking=True))
     key += _signed(slot * _GOLDEN)
     return _mix(key)
