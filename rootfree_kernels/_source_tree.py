@@ -4,10 +4,9 @@ There the folder triton_kernels is beside the package and not inside it. Its par
 `rootfree_kernels` are looked for.
 """
 
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-import rootfree_kernels
-
 if find_spec("rootfree_kernels.triton_kernels") is None:
-    rootfree_kernels.__path__.append(str(Path(__file__).resolve().parent.parent))
+    sys.modules["rootfree_kernels"].__path__.append(str(Path(__file__).resolve().parent.parent))
