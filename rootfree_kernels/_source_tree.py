@@ -1,12 +1,11 @@
-"""Make a source tree complete that is used without an installation.
+"""Make a source tree complete: there the folder triton_kernels is beside the package and not inside it.
 
-There the folder triton_kernels is beside the package and not inside it. Its parent becomes a place where submodules of
-`rootfree_kernels` are looked for.
+Its parent becomes a place where submodules of `rootfree_kernels` are looked for, before any other installation is.
 """
 
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
-if find_spec("rootfree_kernels.triton_kernels") is None:
-    sys.modules["rootfree_kernels"].__path__.append(str(Path(__file__).resolve().parent.parent))
+_package = Path(__file__).resolve().parent
+if not (_package / "triton_kernels").is_dir() and (_package.parent / "triton_kernels" / "operators.py").is_file():
+    sys.modules["rootfree_kernels"].__path__.append(str(_package.parent))
