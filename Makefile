@@ -18,7 +18,7 @@ PIP := $(VPY) -m pip --disable-pip-version-check --quiet
 STAMP := $(VENV)/.installed
 GPU_VENV := .venv-gpu
 GPU_STAMP := $(GPU_VENV)/.installed-$(GPU_TORCH)-$(GPU_TRITON)
-ON_FAKE_GPU := python -m pytest -p fake_gpu.plugin -p no:cacheprovider -q --timeout 300
+ON_FAKE_GPU := python -m pytest -p tests.fake_gpu.plugin -p no:cacheprovider -q --timeout 300
 FAKE_GPU := $(GPU_VENV)/bin/python tests/fake_gpu $(ON_FAKE_GPU)
 FAKE_GPU_PAIR := $(GPU_VENV)/bin/python tests/fake_gpu --devices 2 $(ON_FAKE_GPU)
 # The compile gate runs with the pinned Triton and with this one, the oldest that pyproject.toml allows.

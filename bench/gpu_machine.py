@@ -21,6 +21,13 @@ NEEDED = ("torch", "triton", "pytest", "numpy")
 OPTIONAL = ("hypothesis", "expecttest", "matplotlib", "rich")
 """Packages that some tests import, which are left out without them."""
 
+INDIRECTLY = {
+    "bench.demo": ("matplotlib", "rich"),
+    "tests.triton.kron_batches": ("hypothesis",),
+    "tests.cpp.kron_batches": ("hypothesis",),
+}
+"""Modules that tests import, and the optional packages that these import."""
+
 BUILD = ("pip", "setuptools")
 MIN_SETUPTOOLS = 77
 """As in pyproject.toml, whose licence entry earlier ones refuse."""
@@ -73,12 +80,11 @@ def install() -> str | None:
 
 
 def ignored() -> list[Path]:
-    """The tests that import a package which is missing, by themselves or through bench.demo."""
+    """The tests that import a package which is missing, by themselves or through a module of `INDIRECTLY`."""
     absent = missing(OPTIONAL)
-    if {"matplotlib", "rich"} & set(absent):
-        absent.append("bench.demo")
+    absent += [module for module, packages in INDIRECTLY.items() if {*packages} & {*absent}]
     pattern = re.compile(rf"^\s*(?:import|from) (?:{'|'.join(map(re.escape, absent))})\b", re.MULTILINE)
-    files = sorted((ROOT / "tests").glob("test_*.py"))
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
     return [path.relative_to(ROOT) for path in files if absent and pattern.search(path.read_text(encoding="utf-8"))]
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-import reference as ref
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rootfree_kernels.blocks import block_views, matrix_shape, matrix_view, split_side, tiles
+from tests.calls import reference as ref
 
 
 @given(st.integers(1, 5000), st.integers(1, 1500))

@@ -25,7 +25,7 @@ from bench.machine_code import TARGETS, count, parse_amdgcn, parse_resource_usag
 from rootfree_kernels.triton_kernels.common import dot
 from rootfree_kernels.triton_kernels.configuration import Configuration
 
-TESTS = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 
 
 # ---- kernels: the gate imports this file in a process of its own -------------------------------------------------
@@ -107,15 +107,15 @@ def configurations() -> Iterator[Configuration]:
 def run_gate(folder: Path, *arguments: str) -> tuple[int, str, list[dict[str, Any]]]:
     """Exit status, printed table and rows of the gate on this file's kernels. It is told to use the interpreter, which
     it must not do."""
-    paths = [str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     changed = {"TRITON_INTERPRET": "1", "TRITON_CACHE_DIR": str(folder), "PYTHONPATH": os.pathsep.join(paths)}
     environment = {**os.environ, **changed, "PYTHONIOENCODING": "utf-8"}
     file, output = folder / f"rows-{triton.__version__}.json", folder / "rows-{triton}.json"
     file.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "bench.compile_kernels", "--module", "test_compile_gate", "--output", str(output)]
+    command = [sys.executable, "-m", "bench.compile_kernels", "--module", __name__, "--output", str(output)]
     result = subprocess.run(
         [*command, *arguments],
-        cwd=TESTS.parent,
+        cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

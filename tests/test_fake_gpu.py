@@ -33,7 +33,7 @@ def make(cls: Any, *devices: int, **options: Any) -> torch.optim.Optimizer:
 
 @pytest.fixture
 def fake() -> Any:
-    from fake_gpu.plugin import fake
+    from tests.fake_gpu.plugin import fake
 
     return fake
 

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SHAPES, Case, Model, gradients, train
-from cpp_calls import needs_cpp, threads
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.profiler import ProfilerActivity, profile
 
 from rootfree_kernels import IFShampoo, RFRMSProp, backends, eager, ranges
+from rootfree_kernels.eager.kron_factor import cache_slices
+from tests.calls.cpu import needs_cpp, threads
+from tests.calls.optimizers import SHAPES, Case, Model, gradients, train
 
 SHAMPOO = Case("IFShampoo", IFShampoo, {"precondition_frequency": 2})
 RMSPROP = Case("RFRMSProp", RFRMSProp)
@@ -141,7 +142,7 @@ def test_blocks_are_counted_and_not_parameters(attach: Any, monkeypatch: Any) ->
 
 
 def test_on_a_cpu_both_phases_of_eager_pytorch_take_turns_by_slices(attach: Any, monkeypatch: Any) -> None:
-    monkeypatch.setitem(eager.kron_step.__globals__, "CACHE_NUMBERS", 35)  # one block of 7 × 5
+    monkeypatch.setitem(cache_slices.__globals__, "CACHE_NUMBERS", 35)  # one block of 7 × 5
     step, nvtx = start(SHAMPOO, "eager", monkeypatch), attach()
     step()
     ((_, (_, (_, phases), _)),) = nvtx.tree()

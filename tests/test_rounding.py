@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import reference as ref
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rootfree_kernels import rounding as rnd
+from tests.calls import reference as ref
 
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
 

@@ -35,7 +35,7 @@ BUNDLE = ROOT / ".gpu-bundle"
 ABOUT, CACHE, OTHERS, PACKAGES = "about.json", "triton-cache.tgz", "peers.tgz", "packages.tgz"
 FAKE_GPU = ROOT / "tests" / "fake_gpu"
 
-LAUNCHING_TESTS = ("kron", "rf_rmsprop", "clipped_momentum", "optimizers")
+LAUNCHING_TESTS = ("tests/triton", "tests/optim/test_on_triton.py", "tests/optim/test_launches.py")
 """Tests of Triton kernels, whose launches are compiled as well."""
 
 
@@ -67,8 +67,20 @@ def link_kernels(tree: Path) -> None:
 
 
 TESTS = [
-    *("pytest", "-p", "fake_gpu.plugin", "-m", "gpu", "-q", "-p", "no:cacheprovider", "--tb=no", "-k", f"not {HUGE}"),
-    *(f"tests/test_triton_{name}.py" for name in LAUNCHING_TESTS),
+    *(
+        "pytest",
+        "-p",
+        "tests.fake_gpu.plugin",
+        "-m",
+        "gpu",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--tb=no",
+        "-k",
+        f"not {HUGE}",
+    ),
+    *LAUNCHING_TESTS,
 ]
 OURS, THEIRS = (["bench.gpu_run.warm_cache"], TESTS), (["bench.gpu_run.warm_cache", "--peers"],)
 """What compiles the kernels of this library, and those of peers."""

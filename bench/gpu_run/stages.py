@@ -19,11 +19,14 @@ FAILED = "failed.txt"
 Command = list[str]
 
 TESTS = (
-    *("test_triton_kron.py", "test_cuda_kernels_gpu.py", "test_capture.py", "test_triton_rf_rmsprop.py"),
-    *("test_triton_clipped_momentum.py", "test_triton_optimizers.py", "test_streams.py", "test_dispatch_runs.py"),
-    *("test_conventions.py", "test_ranges.py", "test_packed_momentum.py", "test_bench_run.py", "test_compile.py"),
+    *(f"triton/test_kron_{name}.py" for name in ("gather", "factor", "products", "step", "steps")),
+    *("cuda/test_rf_rmsprop_gpu.py", "cuda/test_clipped_momentum_gpu.py", "optim/test_capture.py"),
+    *("triton/test_rf_rmsprop.py", "triton/test_rf_rmsprop_arguments.py", "triton/test_clipped_momentum.py"),
+    *("triton/test_memory.py", "optim/test_on_triton.py", "optim/test_launches.py", "optim/test_streams.py"),
+    *("ops/test_dispatch_runs.py", "optim/test_no_reads.py", "test_ranges.py", "optim/test_packed_momentum.py"),
+    *("bench/test_run.py", "ops/test_opcheck.py"),
 )
-"""Files with tests for a GPU, the most telling first."""
+"""Files of tests/ with tests for a GPU, the most telling first."""
 
 HUGE = "more_than_2_31"
 """In the name of a test that needs tens of GB."""
@@ -107,7 +110,7 @@ def again(limits: Limits) -> list[Command]:
 def memcheck(limits: Limits) -> list[Command]:
     chosen = "if_shampoo_steps_as_eager_pytorch and (fp32 or compensated)"
     sanitizer = ["compute-sanitizer", "--tool", "memcheck", "--print-limit", "20"]
-    files = ["tests/test_triton_optimizers.py", "tests/test_triton_kron.py"]
+    files = ["tests/optim/test_on_triton.py", "tests/triton"]
     return [["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", *sanitizer, *pytest(*files, "-k", chosen)]]
 
 
@@ -158,8 +161,9 @@ def _kernels(limits: Limits, *options: str) -> Command:
 
 
 def _test_files() -> list[str]:
-    left_out = {path.name for path in gpu_machine.ignored()}  # a package that they import is missing
-    return [f"tests/{name}" for name in TESTS if (ROOT / "tests" / name).exists() and name not in left_out]
+    left_out = {*gpu_machine.ignored()}  # a package that they import is missing
+    paths = [Path("tests") / name for name in TESTS]
+    return [str(path) for path in paths if (ROOT / path).exists() and path not in left_out]
 
 
 STAGES = {

@@ -1,10 +1,10 @@
 """Runs a command on a fake GPU, an H100 whose kernels do nothing:
 
     python tests/fake_gpu [--devices N] COMMAND ...
-    python tests/fake_gpu python -m pytest -m gpu -p fake_gpu.plugin
+    python tests/fake_gpu python -m pytest -m gpu -p tests.fake_gpu.plugin
 
 It needs PyTorch built for CUDA, Triton and a C compiler; no GPU and no driver. Python is started from the environment
-of this one. `fake_gpu.plugin` counts failures by values, which nothing can be said about here, as expected ones.
+of this one. `tests.fake_gpu.plugin` counts failures by values, which nothing can be said about here, as expected ones.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import os
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
 
-from fake_gpu import library  # noqa: E402  needs the folder of the tests on the path
+from tests.fake_gpu import library  # noqa: E402  needs the repository on the path
 
 
 def main() -> int:
@@ -36,7 +36,7 @@ def main() -> int:
     if command[0] in ("python", "python3"):
         command[0] = sys.executable
     variables = library.environment(library.build(), options.devices, options.caching)
-    path = os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     os.execvpe(command[0], command, {**os.environ, **variables, "PYTHONPATH": path})
 
 

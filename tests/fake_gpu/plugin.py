@@ -1,4 +1,4 @@
-"""A pytest plugin for tests on the fake GPU (see `__main__.py`): pytest -p fake_gpu.plugin
+"""A pytest plugin for tests on the fake GPU (see `__main__.py`): pytest -p tests.fake_gpu.plugin
 
 A kernel there computes nothing, so a test that compares numbers fails. Such failures, and no others, are reported as
 expected. A test fails if it raises anything else, or if it does what a GPU would refuse:
@@ -21,7 +21,7 @@ import hypothesis
 import pytest
 import torch
 
-from fake_gpu import library
+from tests.fake_gpu import library
 
 MAX_REPORTED = 3
 SMALLEST_ADDRESS = 1 << 32  # numbers of a table that are below are sizes and strides

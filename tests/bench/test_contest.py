@@ -1,0 +1,243 @@
+"""Contests between optimizers, with a clock that moves only when an optimizer steps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import inf
+
+import pytest
+import torch
+
+from bench.contest import OTHER, UPDATE, Contestant, Gradients, Limits, mean_step, run_contest
+from bench.gpu_timing import MAX_LEAD, Timing
+from bench.optimizers import ENTRIES, WHOLE
+from bench.restarts import Spoiled
+from bench.workloads import Workload
+from tests.bench.fakes import FakeClock, failing_at, fake_entry, stopped_clock, two_costs
+
+CPU = torch.device("cpu")
+PAIR = Workload("pair", ((3, 4), (2, 5)))
+LIMITS = Limits(most=3, least=1, seconds=100.0)
+
+
+class Contest:
+    """Contestants of one workload, whose time is that of a fake clock."""
+
+    def __init__(self, clock: FakeClock) -> None:
+        self.clock = clock
+        self.gradients = Gradients(PAIR.num_weights, CPU)
+
+    def enter(self, entry=None, period=2, shapes=PAIR.shapes, **options):
+        entry = entry or fake_entry("fake", self.clock, **options)
+        return Contestant(entry, WHOLE, shapes, self.gradients, self.clock, CPU, period)
+
+
+@pytest.fixture
+def contest(monkeypatch):
+    return Contest(stopped_clock(monkeypatch))
+
+
+# ---- the time of a step --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("period", [2, 3, 5])
+@pytest.mark.parametrize("update_at", [0, -1])
+def test_updates_and_other_steps_get_their_own_times(contest, update_at, period):
+    one = contest.enter(update_at=update_at, period=period)
+    assert run_contest([one], LIMITS, inf) == {}
+    update, other = (one.timings()[kind] for kind in (UPDATE, OTHER))
+    assert update == (700.0, 700.0, 700.0, 3, True)
+    assert other._replace(samples=0) == (100.0, 100.0, 100.0, 0, True)
+    assert other.samples >= 2 * (period - 1)
+
+
+def test_where_t_makes_no_difference_every_sample_counts_for_both_kinds(contest):
+    one = contest.enter(cost=lambda number: 100.0 + number, has_period=False)
+    run_contest([one], LIMITS, inf)
+    timings = one.timings()
+    assert timings[UPDATE] == timings[OTHER] == Timing.of([104.0, 105.0, 106.0, 107.0, 108.0, 109.0])
+
+
+def test_the_mean_step_is_one_update_and_t_less_one_other_steps():
+    measured = {UPDATE: {"median": 700.0}, OTHER: {"median": 100.0}}
+    assert [mean_step(measured, period) for period in (1, 2, 10, 100)] == [700.0, 400.0, 160.0, 106.0]
+
+
+def test_a_step_whose_launches_the_device_waited_for_is_marked_and_only_its_kind(contest):
+    one = contest.enter(cost=two_costs(700.0, 100.0, 0, 2))
+    one.prepare()
+    for number in range(8):
+        contest.clock.late = number % 2 == 0
+        one.sample()
+    timings = one.timings()
+    assert (timings[UPDATE].queued, timings[OTHER].queued) == (False, True)
+    assert (timings[UPDATE].samples, timings[OTHER].samples) == (4, 4)
+
+
+def test_the_few_samples_with_gaps_are_left_out_where_others_have_none(contest):
+    times = iter([*[1.0] * 4, 100.0, 900.0, 100.0, 100.0])
+    one = contest.enter(cost=lambda number: next(times), has_period=False)
+    one.prepare()
+    for late in (False, True, False, False):
+        contest.clock.late = late
+        one.sample()
+    assert one.timings()[UPDATE] == (100.0, 100.0, 100.0, 3, True)
+
+
+@pytest.mark.parametrize("update_at", [0, -1])
+def test_the_device_is_kept_busy_for_longer_than_the_host_needs_for_the_longer_kind(contest, update_at):
+    def cost(number):  # what is compiled in the first two steps does not count
+        return 1e6 if number < 2 else two_costs(700.0, 100.0, update_at, 2)(number)
+
+    one = contest.enter(cost=cost, update_at=update_at)
+    run_contest([one], LIMITS, inf)
+    assert contest.clock.leads == pytest.approx([2 * 700.0 + 20.0] * 6)
+    endless = contest.enter(cost=lambda number: 1e6)
+    endless.prepare()
+    assert endless.lead == MAX_LEAD
+
+
+# ---- turns and limits ----------------------------------------------------------------------------------------------
+
+
+def test_nobody_always_steps_behind_the_same_one(contest):
+    log = []
+    three = [contest.enter(fake_entry(name, contest.clock, log=log)) for name in "abc"]
+    run_contest(three, Limits(most=2, least=1, seconds=100.0), inf)
+    assert "".join(log) == "aaaabbbbcccc" + "cba" + "abc" + "cba" + "abc"
+
+
+def test_who_has_its_samples_stops_and_the_others_go_on(contest):
+    slow = contest.enter(cost=lambda number: 1e6)
+    fast = contest.enter(cost=lambda number: 1.0)
+    run_contest([slow, fast], Limits(most=50, least=2, seconds=2.5), inf)
+    assert slow.num_steps == 4 + 4  # warm-up, and four seconds for the least of two a kind
+    assert fast.num_steps == 4 + 100
+
+
+def test_one_sample_of_each_kind_is_enough_of_a_step_that_takes_too_long(contest):
+    endless = contest.enter(cost=lambda number: 60e6)
+    run_contest([endless], Limits(most=50, least=10, seconds=2.0, all_seconds=40.0), inf)
+    assert [len(times) for times in endless.times.values()] == [1, 1]
+
+
+def test_warm_up_is_outside_of_the_time_that_a_contestant_gets(contest):
+    one = contest.enter(cost=lambda number: 1e6 if number < 4 else 1.0)
+    run_contest([one], Limits(most=5, least=1, seconds=2.0), inf)
+    assert one.num_steps == 4 + 10 and one.spent < 1.0
+
+
+# ---- failures ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [0, 3, 4, 6], ids=["first step", "warm-up", "first sample", "later"])
+def test_one_that_raises_is_recorded_gives_its_memory_back_and_the_others_go_on(contest, number):
+    one, broken, other = contest.enter(), contest.enter(cost=failing_at(number)), contest.enter()
+    assert run_contest([one, broken, other], LIMITS, inf) == {1: f"RuntimeError: broken in step {number}"}
+    assert broken.params == [] and broken.optimizer is None
+    assert one.timings()[UPDATE].samples == other.timings()[UPDATE].samples == 3
+
+
+def test_one_that_spoils_the_device_ends_the_contest_which_knows_whose_turn_it_was(contest, monkeypatch):
+    one, broken, other = contest.enter(), contest.enter(cost=failing_at(4)), contest.enter()
+    monkeypatch.setattr("bench.contest.is_spoiled", lambda device: True)
+    turns = []
+    with pytest.raises(Spoiled, match="broken in step 4"):
+        run_contest([one, broken, other], LIMITS, inf, turns.append)
+    assert turns[:3] == [one, broken, other] and turns[-1] is broken
+
+
+def test_an_optimizer_that_cannot_be_made_is_recorded(contest):
+    def refuse(params, period, block):
+        raise ValueError(f"no block of {block}")
+
+    entry = replace(fake_entry("fake", contest.clock), make=refuse)
+    assert run_contest([contest.enter(entry)], LIMITS, inf) == {0: f"ValueError: no block of {WHOLE}"}
+
+
+def test_what_begins_after_the_deadline_is_left_out_and_what_has_begun_is_measured(contest):
+    first, second = contest.enter(cost=lambda number: 1e6), contest.enter()
+    problems = run_contest([first, second], LIMITS, contest.clock.seconds() + 3.5)
+    assert problems == {1: "TimeoutError: left out: the run's time was over"}
+    assert first.timings()[UPDATE].median == 1e6 and second.num_steps == 0
+
+
+def test_after_the_deadline_one_sample_of_each_kind_is_enough(contest):
+    contestant = contest.enter(cost=lambda number: 1e6)
+    assert not run_contest([contestant], Limits(most=50, least=10, seconds=1e3), contest.clock.seconds() + 4.5)
+    assert {kind: len(times) for kind, times in contestant.times.items()} == {UPDATE: 1, OTHER: 1}
+
+
+# ---- gradients -----------------------------------------------------------------------------------------------------
+
+
+def test_gradients_change_from_step_to_step_and_stay_where_they_are():
+    gradients = Gradients(PAIR.num_weights, CPU)
+    places, values = set(), []
+    for step in range(4):
+        gradients.refresh(PAIR.shapes, step)
+        now = gradients.of(PAIR.shapes)
+        places.add(tuple(x.data_ptr() for x in now))
+        values.append(torch.cat([x.flatten() for x in now]))
+    assert len(places) == 1
+    assert not any(torch.equal(values[a], values[b]) for a, b in ((0, 1), (1, 2), (0, 2)))
+    assert torch.equal(values[0], values[3])  # three sets, in turn
+    assert all(0.05 < x.std() < 0.2 for x in values)
+
+
+def test_a_cut_weight_gets_the_numbers_of_the_uncut_one_and_a_bf16_weight_their_rounded_values():
+    gradients = Gradients(24, CPU)
+    whole, cut = ((4, 6),), ((2, 6), (2, 3), (2, 3))
+    for step in range(3):
+        for shapes in (whole, cut):
+            gradients.refresh(shapes, step)
+        gradients.refresh(whole, step, torch.bfloat16)
+        numbers = gradients.of(whole)[0].flatten()
+        assert torch.equal(numbers, torch.cat([x.flatten() for x in gradients.of(cut)]))
+        assert torch.equal(numbers.bfloat16(), gradients.of(whole, torch.bfloat16)[0].flatten())
+
+
+def test_contestants_step_the_same_gradients_however_many_they_are_and_whenever_they_joined(contest):
+    early, cut = contest.enter(), contest.enter(shapes=((3, 4), (1, 5), (1, 5)))
+    run_contest([early], LIMITS, inf)
+    late = [contest.enter() for _ in range(3)]
+    run_contest([cut, *late], LIMITS, inf)
+    seen = [one.optimizer.seen for one in (early, cut, *late)]
+    assert len(seen[0]) == 10
+    assert all(other == seen[0] for other in seen[1:])
+    assert seen[0][4] != seen[0][5] != seen[0][6]
+
+
+# ---- what is written down ------------------------------------------------------------------------------------------
+
+
+def test_what_is_measured_of_a_contestant_is_by_weight_and_by_kind(contest):
+    entry = ENTRIES["SGD, fused"]
+    one = contest.enter(entry)
+    run_contest([one], LIMITS, inf)
+    measured = one.measured()
+    assert set(measured[UPDATE]) == {"median", "p10", "p90", "samples", "queued"}
+    assert measured["state_bytes"] == 4.0
+    assert measured["peak_bytes"] >= 4.0
+    assert measured[f"launches of {UPDATE}"] == measured[f"launches of {OTHER}"] > 0
+    assert not any(name.startswith("host") for name in measured), "the host's time in a step is that of a GPU's queue"
+
+
+def test_the_launches_of_both_kinds_are_counted_apart(contest):
+    one = contest.enter(ENTRIES["IFShampoo, eager"])
+    run_contest([one], LIMITS, inf)
+    measured = one.measured()
+    assert measured[f"launches of {UPDATE}"] > 2 * measured[f"launches of {OTHER}"] > 0
+
+
+def test_weights_and_gradients_have_the_dtype_of_the_entry_and_nothing_else_of_it_differs(contest):
+    entries = [ENTRIES["AdamW, fused"], ENTRIES["AdamW, fused, BF16 weights"]]
+    two = [contest.enter(entry) for entry in entries]
+    for one in two:
+        one.prepare()
+    assert [{x.dtype for p in one.params for x in (p, p.grad)} for one in two] == [{torch.float32}, {torch.bfloat16}]
+    starts = [contest.enter(fake_entry("fake", contest.clock, weights=entry.weights)) for entry in entries]
+    for one in starts:
+        one.prepare()
+    wide, narrow = (torch.cat([p.detach().flatten() for p in one.params]) for one in starts)
+    assert torch.equal(wide.bfloat16(), narrow) and wide.abs().max() > 0

@@ -1,0 +1,50 @@
+"""Calls of operators, by the Python function of a backend or by the dispatcher.
+
+Every test calls operators through this module, with flat lists of arguments: those of the schemas of
+`torch.ops.rootfree`, without the name of the backend. Only `call` and `flat_arguments` know what the functions of
+backends take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from rootfree_kernels import backends
+
+Call = Callable[..., Any]
+"""A function (stem, *flat arguments) that runs an operator."""
+
+STEMS = ("rf_rmsprop", "clipped_momentum", "kron_gather", "kron_factor", "kron_step")
+"""The operators of `torch.ops.rootfree`. Beside them, backends have `kron_products`."""
+
+
+def call(backend: str, stem: str, *flat: Any) -> Any:
+    """Call the Python function of a backend with a flat list of arguments."""
+    return backends.implementation(backend, stem)(*flat)
+
+
+def flat_arguments(stem: str, *args: Any) -> list[Any]:
+    """Return the flat list of the arguments that a function of a backend got."""
+    return [*args]
+
+
+def operator(stem: str) -> Any:
+    """Return an operator as PyTorch's dispatcher has it; the name of the backend is its last argument."""
+    return getattr(torch.ops.rootfree, stem).default
+
+
+def through(backend: str) -> Call:
+    """Return a function that calls the backend's Python functions."""
+    return lambda stem, *flat: call(backend, stem, *flat)
+
+
+def dispatched(backend: str) -> Call:
+    """Return a function that calls operators by the dispatcher, and what is no operator as `through` does."""
+
+    def run(stem: str, *flat: Any) -> Any:
+        return operator(stem)(*flat, backend) if stem in STEMS else call(backend, stem, *flat)
+
+    return run

@@ -1,0 +1,72 @@
+"""How far results may be from the FP64 reference: one table, and comparison by it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import repeat
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+TOLERANCES = {
+    # A step of elements, or what is stored in this dtype of a step of matrices.
+    (torch.float64, "one step"): 1e-12,  # a few thousand roundings of 1e-16
+    (torch.float32, "one step"): 1e-5,  # a few hundred roundings of 6e-8
+    (torch.float16, "one step"): 1e-3,  # one rounding of 5e-4, of what is stored
+    (torch.bfloat16, "one step"): 8e-3,  # one rounding of 4e-3, of what is stored; stochastic rounding doubles it
+    # A step of matrices whose products are of this dtype.
+    (torch.float64, "one step of products"): 1e-12,
+    (torch.float32, "one step of products"): 1e-5,
+    (torch.bfloat16, "one step of products"): 3e-2,  # a handful of roundings of 4e-3, of operands and of what is stored
+    # Several steps, or products of products: errors add up, or are amplified.
+    (torch.float64, "a chain"): 1e-12,  # as in one step: products of well-conditioned matrices lose few digits
+    (torch.float32, "a chain"): 3e-5,  # a few thousand roundings of 6e-8
+    (torch.float16, "a chain"): 1e-3,  # three steps with one rounding of 5e-4 each, which do not all add up
+    (torch.bfloat16, "a chain"): 3e-2,  # a handful of roundings of 4e-3
+    (torch.bfloat16, "a long chain"): 5e-2,  # 50 steps with roundings of 4e-3, most of which cancel
+    # The largest error of an element, relative to it.
+    (torch.float64, "an element"): 1e-13,  # a few hundred roundings of 1e-16
+    (torch.float32, "an element"): 1e-6,  # a few roundings of 6e-8
+    (torch.bfloat16, "an element"): 2.0**-8,  # one rounding to nearest
+}
+"""Relative Frobenius errors, unless the key says otherwise, by dtype and kind of computation."""
+
+
+def tolerance(kind: str, *dtypes: torch.dtype) -> float:
+    """Return the tolerance of the coarsest of these dtypes."""
+    return max(TOLERANCES[dtype, kind] for dtype in dtypes)
+
+
+def one_step(*stored: torch.dtype, products: torch.dtype | None = None) -> float:
+    """Return the tolerance of a step whose results are of these dtypes, and whose products are of another one."""
+    kinds = [*((dtype, "one step") for dtype in stored), *([(products, "one step of products")] if products else [])]
+    return max(TOLERANCES[kind] for kind in kinds)
+
+
+def relative_error(actual: Tensor, expected: np.ndarray) -> float:
+    """Return ‖actual − expected‖ / ‖expected‖ in FP64."""
+    difference = actual.detach().double().cpu().numpy() - expected
+    return float(np.linalg.norm(difference) / max(np.linalg.norm(expected), 1e-300))
+
+
+def assert_close(actual: Tensor, expected: Any, dtype: torch.dtype, kind: str = "one step") -> None:
+    """Check that `actual` is within the tolerance of the reference."""
+    error, allowed = relative_error(actual, np.asarray(expected)), tolerance(kind, dtype)
+    assert error <= allowed, f"relative error {error:.2e}, allowed {allowed:.0e}"
+
+
+def assert_near(
+    actual: Iterable[Any], expected: Iterable[np.ndarray], allowed: float, terms: Iterable[float] = ()
+) -> None:
+    """Check that each block is within a relative error of the reference.
+
+    Errors are relative to the norm of the block plus its `terms`: the norms of numbers that it is the difference of,
+    which may all but cancel.
+    """
+    pairs = zip(actual, expected, strict=True)
+    for index, ((x, y), term) in enumerate(zip(pairs, terms or repeat(0.0), strict=False)):
+        norm = np.linalg.norm(y)
+        error = relative_error(torch.as_tensor(x), y) * norm / max(norm + term, 1e-300)
+        assert error <= allowed, f"block {index}: relative error {error:.1e}, allowed {allowed:.0e}"

@@ -1,0 +1,88 @@
+"""`kron_factor` in C++: against the FP64 reference and eager PyTorch, and bit by bit where arithmetic is exact."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.calls import reference as ref
+from tests.calls.cpu import needs_cpp
+from tests.calls.kron import PLACES, STATE
+from tests.calls.operators import through
+from tests.calls.tensors import BF16, CLIPS, FP32, ROUNDINGS, same_bits
+from tests.calls.tolerances import assert_near, one_step, relative_error
+from tests.cpp.calls import cpp_batch
+from tests.cpp.kron_batches import assert_an_update_is_the_reference_s, with_examples
+
+pytestmark = needs_cpp
+
+
+@with_examples
+def test_an_update_of_the_factors_is_the_reference_s(batch, run):
+    assert_an_update_is_the_reference_s(batch, run)
+
+
+@pytest.mark.parametrize(
+    ("clip", "norm"), [("frobenius", "above 1"), ("row_sum", "above 1"), ("none", ""), ("frobenius", "")]
+)
+@pytest.mark.parametrize("matmul", [FP32, BF16], ids=str)
+def test_factors_move_as_the_reference_s_and_as_those_of_eager_pytorch(clip, norm, matmul):
+    """C′ − C by itself, of which the FP32 value that a compensated pair keeps shows every step."""
+    small = {"gamma": 0.0, "batch_size": 0.01, "damping": 0.0, "riemannian_momentum": 0.1}
+    numbers = small if norm == "" and clip == "frobenius" else {"riemannian_momentum": 0.1}
+    batch = cpp_batch(136, 70, dtype=BF16, matmul=matmul, rounding="compensated", clip=clip, options=numbers)
+    t, other = batch.tensors(), batch.run(run=through("eager"))
+    (state,), (expected,) = batch.reference_states(t), batch.reference_update(t)
+    batch.run(t)
+    for side, name in (("c", "C"), ("k", "K")):
+        old, m = getattr(state, name), getattr(expected, f"m_{name}")
+        assert clip == "none" or (ref.clipped_beta2(m, 1.0, clip) < 1) == (norm == "above 1")
+        assert_near(t.factor(side) - old, [getattr(expected, name) - old], one_step(products=BF16))
+        if matmul == FP32:  # m is rounded once, so that few numbers differ from those of eager PyTorch
+            assert (getattr(t, f"m_{side}") != getattr(other, f"m_{side}")).float().mean() < 0.01
+            assert relative_error(torch.tensor(t.factor(side) - old), other.factor(side) - old) < 1e-3
+
+
+@pytest.mark.parametrize("sides", [(37, 18), (136, 5)], ids=str)
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_factors_are_rounded_as_in_eager_pytorch_to_the_bit(rounding, sides):
+    """G and m are 0, so that m′ is −γ/2 times I, and C′ = C(1 + 2⁻⁹) rounded but once."""
+    numbers = {"beta2": 2.0**-8, "riemannian_momentum": 0.0, "damping": 0.0}
+    batch = cpp_batch(*sides, PLACES[2], dtype=BF16, matmul=BF16, rounding=rounding, clip="none", options=numbers)
+    results = []
+    for backend in ("cpp", "eager"):
+        t = batch.tensors()
+        for grad in t.grads:
+            grad.zero_()
+        before = t.factor("c")
+        batch.update(t, through(backend))
+        results.append(t.bytes(*STATE))
+    assert results[0] == results[1]
+    moved = (t.factor("c") != before).mean()
+    assert moved == 0 if rounding == "nearest" else moved > 0
+
+
+@pytest.mark.parametrize("side", ["m_c", "m_k"])
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+@pytest.mark.parametrize("clip", CLIPS)
+def test_a_block_whose_momentum_is_not_finite_on_one_side_stays_on_both(side, bad, clip):
+    batch = cpp_batch(37, 34, ((0, 2, 0, 1),), clip=clip)
+    was, t = batch.tensors(), batch.tensors()
+    for each in (was, t):
+        getattr(each, side)[0, 33, 1] = getattr(each, side)[0, 1, 33] = bad  # apart from the diagonal tiles
+    batch.run(t)
+    assert t.ok.tolist() == [False, True] and t.skipped.tolist() == [1, 1]
+    for name in ("c", "k", "m_c", "m_k", "params", "buffers"):
+        blocks = [batch.blocks(x) if isinstance(x, list) else x for x in (getattr(t, name), getattr(was, name))]
+        assert [same_bits(*pair) for pair in zip(*blocks, strict=True)] == [True, False], name
+
+
+def test_factors_with_gaps_are_an_error():
+    """They would be read as if they had none."""
+    batch = torch.eye(5).expand(2, 5, 5).contiguous()
+    with pytest.raises(ValueError, match="not contiguous: pass a contiguous tensor"):
+        torch.ops.rootfree_native.kron_factor(
+            *(batch[:, :4, :4], batch, batch, batch, None, None, None, None, torch.ones(2, 4, 5)),
+            *(torch.ones(3, 2, 1), torch.zeros(2, dtype=torch.int32), torch.zeros(2), None),
+            *(1.0, 0.1, 0.5, 0.1, 1.0, "frobenius", "nearest"),
+        )

@@ -1,0 +1,188 @@
+"""What a dispatch table chooses runs: on a GPU, or in Triton's interpreter with a table for the processor's name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rootfree_kernels import IFShampoo, backends, dispatch
+from tests.calls.backends import noted_launches
+from tests.calls.device import DEVICE, kernel_test, needs_gpu, triton_bmm_kernels, triton_kernels
+from tests.calls.dispatch_files import entry, table, user_of_tables
+from tests.calls.graphs import captured
+from tests.calls.optimizers import OPTIONS, gradients, params_only, snapshot
+from tests.calls.tensors import BF16, FP32, assert_same_bits, same_bits
+from tests.calls.tolerances import tolerance
+
+pytestmark = kernel_test
+
+SHAPES = [(24, 16), (24, 16), (9, 13), (6,)]
+
+
+class Run:
+    """Parameters and an optimizer on the device where kernels are tested."""
+
+    def __init__(self, optimizer: Any = IFShampoo, shapes: Any = SHAPES, **options: Any) -> None:
+        self.params = [nn.Parameter(x.to(DEVICE)) for x in gradients(shapes, -1, FP32)]
+        self.optimizer = optimizer(self.params, **{**OPTIONS, **options})
+
+    def step(self, step: int, bad: bool = False) -> None:
+        grads = gradients([tuple(x.shape) for x in self.params], step, FP32)
+        if bad:
+            grads[1][3, 5] = torch.nan
+        for param, grad in zip(self.params, grads, strict=True):
+            param.grad = grad.to(DEVICE)
+        self.optimizer.step()
+
+    def parts(self) -> list[Any]:
+        (state,) = self.optimizer._bases[0].device_states
+        return [part for plan in state.plans.values() for part in plan.parts]
+
+    def backends(self) -> set[str]:
+        return {part.batch.backend if hasattr(part, "batch") else part.backend for part in self.parts()}
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Use a table for this device that has one choice for all shapes of `SHAPES`."""
+    use = user_of_tables(tmp_path, monkeypatch)
+
+    def chosen(**choices: str) -> None:
+        matrix = {"side": 16, "blocks": 1}
+        sizes = {"diagonal": {"numbers": 8, "tensors": 1}, "matrices": matrix, "symmetric": matrix}
+        listed = {name: [entry(choice, **sizes[name])] for name, choice in choices.items()}
+        use(table(dispatch.device_name(DEVICE), **listed))
+
+    return chosen
+
+
+def test_pytorch_serves_where_the_table_says_so(here: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    here(diagonal="eager", matrices="eager", symmetric="bmm")
+    by_table, forced = Run(), Run()
+    by_table.step(0)
+    assert by_table.backends() == {"eager"}
+    monkeypatch.setenv("ROOTFREE_BACKEND", "eager")
+    forced.step(0)
+    assert_same_bits(snapshot(by_table.optimizer), snapshot(forced.optimizer))
+
+
+def test_products_are_made_as_the_table_says(here: Any) -> None:
+    here(diagonal="triton", matrices="triton", symmetric="bmm")
+    run = Run()
+    with noted_launches() as names:
+        run.step(0)
+    assert run.backends() == {"triton", "triton_bmm"}
+    assert "kron_products_kernel" not in names and "kron_factor_kernel" in names
+    assert names.count("bmm") == 2 * (2 + 2 + 1)  # CᵀG·K, both products, P_C·G
+
+
+def block(run: Run, index: int) -> dict[str, Tensor]:
+    """All of a parameter but its counts."""
+    shot = params_only(snapshot(run.optimizer), index)
+    return {name: x for name, x in shot.items() if name.split()[1] not in ("step", "skipped")}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"rounding": "compensated"},
+        {"precondition_frequency": 2},
+        {"precondition_frequency": 2, "cache_products": False},
+    ],
+    ids=str,
+)
+def test_products_by_cublas_leave_factors_to_the_bit_and_weights_within_a_rounding(here: Any, options: Any) -> None:
+    """Random bits too: factors are rounded stochastically. In the third step, an update, a block is left out, whole."""
+    runs = {}
+    for name in ("triton", "bmm"):
+        here(matrices="triton", symmetric=name)
+        runs[name] = Run(**options)
+        for step in range(4):
+            before = block(runs[name], 1)
+            runs[name].step(step, bad=step == 2)
+            if step == 2:
+                assert_same_bits(block(runs[name], 1), before)
+    kernel, cublas = (snapshot(run.optimizer) for run in runs.values())
+    assert runs["bmm"].backends() >= {"triton_bmm"} and int(cublas["1 skipped"].sum()) == 1
+    for name, expected in kernel.items():
+        if "weight" in name or "buffer" in name:
+            error = (cublas[name] - expected).norm() / expected.norm()
+            assert error <= tolerance("one step of products", BF16), name
+        else:
+            assert same_bits(cublas[name], expected), name
+    for part in runs["bmm"].parts():
+        if hasattr(part, "batch") and part.batch.products:
+            c, product = part.batch.storage["factor_c"].float(), part.batch.products["product_c"]
+            assert (product - c @ c.mT).norm() <= tolerance("one step of products", BF16) * product.norm()
+
+
+def test_a_resumed_run_makes_the_same_products(here: Any) -> None:
+    here(matrices="triton", symmetric="bmm")
+    runs = [Run(precondition_frequency=3) for _ in range(2)]
+    for step in range(2):
+        runs[0].step(step)
+    for param, source in zip(runs[1].params, runs[0].params, strict=True):
+        param.data.copy_(source)
+    runs[1].optimizer.load_state_dict(runs[0].optimizer.state_dict())
+    for step in range(2, 5):
+        for run in runs:
+            run.step(step)
+    assert_same_bits(*(snapshot(run.optimizer) for run in runs))
+
+
+def test_a_table_is_asked_once_for_a_plan_and_again_where_another_one_is_named(here: Any, monkeypatch: Any) -> None:
+    asked: list[str] = []
+    choice = dispatch.Table.choice
+    monkeypatch.setattr(dispatch.Table, "choice", lambda *args: asked.append(args[1]) or choice(*args))
+    here(diagonal="triton", matrices="triton", symmetric="bmm")
+    run = Run()
+    for step in range(3):
+        run.step(step)
+        assert sorted(asked) == ["diagonal", "matrices", "matrices", "symmetric", "symmetric"]
+    monkeypatch.setenv("ROOTFREE_DISPATCH", "off")
+    run.step(3)
+    assert run.backends() == ({"triton"} if DEVICE.type == "cuda" else {backends.choose(DEVICE, FP32)})
+    assert len(asked) == 5
+
+
+def test_a_step_by_the_table_s_choice_compiles_to_the_bit(here: Any) -> None:
+    here(diagonal="triton", matrices="triton", symmetric="bmm")
+    torch._dynamo.reset()
+    lr = {"lr": torch.tensor(0.01, device=DEVICE), "capturable": True}
+    plain, compiled = Run(**lr), Run(**lr)
+    step = torch.compile(compiled.optimizer.step, backend="aot_eager", fullgraph=True)
+    compiled.optimizer.step = step
+    for number in range(3):
+        plain.step(number)
+        compiled.step(number)
+    assert "triton_bmm" in plain.backends()
+    assert_same_bits(snapshot(plain.optimizer), snapshot(compiled.optimizer))
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_step_by_the_table_s_choice_is_captured(here: Any) -> None:
+    here(diagonal="triton", matrices="triton", symmetric="bmm")
+    lr = {"lr": torch.tensor(0.01, device=DEVICE), "capturable": True}
+    plain, replayed = Run(**lr), Run(**lr)
+    for run in (plain, replayed):
+        run.step(0)
+    graph = captured(replayed.optimizer.step, warmups=1)
+    graph.replay()
+    for _ in range(2):
+        plain.optimizer.step()
+    assert "triton_bmm" in plain.backends()
+    assert_same_bits(snapshot(plain.optimizer), snapshot(replayed.optimizer))
+
+
+def test_triton_with_products_by_cublas_has_every_function() -> None:
+    assert sorted(triton_bmm_kernels.__all__) == sorted(triton_kernels.__all__)
+    for name in triton_kernels.__all__:
+        ours, theirs = (getattr(room, name) for room in (triton_bmm_kernels, triton_kernels))
+        assert (ours is theirs) == (name not in ("kron_factor", "kron_step", "kron_products"))

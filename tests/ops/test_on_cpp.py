@@ -1,0 +1,79 @@
+"""The C++ operators as PyTorch sees them: schemas, versions of tensors, inference mode."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch.library import infer_schema, opcheck
+
+from rootfree_kernels import eager
+from tests.calls.cpu import needs_cpp
+from tests.calls.kron import KEPT, LAYOUTS, PLACES
+from tests.calls.operators import STEMS, dispatched, operator
+from tests.calls.tensors import BF16
+from tests.cpp.calls import cpp_batch, cpp_call
+
+pytestmark = needs_cpp
+
+
+def test_what_changes_says_so_to_autograd():
+    batch = cpp_batch(16, 8, PLACES[2], param=BF16, rounding="compensated", weight_rounding="compensated", dtype=BF16)
+    t = batch.tensors()
+    before = {name: x._version for name, x in t.named().items()}
+    batch.run(t)
+    changed = {name.split()[0] for name, version in before.items() if t.named()[name]._version > version}
+    same = {name.split()[0] for name, version in before.items() if t.named()[name]._version == version}
+    assert changed == {*KEPT, "p_c", "p_k", "skipped"} and same == {"grads", "seeds", "steps"}
+
+
+def test_inference_tensors_are_stepped_like_others():
+    batch = cpp_batch(
+        16, 8, PLACES[2], LAYOUTS, param=BF16, rounding="compensated", weight_rounding="compensated", dtype=BF16
+    )
+    with torch.inference_mode():
+        t = batch.run()
+    assert t.c.is_inference() and t.bytes() == batch.run().bytes()
+
+
+@pytest.mark.parametrize("stem", ["kron_gather", "kron_factor", "kron_products", "kron_step"])
+def test_the_extension_s_schemas_are_those_of_the_public_operators(stem):
+    """Names, order and types of arguments, and which of them are changed."""
+    native = getattr(torch.ops.rootfree_native, stem).default._schema
+    if stem in STEMS:
+        public, arguments = operator(stem)._schema, slice(-1)  # the last is the backend
+    else:
+        public = torch._C.parse_schema(f"{stem}{infer_schema(getattr(eager, stem), mutates_args=())}")
+        arguments = slice(None)
+
+    def described(schema: Any) -> list[Any]:
+        changes = [x.alias_info is not None and x.alias_info.is_write for x in schema.arguments]
+        return [(x.name, str(x.type), y) for x, y in zip(schema.arguments, changes, strict=True)]
+
+    assert described(native) == described(public)[arguments]
+    assert [str(x.type) for x in native.returns] == [str(x.type) for x in public.returns]
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        cpp_batch(5, 4, PLACES[2]),
+        cpp_batch(5, 4, PLACES[2], dtype=BF16, matmul=BF16, param=BF16, rounding="compensated", keeps_products=False),
+    ],
+    ids=["fp32", "bf16"],
+)
+def test_the_public_operators_pass_opcheck(batch):
+    def checked(stem: str, *args: Any) -> Any:
+        if stem in STEMS:
+            opcheck(operator(stem), (*args, "cpp"))
+        return dispatched("cpp")(stem, *args)
+
+    batch = replace(batch, weight_rounding=batch.rounding, found_inf=0.0, grad_scale=8.0)
+    batch.run(run=checked)
+    momenta = [torch.ones(2, n, n, dtype=batch.dtype) for n in (3, 5)]
+    opcheck(operator("clipped_momentum"), (momenta, [m.float() for m in momenta], None, 0.5, "row_sum", "cpp"))
+    modes = (batch.param, batch.param, batch.dtype, batch.dtype, batch.rounding, "stochastic")
+    call = cpp_call([(3, 2), (), (4,)], LAYOUTS[:1], *modes, grad_scale=8.0)
+    opcheck(operator("rf_rmsprop"), (*call.arguments(call.tensors()[0]), "cpp"))

@@ -1,0 +1,61 @@
+"""Runs that are saved and resumed."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+import torch
+
+from rootfree_kernels import GrowingInterval, IFShampoo, RFRMSProp
+from tests.calls.optimizers import CASES, Case, Model, snapshot, train
+
+FIRST, SECOND = range(5), range(5, 10)
+
+
+def every_fourth(step: int) -> bool:
+    return step % 4 == 0
+
+
+bf16 = torch.bfloat16
+RESUMED = [
+    *CASES,
+    Case("IFShampoo-growing-interval", IFShampoo, {"precondition_frequency": GrowingInterval(3)}),
+    Case("IFShampoo-callable", IFShampoo, {"precondition_frequency": every_fourth}),
+    Case("IFShampoo-stochastic-bf16-weights", IFShampoo, {}, bf16),
+    Case("IFShampoo-bf16-state", IFShampoo, {"state_dtype": bf16, "rounding": "nearest"}),
+    Case("IFShampoo-packed", IFShampoo, {"packed_momentum": True, "state_dtype": bf16, "cache_products": False}),
+    Case("IFShampoo-fp64-factors", IFShampoo, {"factor_dtype": torch.float64}),
+    Case("IFShampoo-capturable", IFShampoo, {"capturable": True}),
+    Case("RFRMSProp-stochastic-bf16-state", RFRMSProp, {"state_dtype": bf16}, bf16),
+    Case(
+        "RFRMSProp-compensated-bf16-state",
+        RFRMSProp,
+        {"state_dtype": bf16, "rounding": "compensated", "weight_rounding": "compensated"},
+        bf16,
+    ),
+]
+resumed = pytest.mark.parametrize("case", RESUMED, ids=lambda case: case.name)
+
+
+def through_file(saved: Any) -> Any:
+    """Saved and loaded in the way that runs no code from the file."""
+    file = io.BytesIO()
+    torch.save(saved, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def newcomer(case: Case) -> tuple[Model, torch.optim.Optimizer]:
+    """Another model and an optimizer of the same class that knows nothing of the options, but for callables, which are
+    the one thing that a checkpoint cannot hold."""
+    model = Model(case.dtype, seed=-2)
+    callables = {name: value for name, value in case.options.items() if callable(value)}
+    return model, case.optimizer(model.parameters(), batch_size=1, **callables)
+
+
+def uninterrupted(case: Case) -> dict[str, torch.Tensor]:
+    model, optimizer = case.start()
+    train(model, optimizer, [*FIRST, *SECOND])
+    return snapshot(optimizer)

@@ -1,0 +1,162 @@
+"""Bad parameters and gradients are errors, before anything changes."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from rootfree_kernels import IFShampoo, RFAdaGrad, RFRMSProp
+from tests.calls.optimizers import OPTIONS, Case, Model, snapshot, train
+from tests.calls.tensors import assert_same_bits
+
+OPTIMIZERS = (RFRMSProp, RFAdaGrad, IFShampoo)
+
+
+BAD_PARAMETERS = {
+    "integer": (lambda: torch.ones(3, 4, dtype=torch.int64), ValueError, "torch.int64"),
+    "boolean": (lambda: torch.ones(3, 4, dtype=torch.bool), ValueError, "torch.bool"),
+    "complex": (lambda: torch.ones(3, 4, dtype=torch.complex64), ValueError, "torch.complex64"),
+    "float8": (lambda: torch.ones(3, 4).to(torch.float8_e4m3fn), ValueError, "torch.float8_e4m3fn"),
+    "sparse": (lambda: torch.eye(4).to_sparse(), ValueError, "torch.sparse_coo"),
+    "number": (lambda: 1.0, TypeError, "float"),
+    "string": (lambda: "weight", TypeError, "str"),
+    "list": (lambda: [torch.ones(3, 4)], TypeError, "list"),
+    "not-a-leaf": (lambda: torch.ones(3, 4, requires_grad=True) * 2, ValueError, "non-leaf"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_PARAMETERS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_bad_parameter_is_refused(optimizer: Any, kind: str) -> None:
+    make, error, word = BAD_PARAMETERS[kind]
+    good = nn.Parameter(torch.ones(3, 4))
+    with pytest.raises(error, match=word):
+        optimizer([good, make()], **OPTIONS)
+
+    opt = optimizer([good], **OPTIONS)
+    groups = copy.deepcopy(opt.state_dict()["param_groups"])
+    with pytest.raises(error, match=word):
+        opt.add_param_group({"params": [nn.Parameter(torch.ones(2)), make()]})
+    assert opt.state_dict()["param_groups"] == groups
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_bad_named_parameter_is_named(optimizer: Any) -> None:
+    named = [("good", nn.Parameter(torch.ones(3))), ("encoder.index", torch.ones(3, dtype=torch.int32))]
+    with pytest.raises(ValueError, match=r"encoder\.index.*torch\.int32.*pass"):
+        optimizer(named, **OPTIONS)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_duplicate_parameters_are_refused(optimizer: Any) -> None:
+    first, second = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    with pytest.raises(ValueError, match=r"params\[2\].*twice.*once"):
+        optimizer([first, second, first], **OPTIONS)
+    with pytest.raises(ValueError, match="more than one"):
+        optimizer([{"params": [first, second]}, {"params": [first]}], **OPTIONS)
+    opt = optimizer([first], **OPTIONS)
+    with pytest.raises(ValueError, match="more than one"):
+        opt.add_param_group({"params": [second, first]})
+    assert [group["params"] for group in opt.param_groups] == [[first]]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("params", [[], {}], ids=["list", "dict"])
+def test_no_parameters_at_all_are_refused(optimizer: Any, params: Any) -> None:
+    with pytest.raises(ValueError, match="empty parameter list"):
+        optimizer(params, **OPTIONS)
+
+
+def test_a_group_that_is_no_dict_is_refused(case: Case) -> None:
+    _, optimizer = case.start()
+    with pytest.raises(TypeError, match="dict"):
+        optimizer.add_param_group([nn.Parameter(torch.ones(3))])
+
+
+def test_a_set_of_parameters_is_refused(case: Case) -> None:
+    """Its order, by which random bits and checkpoints go, changes from run to run."""
+    with pytest.raises(TypeError, match="set"):
+        case.make([{"params": {nn.Parameter(torch.ones(3))}}])
+
+
+# ---- gradients -------------------------------------------------------------------------------------------------------
+
+
+def sparse_gradient(param: nn.Parameter) -> None:
+    param.grad = torch.ones_like(param).to_sparse()
+
+
+def complex_gradient(param: nn.Parameter) -> None:
+    param.grad, param.grad_dtype = None, None
+    param.grad = torch.ones(param.shape, dtype=torch.complex64)
+
+
+def integer_gradient(param: nn.Parameter) -> None:
+    param.grad, param.grad_dtype = None, None
+    param.grad = torch.ones(param.shape, dtype=torch.int32)
+
+
+def gradient_of_another_shape(param: nn.Parameter) -> None:
+    """As after a vocabulary was resized. (A gradient on another device PyTorch itself refuses.)"""
+    param.grad.data = torch.ones(3)
+
+
+BAD_GRADIENTS = {
+    "sparse": (sparse_gradient, r"sparse_coo.*dense"),
+    "complex": (complex_gradient, r"complex64.*pass"),
+    "integer": (integer_gradient, r"int32.*pass"),
+    "shape": (gradient_of_another_shape, r"\(3,\)"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_GRADIENTS)
+@pytest.mark.parametrize("target", ["conv", "bias", "scale"])
+def test_a_bad_gradient_is_refused_before_anything_changes(case: Case, kind: str, target: str) -> None:
+    """The group before the one with the bad gradient is not stepped either."""
+    spoil, message = BAD_GRADIENTS[kind]
+    model = Model(case.dtype)
+    params = list(model.parameters())
+    optimizer = case.make([{"params": params[:2]}, {"params": params[2:]}])
+    for steps in ((), (0, 1)):  # without state and with it
+        train(model, optimizer, steps)
+        before = snapshot(optimizer)
+        model(2).backward()
+        spoil(getattr(model, target))
+        with pytest.raises((RuntimeError, ValueError), match=message):
+            optimizer.step()
+        assert_same_bits(snapshot(optimizer), before)
+
+
+def test_a_sparse_embedding_is_refused_with_the_remedy(case: Case) -> None:
+    embedding = nn.Embedding(6, 4, sparse=True, dtype=case.dtype)
+    optimizer = case.make(embedding.parameters())
+    embedding(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(RuntimeError, match=r"sparse=False"):
+        optimizer.step()
+    assert not optimizer.state
+
+
+def test_a_bad_gradient_names_its_parameter(case: Case) -> None:
+    model = Model(case.dtype)
+    optimizer = case.make(model.named_parameters())
+    model.weight.grad = torch.ones_like(model.weight).to_sparse()
+    with pytest.raises(RuntimeError, match="parameter 'weight'"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("optimizer", [RFRMSProp, IFShampoo])
+def test_a_dtype_for_which_the_state_was_not_made_is_refused_before_anything_changes(optimizer: Any) -> None:
+    model = Model()
+    opt = optimizer(model.parameters(), **OPTIONS, weight_rounding="compensated")
+    train(model, opt, range(2))
+    model.to(torch.bfloat16)
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    before = snapshot(opt)
+    with pytest.raises(ValueError, match=r"torch.bfloat16 on cpu .* before the first step"):
+        opt.step()
+    assert_same_bits(snapshot(opt), before)

@@ -1,0 +1,205 @@
+"""The step with `capturable=True`: captured in a CUDA graph and replayed, compiled, and without a wait of the host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from rootfree_kernels import IFShampoo, RFRMSProp
+from tests.calls.graphs import captured
+from tests.calls.optimizers import snapshot
+from tests.calls.tensors import assert_same_bits
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU that PyTorch can use"),
+]
+
+DEVICE = torch.device("cuda")
+WARMUPS = 3
+SHAPES = {"weight": (64, 48), "twin": (64, 48), "ragged": (33, 21), "conv": (16, 4, 3, 2), "bias": (70,), "scale": ()}
+"""With blocks of at most 48, the first two fall into two blocks each; no side of `ragged` is a multiple of 8."""
+
+NOT_FINITE = 6
+"""The step in which a gradient has a NaN: its block, or number, is left out by graph and host alike."""
+
+
+class Case(NamedTuple):
+    optimizer: Callable[..., torch.optim.Optimizer]
+    dtype: torch.dtype
+    options: dict[str, Any]
+
+    def __str__(self) -> str:
+        options = (f"{name}={value}" for name, value in self.options.items() if name != "max_preconditioner_dim")
+        return "-".join([self.optimizer.__name__, str(self.dtype).removeprefix("torch."), *options])
+
+
+BLOCKS = {"max_preconditioner_dim": 48}
+COMPENSATED = {"rounding": "compensated", "weight_rounding": "compensated"}
+CASES = [
+    Case(RFRMSProp, torch.float32, {}),
+    Case(RFRMSProp, torch.bfloat16, {"state_dtype": torch.bfloat16}),
+    Case(IFShampoo, torch.float32, BLOCKS),
+    Case(IFShampoo, torch.bfloat16, BLOCKS),
+    Case(IFShampoo, torch.bfloat16, {**BLOCKS, **COMPENSATED}),
+    Case(IFShampoo, torch.float32, {**BLOCKS, "packed_momentum": True, "state_dtype": torch.bfloat16}),
+    Case(IFShampoo, torch.float32, {**BLOCKS, "fused": False}),
+]
+
+
+@pytest.fixture(params=CASES, ids=str)
+def case(request: pytest.FixtureRequest) -> Case:
+    return request.param
+
+
+class Run:
+    """Parameters, their gradients, which keep their addresses, and an optimizer with its learning rate on the GPU."""
+
+    def __init__(self, case: Case, **options: Any) -> None:
+        self.lr = torch.tensor(0.01, device=DEVICE)
+        self.params = [torch.nn.Parameter(x) for x in numbers(-1, case.dtype)]
+        for param in self.params:
+            param.grad = torch.zeros_like(param)
+        options = {"fused": True, "capturable": True, "weight_decay": 0.1, "batch_size": 4, **case.options, **options}
+        self.optimizer = case.optimizer(self.params, lr=self.lr, damping=0.05, **options)
+
+    def prepare(self, step: int) -> None:
+        """New gradients and a new learning rate, in the memory of the old ones."""
+        self.lr.fill_(0.01 / (1 + step))
+        for param, grad in zip(self.params, numbers(step, self.params[0].dtype), strict=True):
+            param.grad.copy_(grad)
+        if step == NOT_FINITE:
+            self.params[1].grad[3, 4] = torch.nan
+
+    def take(self, steps: Iterable[int]) -> None:
+        """Steps without a graph."""
+        for step in steps:
+            self.prepare(step)
+            self.optimizer.step()
+
+    def warm_up(self) -> None:
+        """The steps that come before a capture, with the gradients of step 0 each."""
+        self.take([0] * WARMUPS)
+
+    def snapshot(self) -> dict[str, Tensor]:
+        return {name: value.cpu() for name, value in snapshot(self.optimizer).items()}
+
+
+def numbers(step: int, dtype: torch.dtype) -> list[Tensor]:
+    """Random numbers that depend on the step alone."""
+    generator = torch.Generator().manual_seed(step + 1)
+    return [torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape in SHAPES.values()]
+
+
+def captured_run(case: Case) -> tuple[Run, Any]:
+    """A run that was warmed up, and the graph of its next step, which has not run yet."""
+    run = Run(case)
+    run.prepare(0)
+    return run, captured(run.optimizer.step, WARMUPS)
+
+
+def replay(run: Run, graph: Any, steps: Iterable[int]) -> None:
+    for step in steps:
+        run.prepare(step)
+        graph.replay()
+
+
+@pytest.mark.parametrize("capturable", [True, False], ids=["", "against-not-capturable"])
+def test_replays_are_the_steps(case: Case, capturable: bool) -> None:
+    """Bit for bit, with new gradients and a new learning rate each time."""
+    run, graph = captured_run(case)
+    plain = Run(case, capturable=capturable)
+    plain.warm_up()
+    assert_same_bits(run.snapshot(), plain.snapshot())  # capturing has changed nothing
+    for step in range(1, 10):
+        replay(run, graph, [step])
+        plain.take([step])
+        assert_same_bits(run.snapshot(), plain.snapshot())
+    skipped = [int(x.sum()) for name, x in run.snapshot().items() if "skipped" in name]
+    assert sum(skipped) > 0 and run.params[1].isfinite().all()
+    assert {int(state["step"]) for state in run.optimizer.state.values()} == {WARMUPS + 9}
+
+
+def test_steps_without_the_graph_may_come_between(case: Case) -> None:
+    run, graph = captured_run(case)
+    replay(run, graph, [1, 2])
+    run.take([3, 4])
+    replay(run, graph, [5, 6])
+    run.take([7])
+    plain = Run(case)
+    plain.warm_up()
+    plain.take(range(1, 8))
+    assert_same_bits(run.snapshot(), plain.snapshot())
+
+
+def test_a_graph_that_is_made_anew_goes_on_where_the_old_one_stopped(case: Case) -> None:
+    """As after a change of the gradients' addresses."""
+    run, graph = captured_run(case)
+    replay(run, graph, [1, 2])
+    for param in run.params:
+        param.grad = param.grad.clone()
+    run.prepare(3)
+    graph = captured(run.optimizer.step, warmups=1)
+    replay(run, graph, [4, 5])
+    plain = Run(case)
+    plain.warm_up()
+    plain.take(range(1, 6))
+    assert_same_bits(run.snapshot(), plain.snapshot())
+
+
+def test_a_compiled_step_is_the_step(case: Case) -> None:
+    torch._dynamo.reset()
+    run, plain = Run(case), Run(case)
+    compiled = torch.compile(run.optimizer.step, backend="aot_eager")
+    for step in range(4):
+        run.prepare(step)
+        compiled()
+    plain.take(range(4))
+    assert_same_bits(run.snapshot(), plain.snapshot())
+
+
+# ---- no wait of the host -------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def waiting_is_an_error() -> Iterator[None]:
+    """What makes the host wait for the GPU raises."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def test_waiting_is_noticed() -> None:
+    with waiting_is_an_error(), pytest.raises(RuntimeError, match="synchroniz"):
+        torch.ones((), device=DEVICE).item()
+
+
+@pytest.mark.parametrize("moved", [False, True], ids=["", "new-addresses"])
+@pytest.mark.parametrize("capturable", [True, False], ids=["capturable", "not-capturable"])
+def test_the_host_never_waits(case: Case, capturable: bool, moved: bool) -> None:
+    run = Run(case, capturable=capturable)
+    run.take(range(2))  # makes the state, and compiles
+    for step in range(2, 5):
+        run.prepare(step)
+        if moved:
+            for param in run.params:
+                param.grad = param.grad.clone()
+        with waiting_is_an_error():
+            run.optimizer.step()
+
+
+def test_the_host_never_waits_for_when_to_update() -> None:
+    run = Run(Case(IFShampoo, torch.float32, BLOCKS), capturable=False, precondition_frequency=3)
+    run.take(range(4))
+    for step in range(4, 8):
+        run.prepare(step)
+        with waiting_is_an_error():
+            run.optimizer.step()

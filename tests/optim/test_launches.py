@@ -1,0 +1,172 @@
+"""What a step on Triton's kernels launches, and the tables it makes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rootfree_kernels import IFShampoo, RFRMSProp, backends, tables
+from tests.calls.device import DEVICE, kernel_test, launches, triton_kernels
+from tests.calls.optimizers import OPTIONS, snapshot
+from tests.calls.tensors import BF16, FP32
+from tests.optim.triton_runs import COMPENSATED, backend, parameters, set_gradients, start
+
+pytestmark = kernel_test
+
+
+@pytest.fixture
+def no_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No table is kept from earlier tests, whose tensors may have lain at the same addresses."""
+    for name in ("_tables", "_block_tables", "_tensor_tables"):
+        monkeypatch.setattr(tables, name, type(tables._tables)())
+
+
+class Work(TorchDispatchMode):
+    """Notes what PyTorch does within the operators, other than to make a view or to ask for memory."""
+
+    def __init__(self, notes: list[str]) -> None:
+        super().__init__()
+        self.notes = notes
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.split("::")[1]
+        host_reads_host = name == "_local_scalar_dense" and args[0].device.type == "cpu"
+        if not func.is_view and not host_reads_host and not name.startswith(("empty", "new_empty")):
+            self.notes.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def noted_work() -> Iterator[list[str]]:
+    """The kernels that are started meanwhile, and the operations of PyTorch within the operators, in order."""
+    notes: list[str] = []
+    work = Work(notes)
+
+    def launch(kernel: Any, grid: int, *args: Any, **kwargs: Any) -> None:
+        if grid:
+            notes.append(kernel.fn.__name__)
+        work.notes = []  # the interpreter's own
+        launches.launch(kernel, grid, *args, **kwargs)
+        work.notes = notes
+
+    def watched(function: Any) -> Any:
+        def call(*args: Any) -> Any:
+            with work:
+                return function(*args)
+
+        return call
+
+    functions = {name: watched(getattr(triton_kernels, name)) for name in ("kron_gather", "kron_factor", "kron_step")}
+    with pytest.MonkeyPatch.context() as patch:
+        for module in [m for name, m in sys.modules.items() if name.startswith(triton_kernels.__name__ + ".")]:
+            if getattr(module, "launch", None) is launches.launch and module is not launches:
+                patch.setattr(module, "launch", launch)
+        room = {name: getattr(triton_kernels, name) for name in triton_kernels.__all__}
+        patch.setitem(backends.BACKENDS, "triton", SimpleNamespace(**{**room, **functions}))
+        yield notes
+
+
+GATHER = ["kron_gather_kernel"]
+UPDATE = ["bmm", "bmm", "kron_momentum_kernel", "kron_factor_kernel", "kron_products_kernel"]
+STEP = ["bmm", "kron_step_kernel"]
+
+
+@pytest.mark.parametrize(("num_layers", "frequency", "dtype"), [(1, 1, FP32), (1, 3, BF16), (5, 3, FP32)], ids=str)
+def test_an_update_is_seven_launches_beside_the_gather_and_another_step_two(
+    num_layers: int, frequency: int, dtype: torch.dtype
+) -> None:
+    """Whatever the number of layers, and nothing else: no padding, no casts, no copies. Sides are multiples of 8."""
+    params = parameters(start([(16, 24)] * num_layers, dtype))
+    optimizer = IFShampoo(
+        params, **{**OPTIONS, "lr": torch.tensor(0.01, device=DEVICE)}, precondition_frequency=frequency
+    )
+    set_gradients(params, 0)
+    for step in range(4):
+        with backend("triton"), noted_work() as notes:
+            optimizer.step()
+        if step >= 2:  # earlier ones make tables and constants
+            assert notes == [*GATHER, *(UPDATE if step % frequency == 0 else []), *STEP], f"step {step}"
+
+
+def test_clipping_by_row_sums_is_one_launch_more() -> None:
+    params = parameters(start([(16, 24)] * 2, FP32))
+    optimizer = IFShampoo(params, **{**OPTIONS, "lr": torch.tensor(0.01, device=DEVICE)}, clip="row_sum")
+    set_gradients(params, 0)
+    for _ in range(3):  # the first ones make tables and constants
+        with backend("triton"), noted_work() as notes:
+            optimizer.step()
+    by_row_sums = [*UPDATE]
+    by_row_sums.insert(UPDATE.index("kron_factor_kernel"), "kron_norms_kernel")
+    assert notes == [*GATHER, *by_row_sums, *STEP]
+
+
+def test_numbers_that_change_compile_nothing() -> None:
+    params = parameters(start([(16, 24)], BF16))
+    optimizer = IFShampoo(params, **OPTIONS)
+    with backend("triton"):
+        set_gradients(params, 0)
+        optimizer.step()
+        before = launches.num_compilations()
+        changes = {"lr": 1e-3, "batch_size": 7, "beta2": 0.5, "damping": 1.0, "momentum": 0, "weight_decay": 0}
+        changes |= {"riemannian_momentum": 0, "maximize": True, "decoupled_weight_decay": True, "gamma": 0}
+        optimizer.param_groups[0].update(changes)
+        set_gradients(params, 1)
+        optimizer.step()
+    assert launches.num_compilations() == before
+
+
+# ---- tables, versions ------------------------------------------------------------------------------------------------
+
+
+def test_gradients_that_keep_their_places_cost_no_table(no_tables: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[Any] = []
+    copy = tables._copied
+    monkeypatch.setattr(tables, "_copied", lambda *args: copied.append(args) or copy(*args))
+    params = parameters(start([(9, 5), (9, 5), (6,)]))
+    optimizer = IFShampoo(params, **OPTIONS)
+    with backend("triton"):
+        for step in range(3):
+            set_gradients(params, step) if step == 0 else [param.grad.neg_() for param in params]
+            optimizer.step()
+            assert bool(copied) == (step == 0), f"step {step}"
+            copied.clear()
+
+
+@pytest.mark.parametrize("optimizer", [IFShampoo, RFRMSProp])
+def test_a_default_device_of_the_user_s_stays_out_of_a_step(optimizer: Any, no_tables: None) -> None:
+    params = parameters(start([(9, 5), (6,)]))
+    optimizer = optimizer(params, **OPTIONS)
+    set_gradients(params, 0)
+    with backend("triton"), torch.device("meta"):  # stands in for any other device
+        optimizer.step()
+    assert all(param.isfinite().all() for param in params)
+
+
+@pytest.mark.parametrize("optimizer", [IFShampoo, RFRMSProp])
+def test_autograd_is_told_of_everything_that_a_step_changes(optimizer: Any) -> None:
+    params = parameters(start([(16, 8), (6,)], BF16))
+    optimizer = optimizer(params, **OPTIONS, **COMPENSATED)
+
+    def tensors() -> dict[str, Tensor]:
+        states = [optimizer.state[param] for param in params]
+        found = {f"{i} {name}": x for i, state in enumerate(states) for name, x in state.items() if name != "skipped"}
+        return {**found, **{f"{i} weight": param for i, param in enumerate(params)}}
+
+    with backend("triton"):
+        for step in range(2):
+            set_gradients(params, step)
+            if step == 1:
+                before, copies = {name: x._version for name, x in tensors().items()}, snapshot(optimizer)
+            optimizer.step()
+    after = snapshot(optimizer)
+    for name, x in tensors().items():
+        assert not torch.equal(after[name], copies[name]), name
+        assert x._version > before[name], name

@@ -1,0 +1,310 @@
+"""What is kept from step to step: made once, as long as it holds; and memory, of which there is enough before a step
+or none is touched. That nothing is kept for too long, the tests of conventions and checkpoints show."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from importlib.util import find_spec
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+from rootfree_kernels import IFShampoo, RFRMSProp, backends, ops
+from rootfree_kernels.optim import base, plan, planned, workspace
+from tests.calls.backends import idle_backend
+from tests.calls.optimizers import CASES, OPTIONS, Case, snapshot, train
+from tests.calls.tensors import assert_same_bits
+
+SHAMPOO = Case("IFShampoo", IFShampoo)
+
+
+# ---- plans ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was made: the names of the classes, in order."""
+    names: list[str] = []
+    for module, name in ((planned, "Basis"), (planned, "Plan"), (plan, "FactorBatch")):
+        if name == "FactorBatch":
+            module = inspect.getmodule(plan.make_batches)
+        original = getattr(module, name)
+
+        def make(*args: Any, original: Any = original, name: str = name) -> Any:
+            names.append(name)
+            return original(*args)
+
+        monkeypatch.setattr(module, name, make)
+    return names
+
+
+def test_plans_are_made_once(case: Case, made: list[str]) -> None:
+    """At T = 3 one for an update and one for other steps. Options that plans do not depend on may change."""
+    model, optimizer = case.start()
+    train(model, optimizer, range(4))
+    first = list(made)
+    assert first.count("Basis") == 1
+    assert first.count("Plan") == (2 if case.options.get("precondition_frequency") == 3 else 1)
+    for step in range(4, 12):
+        optimizer.param_groups[0].update(lr=0.01 / step, batch_size=step, momentum=0.5 + step / 100)
+        train(model, optimizer, [step])
+    assert made == first
+
+
+def test_gradients_that_come_and_go_have_a_plan_for_each_set(case: Case, made: list[str]) -> None:
+    model, optimizer = case.start()
+    train(model, optimizer, range(3))
+
+    def take(steps: range) -> None:
+        for step in steps:
+            optimizer.zero_grad()
+            model(step).backward()
+            if step % 2:
+                model.twin.grad = model.bias.grad = None
+            optimizer.step()
+
+    take(range(3, 15))
+    first = list(made)
+    assert first.count("Basis") == 1
+    take(range(15, 27))
+    assert made == first
+
+
+def test_parameters_that_move_in_memory_keep_their_plans(case: Case, made: list[str]) -> None:
+    model, optimizer = case.start()
+    train(model, optimizer, range(4))
+    first = list(made)
+    for param in model.parameters():
+        param.data = param.data.clone()
+    train(model, optimizer, range(4, 7))
+    assert made == first
+    other_model, other = case.start()
+    train(other_model, other, range(7))
+    assert_same_bits(snapshot(optimizer), snapshot(other))
+
+
+def test_counts_of_steps_are_one_tensor(case: Case) -> None:
+    model, optimizer = case.start()
+    train(model, optimizer, range(2))
+    steps = [state["step"] for state in optimizer.state.values()]
+    assert len({step.untyped_storage().data_ptr() for step in steps}) == 1
+    steps[0].fill_(7)  # a user's number counts
+    train(model, optimizer, range(2, 3))
+    assert [step.item() for step in steps] == [8, *[3] * (len(steps) - 1)]
+
+
+class Count(TorchDispatchMode):
+    """Counts the operations that get to the dispatcher."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("optimizer", [RFRMSProp, IFShampoo])
+def test_the_number_of_operations_does_not_grow_with_that_of_parameters(
+    optimizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside those within the operators, which do nothing here."""
+    monkeypatch.setitem(backends.BACKENDS, "eager", idle_backend())
+
+    def operations(num_layers: int) -> int:
+        params = [nn.Parameter(torch.zeros(shape)) for shape in [(7, 5), (6,)] * num_layers]
+        for param in params:
+            param.grad = torch.zeros_like(param)
+        opt = optimizer(params, **OPTIONS)
+        opt.step()
+        with Count() as count:
+            opt.step()
+        return count.calls
+
+    assert operations(2) == operations(50) < 15
+
+
+def test_operators_are_called_past_the_dispatcher_unless_somebody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimizer = SHAMPOO.start()
+    train(model, optimizer, range(1))
+    seen: list[str] = []
+    operators = {stem: lambda *args, stem=stem, op=op: (seen.append(stem), op(*args))[1] for stem, op in STEMS.items()}
+    monkeypatch.setattr(ops, "_OPERATORS", operators)
+    train(model, optimizer, range(1, 2))
+    assert not seen
+    with Count():
+        optimizer.step()
+    assert set(seen) == {"rf_rmsprop", "kron_gather", "kron_factor", "kron_step"}
+    seen.clear()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        optimizer.step()
+    assert seen
+
+
+STEMS = dict(ops._OPERATORS)
+
+
+# ---- CUDA graphs ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES[:3], ids=lambda case: case.name)
+def test_a_capture_that_cannot_be_replayed_is_refused(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (base, planned):
+        monkeypatch.setattr(module, "is_captured", lambda device: True)
+    for capturable, steps, message in ((True, 0, "take a step"), (False, 1, "pass capturable=True")):
+        monkeypatch.setattr(planned, "is_captured", lambda device: False)
+        monkeypatch.setattr(base, "is_captured", lambda device: False)
+        model, optimizer = case.start(capturable=capturable)
+        train(model, optimizer, range(steps))
+        optimizer.zero_grad()
+        model(steps).backward()
+        before = snapshot(optimizer)
+        for module in (base, planned):
+            monkeypatch.setattr(module, "is_captured", lambda device: True)
+        with pytest.raises(RuntimeError, match=message):
+            optimizer.step()
+        assert_same_bits(snapshot(optimizer), before)
+
+
+# ---- workspace -----------------------------------------------------------------------------------------------------
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes held at once, of storages that were made under it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+        self._held: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        known = {storage.data_ptr() for storage in storages(args)}
+        result = func(*args, **(kwargs or {}))
+        self._held = {address: held for address, held in self._held.items() if not held[0].expired()}
+        for storage in storages(result):
+            if storage.data_ptr() not in known:
+                self._held[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes()
+        self.bytes = max(self.bytes, sum(size for _, size in self._held.values()))
+        return result
+
+
+def storages(x: Any) -> list[torch.UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(x) if isinstance(leaf, Tensor)]
+
+
+@contextmanager
+def peak_of_triton() -> Iterator[Peak]:
+    """Watches the Triton backend's operators, which hide from a mode around a step, but not what Triton's interpreter
+    makes for itself."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    peak, run_kernel = Peak(), interpreter.GridExecutor.__call__
+
+    def watched(function: Any) -> Any:
+        def call(*args: Any) -> Any:
+            with peak:
+                return function(*args)
+
+        return call
+
+    def unwatched(*args: Any, **kwargs: Any) -> Any:
+        with _disable_current_modes():
+            return run_kernel(*args, **kwargs)
+
+    functions = {name: function for name, function in vars(backends.BACKENDS["triton"]).items() if callable(function)}
+    for name in ("kron_gather", "kron_factor", "kron_step"):
+        functions[name] = watched(functions[name])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.GridExecutor, "__call__", unwatched)
+        patch.setitem(backends.BACKENDS, "triton", SimpleNamespace(**functions))
+        with peak:
+            yield peak
+
+
+interpreted = [
+    pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is used where there is no GPU"),
+    pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning:triton"),
+]
+
+TAKEN = [
+    ((48, 32), {}, False),
+    ((45, 31), {"clip": "row_sum", "rounding": "compensated"}, False),
+    ((48, 32), {"precondition_frequency": 2}, True),
+    ((16, 3, 2, 2), {"precondition_frequency": 2, "cache_products": False}, False),
+    ((16, 3, 2, 2), {"cache_products": True}, True),
+    ((48, 32), {"packed_momentum": True}, False),
+    ((45, 31), {"packed_momentum": True}, False),
+    ((16, 3, 2, 2), {"packed_momentum": True}, True),
+]
+
+
+@pytest.mark.parametrize(("shape", "options", "partly"), [pytest.param(*case, marks=interpreted) for case in TAKEN])
+def test_what_is_reserved_is_what_kernels_take(
+    shape: tuple[int, ...], options: dict[str, Any], partly: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no more than half as much again; also where some of a batch have no gradient."""
+    monkeypatch.setenv("ROOTFREE_BACKEND", "triton")
+    params = [nn.Parameter(torch.ones(shape)) for _ in range(3)]
+    optimizer = IFShampoo(params, **OPTIONS, **options)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    params[0].grad = None if partly else params[0].grad
+    for _ in range(2):
+        (ready,) = optimizer._ready()
+        with peak_of_triton() as peak:
+            optimizer.step()
+        assert peak.bytes <= sum(ready.plan.workspace) <= 1.5 * peak.bytes
+
+
+class Memory:
+    """`Tensor.new_empty` where no more than so many bytes are left."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.new_empty = limit, Tensor.new_empty
+
+    def __get__(self, tensor: Tensor, owner: Any = None) -> Any:
+        return partial(self, tensor)
+
+    def __call__(self, tensor: Tensor, *size: Any, **options: Any) -> Tensor:
+        x = self.new_empty(tensor, *size, **options)
+        if options.get("dtype") == torch.uint8:
+            self.limit -= x.numel()
+            if self.limit < 0:
+                raise torch.OutOfMemoryError("no memory")
+        return x
+
+
+@pytest.mark.parametrize("group", [pytest.param(group, marks=interpreted) for group in (0, 1)])
+def test_a_step_without_memory_for_its_largest_batch_changes_nothing(
+    group: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever that batch stands."""
+    monkeypatch.setenv("ROOTFREE_BACKEND", "triton")
+    monkeypatch.setattr(workspace, "DEVICES", ("cpu",))
+    params = [nn.Parameter(torch.ones(size, size)) for size in ((24, 8), (8, 24))[group]]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer = IFShampoo([{"params": [param]} for param in params], **OPTIONS)
+    optimizer.step()
+    needed = [sum(ready.plan.workspace) for ready in optimizer._ready()]
+    assert needed[group] > needed[1 - group]
+    before = snapshot(optimizer)
+    for limit in (max(needed) - 1, max(needed)):
+        assert_same_bits(snapshot(optimizer), before)
+        with monkeypatch.context() as patch:
+            patch.setattr(Tensor, "new_empty", Memory(limit))
+            if limit < max(needed):
+                with pytest.raises(torch.OutOfMemoryError):
+                    optimizer.step()
+            else:
+                optimizer.step()
+    assert not torch.equal(params[0], before["0 weight"])

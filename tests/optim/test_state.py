@@ -1,0 +1,83 @@
+"""Names, shapes and dtypes of state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rootfree_kernels import IFShampoo, RFRMSProp
+from tests.calls.optimizers import CASES, OPTIONS
+from tests.optim.runs import set_gradients
+
+
+def shapes_and_dtypes(state: dict[str, Tensor]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    return {name: (tuple(value.shape), value.dtype) for name, value in state.items()}
+
+
+COUNTS = {"step": ((), torch.float32)}
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (4, 3, 2, 2), (6,), ()], ids=str)
+def test_state_of_the_diagonal_optimizers(shape: tuple[int, ...]) -> None:
+    for case in CASES[:2]:
+        param = nn.Parameter(torch.ones(shape))
+        optimizer = case.make([param])
+        set_gradients([param], 0)
+        optimizer.step()
+        assert shapes_and_dtypes(optimizer.state[param]) == COUNTS | {
+            "square": (shape, torch.float32),
+            "momentum_buffer": (shape, torch.float32),
+            "skipped": ((), torch.int32),
+        }
+
+
+def test_state_of_compensated_and_half_precision_diagonal_runs() -> None:
+    param = nn.Parameter(torch.ones(6, dtype=torch.bfloat16))
+    compensated = {"rounding": "compensated", "weight_rounding": "compensated"}
+    optimizer = RFRMSProp([param], **OPTIONS, state_dtype=torch.bfloat16, **compensated)
+    set_gradients([param], 0)
+    optimizer.step()
+    assert shapes_and_dtypes(optimizer.state[param]) == COUNTS | {
+        "square": ((6,), torch.bfloat16),
+        "square_residual": ((6,), torch.int16),
+        "momentum_buffer": ((6,), torch.bfloat16),
+        "weight_residual": ((6,), torch.int16),
+        "skipped": ((), torch.int32),
+    }
+
+
+def test_state_of_a_matrix() -> None:
+    param = nn.Parameter(torch.ones(7, 5))
+    optimizer = IFShampoo([param], **OPTIONS)
+    set_gradients([param], 0)
+    optimizer.step()
+    assert shapes_and_dtypes(optimizer.state[param]) == COUNTS | {
+        "momentum_buffer": ((7, 5), torch.float32),
+        "factor_c": ((1, 7, 7), torch.bfloat16),
+        "factor_k": ((1, 5, 5), torch.bfloat16),
+        "momentum_c": ((1, 7, 7), torch.bfloat16),
+        "momentum_k": ((1, 5, 5), torch.bfloat16),
+        "skipped": ((1,), torch.int32),
+    }
+
+
+def test_state_of_a_matrix_of_several_tiles_with_residuals() -> None:
+    param = nn.Parameter(torch.ones(7, 5, dtype=torch.bfloat16))
+    compensated = {"rounding": "compensated", "weight_rounding": "compensated"}
+    optimizer = IFShampoo([param], **OPTIONS, max_preconditioner_dim=3, **compensated)
+    set_gradients([param], 0)
+    optimizer.step()
+    expected: dict[str, Any] = dict(COUNTS)
+    expected["momentum_buffer"] = ((7, 5), torch.float32)
+    expected["weight_residual"] = ((7, 5), torch.int16)
+    tiles = {"": (1, 3, 3), ".1": (1, 3, 2), ".2": (2, 2, 3), ".3": (2, 2, 2)}
+    for suffix, (count, rows, cols) in tiles.items():
+        for side, size in (("c", rows), ("k", cols)):
+            expected[f"factor_{side}{suffix}"] = ((count, size, size), torch.bfloat16)
+            expected[f"momentum_{side}{suffix}"] = ((count, size, size), torch.bfloat16)
+            expected[f"residual_{side}{suffix}"] = ((count, size, size), torch.int16)
+        expected[f"skipped{suffix}"] = ((count,), torch.int32)
+    assert shapes_and_dtypes(optimizer.state[param]) == expected

@@ -1,0 +1,152 @@
+"""`kron_step` in Triton: against the FP64 reference, and blocks that are left out of a step."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from tests.calls.device import DEVICE, kernel_test, launches, module_of
+from tests.calls.kron import STATE, assert_memory_around_blocks_is_untouched, assert_same
+from tests.calls.operators import call, through
+from tests.calls.tensors import BF16, FP32, fp64, same_bits
+from tests.calls.tolerances import assert_near, one_step
+from tests.triton.calls import triton_batch
+from tests.triton.kron_batches import ALIGNED, ANY_BATCH, BATCHES, CALLS, FACTOR_DTYPES, LARGE, ODD_ROWS, STACKED
+
+pytestmark = kernel_test
+
+
+@given(BATCHES, CALLS, st.booleans(), st.booleans())
+@example(LARGE, through("triton"), True, True)
+@example(ALIGNED, through("triton"), True, False)
+@example(ODD_ROWS, through("triton"), True, False)
+@ANY_BATCH
+def test_a_step_of_the_weights_is_the_reference_s_and_leaves_the_rest_of_them_alone(batch, run, cached, with_ok):
+    t = batch.tensors()
+    batch.gather(t, run)
+    if cached:
+        t.p_c, t.p_k = batch.make_products(t, run)
+    before, (weights, buffers) = t.copies(), batch.reference_step(t)
+    ok = torch.ones(len(weights), dtype=torch.bool, device=DEVICE) if with_ok else None
+    batch.step(t, ok, cached, run)
+    stored = FP32 if t.residuals else batch.param
+    assert_near(map(fp64, batch.blocks(t.weights())), weights, one_step(stored, products=batch.matmul))
+    assert_near(map(fp64, batch.blocks(t.buffers)), buffers, one_step(batch.buffer, products=batch.matmul))
+    assert_memory_around_blocks_is_untouched(batch, t)
+    after = t.copies()
+    changed = {name for name in before if not same_bits(before[name], after[name])}
+    assert {name.split()[0] for name in changed} <= {"params", "buffers", "residuals"}
+
+
+@pytest.mark.parametrize(
+    ("sides", "layout", "aligned"),
+    [
+        ((13, 16), "whole", True),
+        ((13, 16), "wide rows", True),
+        ((129, 8), "whole", True),
+        ((16, 13), "whole", False),
+        ((16, 13), "wide rows", False),
+        ((13, 16), "offset by 1", False),
+        ((13, 16), "transposed", False),
+    ],
+)
+def test_blocks_of_any_number_of_rows_take_the_aligned_path(sides, layout, aligned, monkeypatch):
+    """Like the 865 × 768 at the end of GPT-2's embedding; their columns have to be a multiple of 8."""
+    chosen = {}
+
+    def launch(kernel: Any, grid: int, tensors: Any, numbers: Any, constants: tuple[Any, ...], *options: Any) -> None:
+        names = kernel.arg_names[len(tensors) + len(numbers) :]
+        chosen[kernel.__name__] = dict(zip(names, constants, strict=True)).get("ALIGNED")
+        launches.launch(kernel, grid, tensors, numbers, constants, *options)
+
+    for module in (module_of("kron_gather"), module_of("kron_step")):
+        monkeypatch.setattr(module, "launch", launch)
+    batch = triton_batch(*sides, STACKED, (layout,), param=BF16, weight_rounding="compensated")
+    t = batch.tensors()
+    batch.gather(t)
+    batch.step(t, None, False)
+    assert chosen["kron_gather_kernel"] is chosen["kron_step_kernel"] is aligned
+    assert_memory_around_blocks_is_untouched(batch, t)
+
+
+def test_the_learning_rate_is_a_number_or_a_tensor_on_the_device(monkeypatch):
+    batch = triton_batch(13, 9)
+    expected = batch.run()
+    for dtype in (FP32, torch.float64):
+        lr = torch.tensor(batch.lr, dtype=dtype)
+        assert_same(replace(batch, lr=lr).run(), expected, "params", "buffers")
+        if DEVICE.type == "cpu":  # where it is read as a number otherwise
+            monkeypatch.setattr(module_of("kron_step"), "split_lr", lambda lr, device: (0.0, lr.to(device, FP32)))
+        assert_same(replace(batch, lr=lr.to(DEVICE)).run(), expected, "params", "buffers")
+        monkeypatch.undo()
+
+
+# ---- blocks that are left out ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [200, 512])
+def test_the_last_of_many_partial_sums_is_read(number):
+    """All is in the last one: results are those of one sum; and a NaN there leaves the block out of the step."""
+    batch = triton_batch(13, 9, STACKED)
+    expected, t = batch.tensors(), batch.tensors()
+    batch.update(expected)
+    batch.step(expected, None, True)
+
+    def in_last(stem: str, *args: Any) -> Any:
+        """Call an operator; the partial sums of a gather are moved to the end of so many."""
+        found = call("triton", stem, *args)
+        if stem == "kron_gather":
+            squares = torch.zeros((3, 2, number), device=DEVICE)
+            squares[..., -1:] = found[1]
+            return found[0], squares
+        return found
+
+    batch.update(t, in_last)
+    batch.step(t, None, True)
+    assert_same(t, expected, *STATE, "p_c", "p_k", "params", "buffers", "skipped")
+    t.squares[0, 1, -1] = torch.nan
+    batch.step(t, None, True)
+    assert (t.skipped - expected.skipped).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("reason", ["its factors were skipped", "no update saw its gradient"])
+def test_a_block_that_is_left_out_of_a_step_keeps_its_weights_to_the_bit(reason):
+    batch = triton_batch(13, 66, ((0, 1, 0, 3),), param=BF16, weight_rounding="compensated")
+    was, t = batch.tensors(), batch.tensors()
+    finite, ok = torch.tensor([True, False, True], device=DEVICE), None
+    if reason == "its factors were skipped":
+        ok = finite
+    else:
+        t.grads[0][12, 70] = torch.nan
+    batch.gather(t)
+    batch.step(t, ok, False)
+    assert torch.equal(t.skipped, was.skipped + ~finite)
+    for name in ("params", "buffers", "residuals"):
+        pairs = zip(batch.blocks(getattr(t, name)), batch.blocks(getattr(was, name)), strict=True)
+        assert [same_bits(*pair) for pair in pairs] == [False, True, False], name
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_a_weight_that_is_not_finite_poisons_nothing_without_weight_decay(decoupled):
+    batch = triton_batch(13, 8, descent={"weight_decay": 0.0, "decoupled": decoupled})
+    t = batch.tensors()
+    t.params[0][2, 3] = -torch.inf
+    batch.run(t)
+    assert t.params[0][2, 3] == -torch.inf and t.params[0].isinf().sum() == 1 and t.buffers[0].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", FACTOR_DTYPES, ids=str)
+def test_a_number_of_u_that_is_not_finite_counts_as_0(dtype):
+    batch = triton_batch(13, 8, dtype=dtype, descent={"momentum": 0.5, "weight_decay": 0.0})
+    t = batch.tensors()
+    batch.gather(t)
+    t.k[0, 0] = 1e38
+    t.grad[0, 1, 0] = 1e10
+    buffer = t.buffers[0].clone()
+    batch.step(t, None, False)
+    assert torch.equal(t.buffers[0][1], buffer[1] * 0.5) and t.skipped.item() == 0
