@@ -137,7 +137,7 @@ def test_broken_compiler_leaves_a_wheel_that_says_why(wheel_without_compiler: Pa
 
 
 def test_triton_kernels_is_imported_from_inside_the_package_only(installed: Path, tmp_path: Path) -> None:
-    program = "import rootfree_kernels.triton_kernels as room; print(room.__file__)"
+    program = "import rootfree_kernels.triton_kernels as kernels; print(kernels.__file__)"
     output = run(sys.executable, "-c", program, cwd=tmp_path, PYTHONPATH=str(installed))
     assert Path(output.splitlines()[-1]).is_relative_to(installed)
 
@@ -164,7 +164,7 @@ def test_extension_tells_how_it_was_built(installed: Path, tmp_path: Path) -> No
 
 def record_seen(tree: Path) -> dict:
     """Return the record that the package in a tree finds."""
-    program = "import json; from rootfree_kernels.backends import build_record; print(json.dumps(build_record()))"
+    program = "import json; from rootfree_kernels.native import build_record; print(json.dumps(build_record()))"
     return json.loads(run(sys.executable, "-c", program, cwd=tree.parent, PYTHONPATH=str(tree)).splitlines()[-1])
 
 

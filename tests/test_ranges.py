@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +12,9 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.profiler import ProfilerActivity, profile
 
-from rootfree_kernels import IFShampoo, RFRMSProp, backends, eager, ranges
-from rootfree_kernels.eager.kron_factor import cache_slices
+from rootfree_kernels import IFShampoo, RFRMSProp, ranges
+from rootfree_kernels.eager import EAGER, common
+from tests.calls.backends import use_operators
 from tests.calls.cpu import needs_cpp, threads
 from tests.calls.optimizers import SHAPES, Case, Model, gradients, train
 
@@ -142,7 +142,7 @@ def test_blocks_are_counted_and_not_parameters(attach: Any, monkeypatch: Any) ->
 
 
 def test_on_a_cpu_both_phases_of_eager_pytorch_take_turns_by_slices(attach: Any, monkeypatch: Any) -> None:
-    monkeypatch.setitem(cache_slices.__globals__, "CACHE_NUMBERS", 35)  # one block of 7 × 5
+    monkeypatch.setattr(common, "CACHE_ELEMENTS", 35)  # one block of 7 × 5
     step, nvtx = start(SHAMPOO, "eager", monkeypatch), attach()
     step()
     ((_, (_, (_, phases), _)),) = nvtx.tree()
@@ -178,21 +178,21 @@ def test_nvtx_says_that_no_tool_is_attached() -> None:
 # ---- whatever happens ----------------------------------------------------------------------------------------------
 
 
-def broken(operator: str) -> SimpleNamespace:
-    """The eager backend, of which one operator raises in the middle of its work."""
+def broken(operator: str) -> dict[str, Any]:
+    """Return an operator that raises in the middle of its work."""
 
     def fails(*args: Any) -> Any:
         ranges.phase("half way")
         raise FloatingPointError("on purpose")
 
-    return SimpleNamespace(**{**vars(eager), operator: fails})
+    return {operator: fails}
 
 
 @pytest.mark.parametrize("operator", ["rf_rmsprop", "kron_gather", "kron_factor", "kron_step"])
 def test_ranges_are_closed_when_an_exception_passes(operator: str, attach: Any, monkeypatch: Any) -> None:
     step, nvtx = start(SHAMPOO, "eager", monkeypatch), attach()
     with monkeypatch.context() as patch:
-        patch.setitem(backends.BACKENDS, "eager", broken(operator))
+        use_operators(patch, EAGER, **broken(operator))
         with pytest.raises(FloatingPointError):
             step()
     ((name, batches),) = nvtx.tree()
@@ -216,7 +216,7 @@ def test_every_thread_has_ranges_of_its_own(attach: Any, monkeypatch: Any) -> No
     """In two threads that take turns from batch to batch."""
     steps = [start(SHAMPOO, "eager", monkeypatch) for _ in range(2)]
     nvtx, turn, trees = attach(), threading.Barrier(2, timeout=60), []
-    monkeypatch.setitem(backends.BACKENDS, "eager", SimpleNamespace(**{**vars(eager), "kron_gather": waiting(turn)}))
+    use_operators(monkeypatch, EAGER, kron_gather=waiting(turn))
 
     def run(step: Callable[[int], None]) -> None:
         step()
@@ -231,9 +231,11 @@ def test_every_thread_has_ranges_of_its_own(attach: Any, monkeypatch: Any) -> No
 
 
 def waiting(turn: threading.Barrier) -> Callable[..., Any]:
+    kron_gather_itself = EAGER.operators.kron_gather
+
     def kron_gather(*args: Any) -> Any:
         turn.wait()
-        return eager.kron_gather(*args)
+        return kron_gather_itself(*args)
 
     return kron_gather
 
@@ -305,7 +307,7 @@ def test_the_profiler_s_ranges_are_closed_when_an_exception_passes(monkeypatch: 
 
     def run() -> None:
         with monkeypatch.context() as patch:
-            patch.setitem(backends.BACKENDS, "eager", broken("kron_factor"))
+            use_operators(patch, EAGER, **broken("kron_factor"))
             with pytest.raises(FloatingPointError):
                 step()
         step()

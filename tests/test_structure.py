@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from cpp_calls import needs_cpp
-from tools import file_changes, signatures
+
+from tests.calls.cpu import needs_cpp
+from tests.tools import file_changes, signatures
 
 MOST_PARAMETERS = 12
 MOST_CHANGES = {"eager": 90, "cpp": 50}

@@ -12,6 +12,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from rootfree_kernels import ranges
 from rootfree_kernels.arguments import Scaling
+from rootfree_kernels.backend import is_captured
 from rootfree_kernels.optim.checkpoint import check_state_dict, restore_callables, restore_tensors, without_callables
 from rootfree_kernels.optim.context import GroupOptions, StepContext, group_options
 from rootfree_kernels.optim.options import check_options, check_param
@@ -154,7 +155,7 @@ class RootFreeOptimizer(Optimizer):
     def _prepare(self, every: list[PlannedStep]) -> None:
         """Raise what a step can only raise before anything has changed."""
         for group, _, plan, _ in every:
-            if plan.device.type == "cuda" and not group["capturable"] and torch.cuda.is_current_stream_capturing():
+            if is_captured(plan.device) and not group["capturable"]:
                 raise RuntimeError(
                     "capturable=False in a step that a CUDA graph captures: its count of steps stays on the host, so "
                     "that every replay would take the same step; pass capturable=True."

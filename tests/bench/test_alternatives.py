@@ -13,7 +13,7 @@ from bench.run import main
 from bench.run_alternatives import alternatives, backend_of
 from bench.workloads import Workload
 from rootfree_kernels import IFShampoo
-from rootfree_kernels.dispatch import parse
+from rootfree_kernels.ops.dispatch import parse
 
 SQUARES = Workload("squares", ((512, 1024),) * 3)
 MIXED = Workload("mixed", ((512, 1024), (512, 512)))

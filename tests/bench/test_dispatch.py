@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from bench import dispatch, kernels
-from rootfree_kernels.backends import why_not
-from rootfree_kernels.dispatch import TABLES, device_name, read, slug
+from rootfree_kernels.ops.backends import why_not
+from rootfree_kernels.ops.dispatch import TABLES, device_name, read, slug
 from tests.calls.device import DEVICE
 from tests.calls.dispatch_files import GPU
 

@@ -35,7 +35,7 @@ from bench.gpu_cases import TINY, Case, CheckFailed, Context, Sizes, check, pois
 from bench.gpu_report import Alternatives, Row, Target, cell, markdown, number
 from bench.gpu_timing import HostClock, Timer, Timing, clock_of, num_inputs
 from bench.restarts import Progress
-from rootfree_kernels.backends import implementation
+from rootfree_kernels.eager import EAGER
 from tests.calls.device import DEVICE
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -293,15 +293,6 @@ def assert_alternatives(row: Row, columns: dict[str, str], operation: str, **siz
     assert not sizes or row.alternatives.sizes == sizes
 
 
-def backend_of(stem: str) -> str:
-    """Triton, where its room has the operator."""
-    try:
-        implementation("triton", stem)
-    except AttributeError:
-        return "eager"
-    return "triton"
-
-
 def test_ceilings_are_the_first_ones_measured(context: Context):
     before = context.ceilings
     assert before and before.bandwidth > 0 and before.rate > 0
@@ -312,11 +303,11 @@ def test_ceilings_are_the_first_ones_measured(context: Context):
 
 
 def test_diagonal_steps(context: Context):
-    context = Context(DEVICE, TINY, context.timer, context.ceilings, backend_of("rf_rmsprop"))
+    context = Context(DEVICE, TINY, context.timer, context.ceilings)
     rows = rows_of(gpu_diagonal.diagonal_cases(context), context)
     assert len(rows) == 4 * (3 + 3)  # lists × (precisions and peers)
     by_case = {row.case: row for row in rows}
-    compiled = context.compiled_backend()
+    compiled = context.other_backend().name if context.other_backend() else None
     mixed, all_bf16 = gpu_diagonal.MIXED, gpu_diagonal.BF16
     names = ("1 GB", "GPT-2 124M", "10 tensors of 10", "GPT-2 124M's vectors")
     for name, of_copy in zip(names, (0.92, 0.85, None, None), strict=True):
@@ -362,18 +353,18 @@ def test_a_peer_that_cannot_run_is_recorded_and_the_others_are_measured(
         raise RuntimeError("no fused kernels")
 
     monkeypatch.setattr(torch.optim, "AdamW", no_fused)
-    context = Context(DEVICE, TINY, context.timer, context.ceilings, "eager")
+    context = Context(DEVICE, TINY, context.timer, context.ceilings, EAGER)
     rows = kernels.run(gpu_diagonal.diagonal_cases(context)[1], context)
     assert [row.case for row in rows if row.error] == ["GPT-2 124M, AdamW", "GPT-2 124M, AdamW BF16"]
     assert "RMSprop / ours" in columns(rows, gpu_diagonal.DIAGONAL)["GPT-2 124M, FP32"]
 
 
 def test_clipped_momentum(context: Context):
-    context = Context(DEVICE, TINY, context.timer, context.ceilings, backend_of("clipped_momentum"))
+    context = Context(DEVICE, TINY, context.timer, context.ceilings)
     rows = rows_of(gpu_diagonal.momentum_cases(context), context)
     assert len(rows) == 2 and all({"µs", "of copy", "eager / ours"} <= set(row.cells) for row in rows)
-    if compiled := context.compiled_backend():
-        assert all(f"{compiled} / ours" in row.cells for row in rows)
+    if other := context.other_backend():
+        assert all(f"{other.name} / ours" in row.cells for row in rows)
 
 
 def test_symmetric_products(context: Context):

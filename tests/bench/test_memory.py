@@ -22,7 +22,7 @@ from bench.optimizers import ENTRIES, WHOLE
 from bench.roofline import Roofline, work_of
 from bench.workloads import Workload
 from rootfree_kernels import eager
-from rootfree_kernels.backends import matmul_dtype
+from rootfree_kernels.eager import cpu_matmul_dtype as matmul_dtype
 
 CPU = torch.device("cpu")
 FP32, BF16 = torch.float32, torch.bfloat16

@@ -20,8 +20,10 @@ from bench.restarts import RESTART, Progress
 from bench.run_options import SECTIONS, chosen_entries, chosen_workloads, parse_arguments
 from bench.run_plans import TINY, TINY_WORKLOADS
 from bench.workloads import WORKLOADS, Workload
-from rootfree_kernels import backends
-from rootfree_kernels.backends import matmul_dtype
+from rootfree_kernels import backend as backend_module
+from rootfree_kernels import native
+from rootfree_kernels.eager import cpu_matmul_dtype as matmul_dtype
+from rootfree_kernels.native import CPP
 from tests.bench.fakes import (
     failing_at,
     fake_entry,
@@ -31,6 +33,7 @@ from tests.bench.fakes import (
     undisturbed,
     without_peers,
 )
+from tests.calls.backends import forget_import
 
 STEPS_ONLY = ("--only", "16²", "--sections", "steps")
 
@@ -187,20 +190,16 @@ def test_after_an_error_that_spoils_the_device_another_process_measures_the_othe
 
 
 @pytest.mark.parametrize("extension", ["left out", "broken"])
-def test_an_entry_whose_backend_was_not_built_is_a_line_and_no_failure(
-    extension, none_here, tmp_path, monkeypatch, request
-):
+def test_an_entry_whose_backend_was_not_built_is_a_line_and_no_failure(extension, none_here, tmp_path, monkeypatch):
     def broken(name):
         raise ImportError("undefined symbol")
 
     if extension == "broken":
-        monkeypatch.setattr(backends, "import_module", broken)
-        monkeypatch.setattr(backends, "BACKENDS", {"eager": backends.eager})
-        backends._import_problem.cache_clear()
-        request.addfinalizer(backends._import_problem.cache_clear)
+        monkeypatch.setattr(backend_module, "import_module", broken)
+        forget_import(monkeypatch, CPP)
     left_out = None if extension == "broken" else "ROOTFREE_BUILD=none"
     built = {"extension": not left_out, "left_out": {"cpp": left_out, "cuda": left_out}}
-    monkeypatch.setattr(backends, "build_record", lambda: built)
+    monkeypatch.setattr(native, "build_record", lambda: built)
     monkeypatch.setenv("ROOTFREE_BACKEND", "eager")  # for all but the entry itself
     cpp = replace(ENTRIES["RFRMSProp, CUDA"], name="RFRMSProp, C++", backend="cpp", devices=("cpu",))
     with in_place_of_all(cpp, ENTRIES["SGD, fused"]):

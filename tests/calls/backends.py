@@ -12,21 +12,35 @@ import pytest
 import torch
 from torch import Tensor
 
+from rootfree_kernels.arguments import Gathered
+from rootfree_kernels.backend import Backend
 from tests.calls.operators import flat_arguments
 
 
-def idle_backend() -> SimpleNamespace:
-    """Return a backend whose operators do nothing but return tensors that were made before."""
+def use_operators(patch: pytest.MonkeyPatch, backend: Backend, **operators: Any) -> None:
+    """Replace some operators of a backend."""
+    patch.setitem(vars(backend), "operators", SimpleNamespace(**{**vars(backend.operators), **operators}))
+
+
+def forget_import(patch: pytest.MonkeyPatch, backend: Backend) -> None:
+    """Let a backend import its module anew, now and after the test."""
+    for name in ("import_problem", "operators"):
+        patch.setitem(vars(backend), name, None)
+        del vars(backend)[name]
+
+
+def idle_operators() -> dict[str, Any]:
+    """Return operators that do nothing but return tensors that were made before."""
     outputs: dict[Any, Any] = {}
 
-    def kron_gather(*args: Any) -> tuple[Tensor, Tensor]:
+    def kron_gather(*args: Any) -> Gathered:
         _, tiles, rows, cols, *_ = flat_arguments("kron_gather", *args)
         blocks = sum(down * across for down, across in zip(tiles[1::4], tiles[3::4], strict=True))
         shape = blocks, rows, cols
         if shape not in outputs:
             outputs[shape] = torch.zeros(shape, dtype=torch.bfloat16), torch.zeros(3, blocks, 1)
         grad, squares = outputs[shape]
-        return grad.detach(), squares.detach()  # the results of an operator are new tensors
+        return Gathered(grad.detach(), squares.detach())  # the results of an operator are new tensors
 
     def kron_factor(*args: Any) -> Tensor:
         num_blocks = len(flat_arguments("kron_factor", *args)[0])
@@ -37,15 +51,15 @@ def idle_backend() -> SimpleNamespace:
     def nothing(*args: Any) -> None:
         return None
 
-    return SimpleNamespace(
-        rf_rmsprop=nothing,
-        kron_gather=kron_gather,
-        kron_factor=kron_factor,
-        kron_step=nothing,
-        kron_products=lambda c, k, dtype: (c.to(dtype).clone(), k.to(dtype).clone()),
-        num_partial_sums=lambda rows, cols: 1,
-        padded_side=lambda size: size,
-    )
+    return {
+        "rf_rmsprop": nothing,
+        "kron_gather": kron_gather,
+        "kron_factor": kron_factor,
+        "kron_step": nothing,
+        "kron_products": lambda c, k, dtype: (c.to(dtype).clone(), k.to(dtype).clone()),
+        "num_partial_sums": lambda rows, cols: 1,
+        "padded_side": lambda size: size,
+    }
 
 
 def modules_that_launch() -> list[Any]:

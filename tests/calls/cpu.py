@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rootfree_kernels.backends import build_record
+from rootfree_kernels.native import build_record
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -18,10 +18,21 @@ if DEVICE.type == "cpu":
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from rootfree_kernels import triton_bmm_kernels, triton_kernels  # noqa: E402  after the above
+from rootfree_kernels import triton_kernels  # noqa: E402  after the above
 from rootfree_kernels.triton_kernels import launch as launches  # noqa: E402
+from rootfree_kernels.triton_kernels import operators as triton_operators  # noqa: E402
+from rootfree_kernels.triton_kernels import with_bmm as triton_with_bmm  # noqa: E402
 
-__all__ = ["DEVICE", "kernel_test", "launches", "module_of", "needs_gpu", "triton_bmm_kernels", "triton_kernels"]
+__all__ = [
+    "DEVICE",
+    "kernel_test",
+    "launches",
+    "module_of",
+    "needs_gpu",
+    "triton_kernels",
+    "triton_operators",
+    "triton_with_bmm",
+]
 
 kernel_test = [
     *([pytest.mark.gpu] if DEVICE.type == "cuda" else []),

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from rootfree_kernels import dispatch
+from rootfree_kernels.ops import dispatch
 
 GPU = "NVIDIA H100 80GB HBM3"
 

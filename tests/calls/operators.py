@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from rootfree_kernels import backends
+from rootfree_kernels.ops.backends import named
+from rootfree_kernels.ops.operators import run_flat
 
 Call = Callable[..., Any]
 """A function (stem, *flat arguments) that runs an operator."""
@@ -23,12 +24,20 @@ STEMS = ("rf_rmsprop", "clipped_momentum", "kron_gather", "kron_factor", "kron_s
 
 def call(backend: str, stem: str, *flat: Any) -> Any:
     """Call the Python function of a backend with a flat list of arguments."""
-    return backends.implementation(backend, stem)(*flat)
+    if stem in STEMS:
+        return run_flat(stem, *flat, backend)
+    return getattr(named(backend).operators, stem)(*flat)
 
 
 def flat_arguments(stem: str, *args: Any) -> list[Any]:
     """Return the flat list of the arguments that a function of a backend got."""
-    return [*args]
+    flat: list[Any] = []
+    for argument in args:
+        flat += argument if isinstance(argument, tuple) else [argument]
+    if stem == "kron_step":  # the schema has the fields of a preconditioner in two places
+        (weights, (factor_c, factor_k, cached, ok), gathered, lr, draws, found_inf, options) = args
+        flat = [*weights, factor_c, factor_k, *gathered, lr, ok, *draws, found_inf, cached, *options]
+    return flat
 
 
 def operator(stem: str) -> Any:

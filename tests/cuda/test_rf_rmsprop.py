@@ -13,7 +13,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from rootfree_kernels.diagonal import GRAD_DTYPES, STATE_DTYPES
+from rootfree_kernels.pointer_tables.rf_rmsprop import GRAD_DTYPES, STATE_DTYPES
 from tests.calls.operators import through
 from tests.calls.rf_rmsprop import LISTS, OPTIONS, assert_equal, assert_is_the_reference_s, copied, counts, fp32_step
 from tests.calls.rf_rmsprop import Call as cuda_call

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rootfree_kernels.eager.kron_factor import cache_slices
+from rootfree_kernels.eager import common
 from tests.calls.kron import Batch
 from tests.calls.operators import dispatched
 from tests.calls.tensors import BF16, CLIPS, FP32, FP64, fp64
@@ -59,8 +59,8 @@ def test_blocks_of_a_batch_are_independent():
 def test_a_batch_that_is_worked_through_in_slices_gives_the_same_numbers(monkeypatch):
     batch = wide_batch(5, 9, 7, FP64)
     whole, sliced = batch.run(), batch.tensors()
-    monkeypatch.setitem(cache_slices.__globals__, "CACHE_NUMBERS", 2 * 9 * 7)
-    parts = cache_slices(5, 9, 7, torch.device("cpu"))
+    monkeypatch.setattr(common, "CACHE_ELEMENTS", 2 * 9 * 7)
+    parts = common.cache_slices(5, 9, 7, torch.device("cpu"))
     assert [len(range(5)[part]) for part in parts] == [2, 2, 1]
     batch.run(sliced)
     assert torch.equal(whole.ok, sliced.ok)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rootfree_kernels.eager.kron_factor import gram
+from rootfree_kernels.eager.products import gram
 from tests.calls.tolerances import assert_close
 
 

@@ -11,8 +11,11 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from rootfree_kernels import IFShampoo, RFRMSProp, __main__, backends, dispatch
-from rootfree_kernels.dispatch import DispatchTableError, for_diagonal, for_matrices, parse, size_class
+from rootfree_kernels import IFShampoo, RFRMSProp, __main__, native
+from rootfree_kernels.native import CUDA as CUDA_BACKEND
+from rootfree_kernels.ops import dispatch
+from rootfree_kernels.ops.backends import BACKENDS
+from rootfree_kernels.ops.dispatch import DispatchTableError, for_diagonal, for_matrices, parse, size_class
 from tests.calls.dispatch_files import GPU, Use, entry, table, user_of_tables
 from tests.calls.optimizers import OPTIONS
 
@@ -38,8 +41,9 @@ def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: GPU)
-    monkeypatch.setattr(backends, "build_record", lambda: {"extension": False, "left_out": left_out})
-    monkeypatch.setattr(backends, "_import_problem", lambda name: None)
+    monkeypatch.setattr(native, "build_record", lambda: {"extension": False, "left_out": left_out})
+    for backend in BACKENDS:
+        monkeypatch.setitem(vars(backend), "import_problem", None)
 
 
 def diagonal(numbers: int, tensors: int, dtype: torch.dtype = FP32, fused: bool | None = None) -> str:
@@ -140,9 +144,9 @@ def test_a_choice_that_cannot_run_is_passed_over(use: Use, monkeypatch: pytest.M
     assert diagonal(64, 1, FP64) == "eager"
     left_out = {"extension": True, "left_out": {"cpp": None, "cuda": "no CUDA toolkit"}}
     with monkeypatch.context() as patch:
-        patch.setattr(backends, "build_record", lambda: left_out)
+        patch.setattr(native, "build_record", lambda: left_out)
         assert diagonal(64, 1) == "triton"
-    monkeypatch.setattr(backends, "_import_problem", lambda name: "undefined symbol" if name == "cuda" else None)
+    monkeypatch.setitem(vars(CUDA_BACKEND), "import_problem", "undefined symbol")
     assert diagonal(64, 1) == "triton"  # an extension that is broken was not asked before
 
 

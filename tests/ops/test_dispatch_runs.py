@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rootfree_kernels import IFShampoo, backends, dispatch
+from rootfree_kernels import IFShampoo
+from rootfree_kernels.ops import backends, dispatch
+from rootfree_kernels.optim.report import BatchReport, step_reports
 from tests.calls.backends import noted_launches
-from tests.calls.device import DEVICE, kernel_test, needs_gpu, triton_bmm_kernels, triton_kernels
+from tests.calls.device import DEVICE, kernel_test, needs_gpu, triton_operators, triton_with_bmm
 from tests.calls.dispatch_files import entry, table, user_of_tables
 from tests.calls.graphs import captured
 from tests.calls.optimizers import OPTIONS, gradients, params_only, snapshot
@@ -39,12 +41,11 @@ class Run:
             param.grad = grad.to(DEVICE)
         self.optimizer.step()
 
-    def parts(self) -> list[Any]:
-        (state,) = self.optimizer._bases[0].device_states
-        return [part for plan in state.plans.values() for part in plan.parts]
+    def batches(self) -> list[BatchReport]:
+        return [batch for batches in step_reports(self.optimizer) for batch in batches]
 
     def backends(self) -> set[str]:
-        return {part.batch.backend if hasattr(part, "batch") else part.backend for part in self.parts()}
+        return {batch.backend.name for batch in self.batches()}
 
 
 @pytest.fixture
@@ -116,9 +117,9 @@ def test_products_by_cublas_leave_factors_to_the_bit_and_weights_within_a_roundi
             assert error <= tolerance("one step of products", BF16), name
         else:
             assert same_bits(cublas[name], expected), name
-    for part in runs["bmm"].parts():
-        if hasattr(part, "batch") and part.batch.products:
-            c, product = part.batch.storage["factor_c"].float(), part.batch.products["product_c"]
+    for batch in [x for state in runs["bmm"].optimizer._planner.caches[0].device_states for x in state.batches]:
+        if batch.products:
+            c, product = batch.storage["factor_c"].float(), batch.products["product_c"]
             assert (product - c @ c.mT).norm() <= tolerance("one step of products", BF16) * product.norm()
 
 
@@ -147,7 +148,7 @@ def test_a_table_is_asked_once_for_a_plan_and_again_where_another_one_is_named(h
         assert sorted(asked) == ["diagonal", "matrices", "matrices", "symmetric", "symmetric"]
     monkeypatch.setenv("ROOTFREE_DISPATCH", "off")
     run.step(3)
-    assert run.backends() == ({"triton"} if DEVICE.type == "cuda" else {backends.choose(DEVICE, FP32)})
+    assert run.backends() == ({"triton"} if DEVICE.type == "cuda" else {backends.choose(DEVICE, FP32).name})
     assert len(asked) == 5
 
 
@@ -182,7 +183,7 @@ def test_a_step_by_the_table_s_choice_is_captured(here: Any) -> None:
 
 
 def test_triton_with_products_by_cublas_has_every_function() -> None:
-    assert sorted(triton_bmm_kernels.__all__) == sorted(triton_kernels.__all__)
-    for name in triton_kernels.__all__:
-        ours, theirs = (getattr(room, name) for room in (triton_bmm_kernels, triton_kernels))
+    assert sorted(triton_with_bmm.__all__) == sorted(triton_operators.__all__)
+    for name in triton_operators.__all__:
+        ours, theirs = (getattr(module, name) for module in (triton_operators, triton_with_bmm))
         assert (ours is theirs) == (name not in ("kron_factor", "kron_step", "kron_products"))

@@ -255,7 +255,7 @@ def test_nothing_is_kept_of_an_optimizer_that_is_gone() -> None:
     """Though its graph has its tensors built in."""
     twins = Twins(Case("IFShampoo", IFShampoo, OPTIONS))
     twins.take(range(2))
-    kept = [weakref.ref(batch) for state in twins.optimizer._bases[0].device_states for batch in state.batches]
+    kept = [weakref.ref(batch) for state in twins.optimizer._planner.caches[0].device_states for batch in state.batches]
     assert kept and all(ref() is not None for ref in kept)
     del twins
     gc.collect()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rootfree_kernels import IFShampoo, RFRMSProp, backends, tables
+from rootfree_kernels import IFShampoo, RFRMSProp
+from rootfree_kernels.pointer_tables import tables
+from rootfree_kernels.triton_kernels import TRITON
+from tests.calls.backends import use_operators
 from tests.calls.device import DEVICE, kernel_test, launches, triton_kernels
 from tests.calls.optimizers import OPTIONS, snapshot
 from tests.calls.tensors import BF16, FP32
@@ -64,13 +66,12 @@ def noted_work() -> Iterator[list[str]]:
 
         return call
 
-    functions = {name: watched(getattr(triton_kernels, name)) for name in ("kron_gather", "kron_factor", "kron_step")}
+    functions = {name: watched(getattr(TRITON.operators, name)) for name in ("kron_gather", "kron_factor", "kron_step")}
     with pytest.MonkeyPatch.context() as patch:
         for module in [m for name, m in sys.modules.items() if name.startswith(triton_kernels.__name__ + ".")]:
             if getattr(module, "launch", None) is launches.launch and module is not launches:
                 patch.setattr(module, "launch", launch)
-        room = {name: getattr(triton_kernels, name) for name in triton_kernels.__all__}
-        patch.setitem(backends.BACKENDS, "triton", SimpleNamespace(**{**room, **functions}))
+        use_operators(patch, TRITON, **functions)
         yield notes
 
 

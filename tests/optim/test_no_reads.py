@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rootfree_kernels import backends, eager
+from rootfree_kernels import eager
+from rootfree_kernels.eager import EAGER
+from tests.calls.backends import use_operators
 from tests.calls.optimizers import CASES, Case, Model
 from tests.optim.runs import BEFORE
 
@@ -46,9 +46,9 @@ def no_reads() -> Iterator[None]:
 
         return call
 
-    functions = {name: watched(f) for name, f in vars(eager).items() if inspect.isfunction(f)}
+    functions = {name: watched(f) for name, f in vars(eager).items() if name in eager.__all__ and name != "EAGER"}
     with pytest.MonkeyPatch.context() as patch, NoReads():
-        patch.setitem(backends.BACKENDS, "eager", SimpleNamespace(**functions))
+        use_operators(patch, EAGER, **functions)
         for name in READS:
             patch.setattr(torch.Tensor, name, forbidden)
         yield

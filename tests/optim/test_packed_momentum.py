@@ -176,7 +176,7 @@ def test_bytes_of_state_a_weight(options: dict[str, Any], limit: float) -> None:
     optimizer.step()
     state = optimizer.state_dict()["state"][0].values()
     assert sum(x.numel() * x.element_size() for x in state) <= limit * param.numel()
-    (batch,) = optimizer._bases[0].device_states[0].batches
+    (batch,) = optimizer._planner.caches[0].device_states[0].batches
     kept = sum(x.numel() * x.element_size() for x in batch.part(None).values())
     buffer = optimizer.state[param]["momentum_buffer"]
     assert kept + buffer.numel() * buffer.element_size() <= limit * param.numel()

@@ -3,12 +3,10 @@ or none is touched. That nothing is kept for too long, the tests of conventions 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,9 +16,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from rootfree_kernels import IFShampoo, RFRMSProp, backends, ops
-from rootfree_kernels.optim import base, plan, planned, workspace
-from tests.calls.backends import idle_backend
+from rootfree_kernels import IFShampoo, RFRMSProp
+from rootfree_kernels.eager import EAGER
+from rootfree_kernels.ops import operators
+from rootfree_kernels.optim import base, block_batch, plan, planner
+from rootfree_kernels.triton_kernels import TRITON
+from tests.calls.backends import idle_operators, use_operators
+from tests.calls.operators import STEMS
 from tests.calls.optimizers import CASES, OPTIONS, Case, snapshot, train
 from tests.calls.tensors import assert_same_bits
 
@@ -34,9 +36,7 @@ SHAMPOO = Case("IFShampoo", IFShampoo)
 def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What was made: the names of the classes, in order."""
     names: list[str] = []
-    for module, name in ((planned, "Basis"), (planned, "Plan"), (plan, "FactorBatch")):
-        if name == "FactorBatch":
-            module = inspect.getmodule(plan.make_batches)
+    for module, name in ((planner, "GroupCache"), (planner, "StepPlan"), (block_batch, "BlockBatch")):
         original = getattr(module, name)
 
         def make(*args: Any, original: Any = original, name: str = name) -> Any:
@@ -52,8 +52,8 @@ def test_plans_are_made_once(case: Case, made: list[str]) -> None:
     model, optimizer = case.start()
     train(model, optimizer, range(4))
     first = list(made)
-    assert first.count("Basis") == 1
-    assert first.count("Plan") == (2 if case.options.get("precondition_frequency") == 3 else 1)
+    assert first.count("GroupCache") == 1
+    assert first.count("StepPlan") == (2 if case.options.get("precondition_frequency") == 3 else 1)
     for step in range(4, 12):
         optimizer.param_groups[0].update(lr=0.01 / step, batch_size=step, momentum=0.5 + step / 100)
         train(model, optimizer, [step])
@@ -74,7 +74,7 @@ def test_gradients_that_come_and_go_have_a_plan_for_each_set(case: Case, made: l
 
     take(range(3, 15))
     first = list(made)
-    assert first.count("Basis") == 1
+    assert first.count("GroupCache") == 1
     take(range(15, 27))
     assert made == first
 
@@ -117,7 +117,7 @@ def test_the_number_of_operations_does_not_grow_with_that_of_parameters(
     optimizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Beside those within the operators, which do nothing here."""
-    monkeypatch.setitem(backends.BACKENDS, "eager", idle_backend())
+    use_operators(monkeypatch, EAGER, **idle_operators())
 
     def operations(num_layers: int) -> int:
         params = [nn.Parameter(torch.zeros(shape)) for shape in [(7, 5), (6,)] * num_layers]
@@ -136,8 +136,10 @@ def test_operators_are_called_past_the_dispatcher_unless_somebody_looks(monkeypa
     model, optimizer = SHAMPOO.start()
     train(model, optimizer, range(1))
     seen: list[str] = []
-    operators = {stem: lambda *args, stem=stem, op=op: (seen.append(stem), op(*args))[1] for stem, op in STEMS.items()}
-    monkeypatch.setattr(ops, "_OPERATORS", operators)
+    for stem in STEMS:
+        registered = getattr(operators, f"_{stem}")
+        noted = partial(lambda stem, op, *args: (seen.append(stem), op(*args))[1], stem, registered)
+        monkeypatch.setattr(operators, f"_{stem}", noted)
     train(model, optimizer, range(1, 2))
     assert not seen
     with Count():
@@ -149,25 +151,22 @@ def test_operators_are_called_past_the_dispatcher_unless_somebody_looks(monkeypa
     assert seen
 
 
-STEMS = dict(ops._OPERATORS)
-
-
 # ---- CUDA graphs ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", CASES[:3], ids=lambda case: case.name)
 def test_a_capture_that_cannot_be_replayed_is_refused(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (base, planned):
+    for module in (base, planner):
         monkeypatch.setattr(module, "is_captured", lambda device: True)
     for capturable, steps, message in ((True, 0, "take a step"), (False, 1, "pass capturable=True")):
-        monkeypatch.setattr(planned, "is_captured", lambda device: False)
+        monkeypatch.setattr(planner, "is_captured", lambda device: False)
         monkeypatch.setattr(base, "is_captured", lambda device: False)
         model, optimizer = case.start(capturable=capturable)
         train(model, optimizer, range(steps))
         optimizer.zero_grad()
         model(steps).backward()
         before = snapshot(optimizer)
-        for module in (base, planned):
+        for module in (base, planner):
             monkeypatch.setattr(module, "is_captured", lambda device: True)
         with pytest.raises(RuntimeError, match=message):
             optimizer.step()
@@ -218,12 +217,11 @@ def peak_of_triton() -> Iterator[Peak]:
         with _disable_current_modes():
             return run_kernel(*args, **kwargs)
 
-    functions = {name: function for name, function in vars(backends.BACKENDS["triton"]).items() if callable(function)}
-    for name in ("kron_gather", "kron_factor", "kron_step"):
-        functions[name] = watched(functions[name])
+    stems = ("kron_gather", "kron_factor", "kron_step")
+    functions = {stem: watched(getattr(TRITON.operators, stem)) for stem in stems}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter.GridExecutor, "__call__", unwatched)
-        patch.setitem(backends.BACKENDS, "triton", SimpleNamespace(**functions))
+        use_operators(patch, TRITON, **functions)
         with peak:
             yield peak
 
@@ -259,7 +257,7 @@ def test_what_is_reserved_is_what_kernels_take(
     optimizer.step()
     params[0].grad = None if partly else params[0].grad
     for _ in range(2):
-        (ready,) = optimizer._ready()
+        (ready,) = optimizer._planner.planned_steps(optimizer.param_groups, optimizer.state)
         with peak_of_triton() as peak:
             optimizer.step()
         assert peak.bytes <= sum(ready.plan.workspace) <= 1.5 * peak.bytes
@@ -289,13 +287,14 @@ def test_a_step_without_memory_for_its_largest_batch_changes_nothing(
 ) -> None:
     """Wherever that batch stands."""
     monkeypatch.setenv("ROOTFREE_BACKEND", "triton")
-    monkeypatch.setattr(workspace, "DEVICES", ("cpu",))
+    monkeypatch.setattr(plan, "RESERVING_DEVICES", ("cpu",))
     params = [nn.Parameter(torch.ones(size, size)) for size in ((24, 8), (8, 24))[group]]
     for param in params:
         param.grad = torch.ones_like(param)
     optimizer = IFShampoo([{"params": [param]} for param in params], **OPTIONS)
     optimizer.step()
-    needed = [sum(ready.plan.workspace) for ready in optimizer._ready()]
+    steps = optimizer._planner.planned_steps(optimizer.param_groups, optimizer.state)
+    needed = [sum(step.plan.workspace) for step in steps]
     assert needed[group] > needed[1 - group]
     before = snapshot(optimizer)
     for limit in (max(needed) - 1, max(needed)):

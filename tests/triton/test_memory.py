@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rootfree_kernels import tables
+from rootfree_kernels.pointer_tables import tables
 from tests.calls.device import DEVICE, kernel_test, launches, needs_gpu
 from tests.calls.kron import KEPT, LAYOUTS, STATE, THREE, assert_same
 from tests.calls.operators import call

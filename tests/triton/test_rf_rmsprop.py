@@ -9,7 +9,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from rootfree_kernels import diagonal
+from rootfree_kernels.pointer_tables import rf_rmsprop as diagonal
 from tests.calls.device import kernel_test
 from tests.calls.operators import through
 from tests.calls.rf_rmsprop import assert_equal, assert_is_the_reference_s, copied, counts

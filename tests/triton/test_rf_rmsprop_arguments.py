@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rootfree_kernels import diagonal
+from rootfree_kernels.pointer_tables import rf_rmsprop as diagonal
 from tests.calls.device import DEVICE, kernel_test, launches, module_of, needs_gpu
 from tests.calls.operators import call as run_operator
 from tests.calls.rf_rmsprop import assert_equal, counts

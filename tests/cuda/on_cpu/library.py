@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rootfree_kernels.diagonal import DiagonalCall, diagonal_call
-from rootfree_kernels.momentum import cut, momentum_call
+from rootfree_kernels.arguments import DiagonalOptions, DiagonalState, Draws, Scaling
+from rootfree_kernels.pointer_tables.clipped_momentum import cut, momentum_call
+from rootfree_kernels.pointer_tables.rf_rmsprop import DiagonalCall, diagonal_call
 from tests.calls.tensors import CLIPS, ROUNDINGS
 
 HERE = Path(__file__).resolve().parent
@@ -124,16 +125,18 @@ class CudaOnCpu:
 
     def diagonal_call(self, *flat: Any) -> DiagonalCall:
         """Return what a launch of the diagonal step needs, from a flat list of arguments."""
-        return diagonal_call(self._programs_of, *flat)
+        params, state, (grads, lr), draws, scaling = flat[0], flat[1:6], flat[6:8], flat[8:10], flat[10:12]
+        packed = DiagonalState(*state), grads, lr, Draws(*draws), Scaling(*scaling), DiagonalOptions(*flat[12:])
+        return diagonal_call(self._programs_of, params, *packed)
 
     def launch_diagonal(self, call: DiagonalCall) -> None:
         """Run the kernel on the tables of a call."""
-        where, drawn = call.where, call.drawn
-        on_memory = (where.rows, call.grads, where.owners, where.counters, drawn.seeds, drawn.steps)
+        where, bits = call.where, call.bits
+        on_memory = (where.rows, call.grads, where.owners, where.counters, bits.seeds, bits.steps)
         scalars = (call.lr, call.grad_scale, call.found_inf)
         arguments = DiagonalArguments(
             *map(Tensor.data_ptr, (*on_memory, *scalars)),
-            *(drawn.stride, drawn.step_stride, drawn.step, call.lr_value, *call.numbers),
+            *(bits.stride, bits.step_stride, bits.step, call.lr_value, *call.scalars),
             *map(ROUNDINGS.index, call.modes),
         )
         dtypes = (c_int * 4)(*map(DTYPES.index, call.dtypes))
