@@ -2,7 +2,7 @@
 
     python -m bench.dispatch RECORD.json [RECORD.json ...] [--out FILE]
 
-Writes rootfree_kernels/dispatch_tables/<device>.json, where the package finds it, or FILE, for ROOTFREE_DISPATCH. Every
+Writes rootfree_kernels/ops/dispatch_tables/<device>.json, where the package finds it, or FILE, for ROOTFREE_DISPATCH. Every
 class of shapes for which a record has alternatives that took turns gets an entry, with all that was measured of them. A
 choice is written where it is clearly faster in one case of the class and slower in none: by more than 3% of the median,
 with its 90th percentile below the other's 10th. Elsewhere, and where a case was timed with gaps of the host or fewer

@@ -23,7 +23,7 @@ SOURCES = ["pyproject.toml", "setup.py", "README.md", "LICENSE", "csrc", "rootfr
 BUILD_PRODUCTS = shutil.ignore_patterns("__pycache__", "*.so", "*.pyd", "_build*.json")
 WHEEL_HOLDS = (
     *("__init__.py", "py.typed", "_build.json", "triton_kernels/__init__.py"),
-    *("dispatch_tables/README.md", "dispatch_tables/a-device.json"),  # the latter is put into the copy of the tree
+    *("ops/dispatch_tables/README.md", "ops/dispatch_tables/a-device.json"),  # the latter is put into the copy of the tree
 )
 CHANGED = ("PYTHONPATH", "ROOTFREE_BUILD")  # environment variables that would change what is tested
 
@@ -65,7 +65,7 @@ def copy_tree(tree: Path) -> Path:
 def build_wheel(folder: Path, **environment: str) -> Path:
     """Build a wheel from a copy of the tree, so that nothing built earlier slips in."""
     tree, wheels = copy_tree(folder / "tree"), folder / "wheels"
-    (tree / "rootfree_kernels/dispatch_tables/a-device.json").write_text("{}")
+    (tree / "rootfree_kernels/ops/dispatch_tables/a-device.json").write_text("{}")
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
     run(*pip, "wheel", "--no-build-isolation", "--no-deps", "-w", wheels, tree, cwd=folder, **environment)
     (wheel,) = wheels.glob("*.whl")
