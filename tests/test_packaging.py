@@ -23,7 +23,10 @@ SOURCES = ["pyproject.toml", "setup.py", "README.md", "LICENSE", "csrc", "rootfr
 BUILD_PRODUCTS = shutil.ignore_patterns("__pycache__", "*.so", "*.pyd", "_build*.json")
 WHEEL_HOLDS = (
     *("__init__.py", "py.typed", "_build.json", "triton_kernels/__init__.py"),
-    *("ops/dispatch_tables/README.md", "ops/dispatch_tables/a-device.json"),  # the latter is put into the copy of the tree
+    *(
+        "ops/dispatch_tables/README.md",
+        "ops/dispatch_tables/a-device.json",
+    ),  # the latter is put into the copy of the tree
 )
 CHANGED = ("PYTHONPATH", "ROOTFREE_BUILD")  # environment variables that would change what is tested
 

@@ -85,5 +85,5 @@ ODD_ROWS = triton_batch(137, 72, STACKED, rounding="compensated", weight_roundin
 @contextmanager
 def numbers_per_program(numbers: int) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module_of("kron_gather"), "NUMBERS_PER_PROGRAM", numbers)
+        patch.setattr(module_of("sizes"), "ELEMENTS_PER_PROGRAM", numbers)
         yield

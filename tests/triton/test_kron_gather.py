@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import example, given
 
-from tests.calls.device import kernel_test, triton_kernels
+from tests.calls.device import kernel_test, triton_operators
 from tests.calls.kron import STATE, THREE, assert_memory_around_blocks_is_untouched, assert_same
 from tests.calls.operators import through
 from tests.calls.tensors import BF16, FP16, FP32, fp64, same_bits
@@ -56,7 +56,7 @@ def test_a_gather_is_the_scaled_blocks_to_the_bit_and_their_squared_norms(batch,
 @pytest.mark.parametrize(("rows", "cols", "number"), [(8, 8, 1), (768, 768, 18), (4096, 4096, 512), (8192, 8192, 512)])
 def test_few_large_blocks_are_gathered_by_many_programs(rows, cols, number):
     """Two blocks of 4096 × 4096 by 1024: seven for each of an H100's 132 multiprocessors."""
-    assert triton_kernels.num_partial_sums(rows, cols) == number
+    assert triton_operators.num_partial_sums(rows, cols) == number
 
 
 def test_a_gather_by_many_programs_reads_every_number_once():
