@@ -141,7 +141,8 @@ def compare(folders: Sequence[Path], device: torch.device, repeats: int) -> list
     found: list[list[dict[str, dict[str, float]]]] = [[] for _ in folders]
     for _ in range(ROUNDS):
         for folder, rounds in zip(folders, found, strict=True):
-            command = [sys.executable, __file__, "--device", device.type, "--repeats", str(repeats), "--json", "-"]
+            script = str(folder / "bench" / "host_step.py")  # its own: operators' arguments may differ
+            command = [sys.executable, script, "--device", device.type, "--repeats", str(repeats), "--json", "-"]
             environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
             run = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, check=True)
             rounds.append(json.loads(run.stdout.splitlines()[-1]))
@@ -193,10 +194,9 @@ def main() -> None:
         return
     others = None
     if args.against:
-        from bench.gpu_run.bundle import link_kernels  # which a checkout that is measured may not have
+        from bench.gpu_run.bundle import link_kernels  # imported here: a checkout that is measured may not have it
 
-        for folder in (ROOT, args.against.resolve()):
-            link_kernels(folder)
+        link_kernels(args.against.resolve())
         rows, others = compare([ROOT, args.against.resolve()], device, args.repeats)
     else:
         rows = measure(device, args.repeats)
