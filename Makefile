@@ -96,6 +96,7 @@ bench-pytest: $(STAMP)
 lint: $(STAMP)
 	@$(VPY) -m ruff check .
 	@$(VPY) -m ruff format --check .
+	@ln -sfn ../triton_kernels rootfree_kernels/triton_kernels
 	@$(VPY) -m mypy rootfree_kernels
 
 clean:

@@ -1,30 +1,39 @@
-"""The Triton backend: the operators of :mod:`rootfree_kernels.eager` as fused kernels, in files of the same stems.
+"""The Triton backend: the operators of `rootfree_kernels.eager` as fused kernels, in files of the same names.
 
-Each file reads from the formula to the kernel, its configurations and the launcher. `common` and `products` hold what
-kernels share, `launch` what launchers share, `sizes` what both agree on. This file describes the backend and imports
-nothing of Triton; `operators` does.
+Each file holds the formula, the kernels, their configurations and the launcher, in this order. `common` and `products`
+hold helpers of kernels, `launch` those of launchers, and `sizes` the sizes that both agree on. This file describes the
+backend without importing Triton; `operators` imports it.
 
-This folder is installed as ``rootfree_kernels.triton_kernels`` and always imported by that name. A top-level
-``triton_kernels`` belongs to another project, and inference engines probe for it: a bare ``import triton_kernels``
-works in the root of this repository by accident only, and makes a second copy of every kernel.
+This folder is installed as `rootfree_kernels.triton_kernels`. Always import it by that name: a top-level
+`triton_kernels` is another project, and inference engines probe for it. A bare `import triton_kernels` in the root of
+this repository works only by accident, and creates a second copy of every kernel.
 """
 
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 import torch
 
 from rootfree_kernels.backend import FP64_PROBLEM, Backend, FactorDtypes, old_gpu_problem
 from rootfree_kernels.triton_kernels.workspace import workspace
 
+if TYPE_CHECKING:
+    from rootfree_kernels.backend import Operators
+    from rootfree_kernels.triton_kernels import operators, with_bmm, with_eager_matrices
+
+    # mypy verifies that these modules define every operator, with its signature.
+    _MODULES: tuple[Operators, ...] = (operators, with_bmm, with_eager_matrices)
+
 __all__ = ["EAGER_WITH_TRITON_MOMENTUM", "TRITON", "TRITON_WITH_BMM"]
 
 
 def _why_not(device: torch.device, dtype: torch.dtype, factors: FactorDtypes | None) -> str | None:
+    """Return why the kernels cannot serve, or None: see `Backend.why_not`."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if device.type == "cpu" and not interpreted:
-        return "it does not run on cpu devices, other than under TRITON_INTERPRET=1 to test kernels"
+        return "it does not run on cpu devices, except under TRITON_INTERPRET=1 to test kernels"
     if device.type not in ("cuda", "cpu"):
         return f"it does not run on {device.type} devices"
     if device.type == "cuda" and interpreted:
@@ -37,6 +46,7 @@ def _why_not(device: torch.device, dtype: torch.dtype, factors: FactorDtypes | N
 
 
 def _why_not_momentum(device: torch.device, dtype: torch.dtype, factors: FactorDtypes | None) -> str | None:
+    """Return why the momentum kernels cannot serve, or None: see `Backend.why_not`."""
     if factors is None:
         return "it serves matrices only"
     if not {*factors} <= {torch.float32, torch.bfloat16, None}:

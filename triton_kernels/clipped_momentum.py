@@ -1,10 +1,13 @@
-"""The normalised Riemannian momentum of a list of tensors [L, …] of any sizes, in two launches.
+"""The norm-clipped momentum of the sides of a batch, in two launches.
 
-    m ← α₂m + (1−α₂)Δ,    factor ← 1/max(1, ‖m‖)
+    m ← α₂m + (1−α₂)Δ,    factor = 1/max(1, ‖m‖)
 
-The first launch sums up ‖·‖ of the new m, the second decides which blocks are finite on all sides, makes the factors
-and writes m. Both compute the new m from the old one: to read it twice costs no more than to write it in between, and
-less where m is BF16. A program takes a share of one block; the shares' sums are added up in the same order every time.
+The first launch computes the norms of the new m. The second one decides which blocks are finite on all sides, and
+writes their m and the factors. Both compute the new m from the old one: reading the old one twice costs no more than
+writing the new one in between, and less if m is BF16.
+
+A program works on a share of one block. The results of the shares are added in a fixed order, so that equal arguments
+yield bitwise equal results.
 """
 
 from __future__ import annotations
@@ -18,27 +21,27 @@ from torch import Tensor
 
 from rootfree_kernels.pointer_tables.clipped_momentum import cut, momentum_call
 from rootfree_kernels.triton_kernels.common import TRITON_DTYPES, load_masked, pointer_to, round_nearest
-from rootfree_kernels.triton_kernels.configuration import Configuration
+from rootfree_kernels.triton_kernels.configuration import Configuration, Kind
 from rootfree_kernels.triton_kernels.launch import kernel, launch
 
 MAX_SHARES = 512
-"""Shares of a block: every program of the second launch reads the sums of all of them."""
+"""The most shares of a block. Every program of the second launch reads the results of all of them."""
 
 MIN_SHARE = 4096
-"""Numbers of a share, unless the block has fewer."""
+"""The fewest elements of a share, unless the block has fewer."""
 
 ROWS, COLS, NUM_WARPS = 8, 256, 4
 TILE = ROWS * COLS
 
 _MAX_SHARES, _TILE, _ROWS, _COLS = (tl.constexpr(x) for x in (MAX_SHARES, TILE, ROWS, COLS))
-_PART = tl.constexpr(TILE // 2)  # of a masked tile: of another size, or Triton lays it out in fours as well
-_COLUMNS = tl.constexpr(8)
-_VECTOR = tl.constexpr(4)  # of FP32 that are 128 bits; BF16 next to it is accessed in 64, and so lies alike
+_PART = tl.constexpr(TILE // 2)  # elements of a masked tile; not _TILE, or Triton would use the layout for vectors
+_COLUMNS = tl.constexpr(8)  # of the table of sides
+_VECTOR = tl.constexpr(4)  # FP32 elements in 128 bits; BF16 m is read four elements at a time too, in the same layout
 
 
 @triton.jit
 def _share(side_table, owner_table, M: tl.constexpr):
-    """What this program works on: the side's index and row, the block, the share, its numbers of m and Δ."""
+    """Return what this program works on: (side, its row of the table, block, share, address of m, of Δ, elements)."""
     program = tl.program_id(0)
     side = tl.load(owner_table + program)
     row_table = side_table + side * _COLUMNS
@@ -55,13 +58,14 @@ def _share(side_table, owner_table, M: tl.constexpr):
 
 @triton.jit
 def _new_m(m_ptr, delta_ptr, offsets, mask, alpha, one_minus_alpha):
-    """α₂m + (1−α₂)Δ, FP32; 0 where `mask` is False."""
+    """Return α₂m + (1−α₂)Δ in FP32, with 0 where `mask` is False."""
     m = load_masked(m_ptr + offsets, mask).to(tl.float32)
     return alpha * m + one_minus_alpha * load_masked(delta_ptr + offsets, mask)
 
 
 @triton.jit
 def _sum_of_squares(m, delta, length, alpha, one_minus_alpha, M: tl.constexpr):
+    """Return Σx² of `length` elements x of the new m. `m` and `delta` are addresses."""
     m_ptr, delta_ptr = pointer_to(m, M, _VECTOR), pointer_to(delta, tl.float32, _VECTOR)
     whole = tl.where((m | delta) % 16 == 0, length // _TILE * _TILE, 0)
     squares = tl.zeros((_TILE,), tl.float32)
@@ -81,7 +85,7 @@ def _sum_of_squares(m, delta, length, alpha, one_minus_alpha, M: tl.constexpr):
 
 @triton.jit
 def _largest_row_sum(m, delta, rows, cols, alpha, one_minus_alpha, M: tl.constexpr, VECTOR: tl.constexpr):
-    """The largest Σ|x| of a row; infinity where one is not finite (a maximum would lose a NaN)."""
+    """Return the largest Σ|x| of a row of the new m, or infinity if a sum is not finite: tl.max drops NaN."""
     m_ptr, delta_ptr = pointer_to(m, M, VECTOR), pointer_to(delta, tl.float32, VECTOR)
     largest = 0.0
     for first_row in range(0, rows, _ROWS):
@@ -98,19 +102,22 @@ def _largest_row_sum(m, delta, rows, cols, alpha, one_minus_alpha, M: tl.constex
 
 @kernel
 def norms_kernel(
-    side_table,  # [sides, 8]: addresses of m and Δ; sizes of a block, of its last axis, of a share; shares of a block;
-    owner_table,  # number of programs; first program; and [programs]: whose side a program works on
-    share_ptr,  # [programs]: where each puts its sum
-    alpha,
+    # [sides, 8], int64. Columns: addresses of 0 m and 1 Δ; elements of 2 a block, 3 its last axis and 4 a share;
+    # 5 shares of a block; 6 programs of the side; 7 its first program
+    side_table,
+    owner_table,  # [programs], int32: the side that a program works on
+    share_ptr,  # [programs], FP32: written
+    alpha,  # α₂
     one_minus_alpha,
-    M: tl.constexpr,
-    ROW_SUM: tl.constexpr,
+    M: tl.constexpr,  # dtype of m
+    ROW_SUM: tl.constexpr,  # whether the norm is the largest row sum
 ):
+    """Write the largest row sum, or else Σx², of every share of the new m."""
     _, row_table, _, _, m, delta, length = _share(side_table, owner_table, M)
     if ROW_SUM:
         cols = tl.load(row_table + 3).to(tl.int32)
         if ((m | delta) % 16 == 0) & (cols % 4 == 0):
-            cols = cols // 4 * 4  # as Triton can see now
+            cols = cols // 4 * 4  # the same value, which the compiler now knows to be a multiple of 4
             norm = _largest_row_sum(m, delta, length // cols, cols, alpha, one_minus_alpha, M, _VECTOR)
         else:
             norm = _largest_row_sum(m, delta, length // cols, cols, alpha, one_minus_alpha, M, 1)
@@ -121,18 +128,19 @@ def norms_kernel(
 
 @kernel
 def momentum_kernel(
-    side_table,  # as in `norms_kernel`
-    owner_table,
-    share_ptr,
-    found_inf_ptr,
-    clip_ptr,  # [sides, L]
-    alpha,
+    side_table,  # [sides, 8], int64, as in `norms_kernel`
+    owner_table,  # [programs], int32
+    share_ptr,  # [programs], FP32: what `norms_kernel` wrote
+    found_inf_ptr,  # one element, FP32
+    clip_ptr,  # [sides, L], FP32: written
+    alpha,  # α₂
     one_minus_alpha,
     num_sides,
-    num_blocks,
-    M: tl.constexpr,
-    CLIP: tl.constexpr,
+    num_blocks,  # L
+    M: tl.constexpr,  # dtype of m
+    CLIP: tl.constexpr,  # "frobenius", "row_sum" or "none"
 ):
+    """Write m of the blocks that are finite on all sides, and the factors 1/max(1, ‖m‖), which are 0 for the others."""
     side, _, block, share, m, delta, length = _share(side_table, owner_table, M)
     ok = tl.load(found_inf_ptr) == 0
     bound = 1.0
@@ -169,6 +177,7 @@ CLIPS = ("frobenius", "row_sum", "none")
 
 
 def configurations() -> Iterator[Configuration]:
+    """Yield every configuration that `clipped_momentum` can launch."""
     pointers = ("*i64", "*i32", "*fp32")
     for dtype in DTYPES:
         m = TRITON_DTYPES[dtype]
@@ -176,7 +185,7 @@ def configurations() -> Iterator[Configuration]:
             yield Configuration(norms_kernel, (*pointers, "fp32", "fp32"), (m, row_sum), NUM_WARPS, 1, "irregular")
         arguments = (*pointers, "*fp32", "*fp32", "fp32", "fp32", "i32", "i32")
         for clip in CLIPS:
-            kind = "elementwise" if dtype == torch.float32 else "irregular"  # stores 64 bits of BF16
+            kind: Kind = "elementwise" if dtype == torch.float32 else "irregular"  # BF16 is stored in 64 bits
             yield Configuration(momentum_kernel, arguments, (m, clip), NUM_WARPS, 1, kind)
 
 
@@ -184,30 +193,29 @@ def configurations() -> Iterator[Configuration]:
 
 
 def _shares(numel: int, unit: int) -> tuple[int, int]:
-    """(numbers of a share, shares) of a block of `numel` numbers; a share is a multiple of `unit` numbers."""
+    """Return (elements of a share, shares) of a block of `numel` elements. A share is a multiple of `unit` elements."""
     return cut(numel, max(MIN_SHARE, -(-numel // MAX_SHARES)), unit)
 
 
 def clipped_momentum(
-    momenta: list[Tensor],
-    deltas: list[Tensor],
-    found_inf: Tensor | None,
+    momenta: list[Tensor],  # a side each: [L, …], FP32 or BF16; [L, n, n] if `clip` is "row_sum"
+    deltas: list[Tensor],  # of the same shapes, FP32
+    found_inf: Tensor | None,  # one element
     riemannian_momentum: float,
     clip: str,
 ) -> Tensor:
-    """m ← α₂m + (1−α₂)Δ in place; gives 1/max(1, ‖m‖), FP32 [sides, L] (Lin et al., ICML 2024, Fig. 7).
+    """Update m ← α₂m + (1−α₂)Δ in place. Return 1/max(1, ‖m‖), FP32 [sides, L] (Lin et al., ICML 2024, Fig. 7).
 
-    See `rootfree_kernels.eager.clipped_momentum`, whose results these are. `momenta` are FP32 or BF16 [L, …], `deltas`
-    FP32 of the same shapes ([L, n, n] for `clip="row_sum"`), and stay as they are. The result is the same to the bit
-    whenever the arguments are.
+    See `rootfree_kernels.eager.clipped_momentum` for the arguments and for blocks that are skipped. Here the deltas are
+    not changed. Momenta of several dtypes are copied to FP32 first. Equal arguments yield bitwise equal results.
     """
     row_sum = clip == "row_sum"
     call = momentum_call(
         lambda numel, cols: _shares(numel, ROWS * cols if row_sum else TILE), momenta, deltas, found_inf
     )
-    numbers = float(riemannian_momentum), 1.0 - riemannian_momentum
+    scalars = float(riemannian_momentum), 1.0 - riemannian_momentum
     where, m_type = (call.where.rows, call.where.owners, call.sums), TRITON_DTYPES[call.dtype]
-    launch(norms_kernel, call.where.num_programs, where, numbers, (m_type, row_sum), NUM_WARPS)
+    launch(norms_kernel, call.where.num_programs, where, scalars, (m_type, row_sum), NUM_WARPS)
     tensors = (*where, call.found_inf, call.clips)
-    launch(momentum_kernel, call.where.num_programs, tensors, (*numbers, *call.clips.shape), (m_type, clip), NUM_WARPS)
+    launch(momentum_kernel, call.where.num_programs, tensors, (*scalars, *call.clips.shape), (m_type, clip), NUM_WARPS)
     return call.finish()

@@ -1,7 +1,7 @@
-"""What the kernels share: random bits, rounding, stored values, the walk over a triangle of tiles, partial sums.
+"""Helpers of all kernels: random bits, rounding, loads and stores, tiles of a triangle, sums of partial sums.
 
-Arithmetic is FP32. Every rounding to BF16 is done here, by integer operations, so that compiled kernels, Triton's
-interpreter and `rootfree_kernels.rounding` agree to the bit (the interpreter truncates where a GPU rounds).
+Arithmetic is FP32. Every rounding to BF16 is done here, by integer operations. Compiled kernels, Triton's interpreter
+and `rootfree_kernels.rounding` then agree bitwise, although the interpreter truncates where a GPU rounds.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
-"""Whether `TRITON_INTERPRET=1` was set when this module was imported: kernels then run on CPU tensors, slowly."""
+"""Whether `TRITON_INTERPRET=1` was set when this module was imported. Kernels then run on CPU tensors, slowly."""
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
@@ -20,15 +20,15 @@ TRITON_DTYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
-"""Dtypes of what kernels read and write. FP64 is left to eager PyTorch."""
+"""Dtypes that kernels read and write. FP64 is left to eager PyTorch."""
 
 
-# ---- random bits, to the bit those of rootfree_kernels.rounding --------------------------------------------------
+# ---- random bits, bitwise equal to those of rootfree_kernels.rounding --------------------------------------------
 
 
 @triton.jit
 def mix(x):
-    """A hash of uint32."""
+    """Return a hash of uint32 `x`."""
     x ^= x >> 16
     x *= 0x7FEB352D
     x ^= x >> 15
@@ -38,14 +38,14 @@ def mix(x):
 
 @triton.jit
 def random_key(seed, step, slot: tl.constexpr):
-    """The uint32 key of one block or tensor, from its int32 seed and its step (any dtype, a whole number)."""
+    """Return the uint32 key of a block or tensor, from its int32 seed and its step, a whole number of any dtype."""
     mixed = mix(seed.to(tl.uint32, bitcast=True) ^ step.to(tl.int32).to(tl.uint32, bitcast=True))
     return mix(mixed + ((slot * 0x9E3779B9) & 0xFFFFFFFF))
 
 
 @triton.jit
 def random_bits(key, index):
-    """16 random bits for each element; `index` is its row-major int32 index in its block or tensor."""
+    """Return 16 random bits for each element. `index` is its row-major int32 index in its block or tensor."""
     return mix(key ^ index.to(tl.uint32, bitcast=True)) >> 16
 
 
@@ -54,12 +54,13 @@ def random_bits(key, index):
 
 @triton.jit
 def _upper_half(pattern):
+    """Return the BF16 whose bits are the upper half of uint32 `pattern`."""
     return (pattern >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit
 def round_nearest(x, DTYPE: tl.constexpr):
-    """FP32 `x` in DTYPE, rounded half to even; NaN stays NaN."""
+    """Return FP32 `x` in DTYPE, rounded half to even. NaN stays NaN."""
     if tl.bfloat16 == DTYPE:
         pattern = x.to(tl.uint32, bitcast=True)
         rounded = pattern + (0x7FFF + ((pattern >> 16) & 1))
@@ -69,13 +70,13 @@ def round_nearest(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def round_stochastic(x, bits):
-    """BF16 of finite FP32 `x`: add 16 random bits below the mantissa and truncate."""
+    """Return BF16 of finite FP32 `x`: add 16 random bits below the mantissa and truncate."""
     return _upper_half(x.to(tl.uint32, bitcast=True) + bits)
 
 
 @triton.jit
 def split_compensated(x):
-    """(hi BF16, lo int16) of FP32 `x`: `hi` rounds ties away from zero, the pair is `x` bit for bit."""
+    """Return FP32 `x` as (hi BF16, lo int16), which together are `x` bitwise. `hi` rounds ties away from zero."""
     pattern = x.to(tl.int32, bitcast=True)
     hi = (pattern + 0x8000) >> 16
     lo = (pattern - (hi << 16)).to(tl.int16)
@@ -85,7 +86,10 @@ def split_compensated(x):
 
 @triton.jit
 def join_compensated(hi, lo):
-    """The FP32 value of a compensated pair; a negative remainder of ±0, left over from another value, is dropped."""
+    """Return the FP32 value of a compensated pair.
+
+    A user may have set `hi` to 0. A negative `lo`, left over from another value, would then make NaN and is dropped.
+    """
     pattern = hi.to(tl.uint16, bitcast=True).to(tl.int32) << 16
     lo = lo.to(tl.int32)
     lo = tl.where((pattern & 0x7FFFFFFF) == 0, tl.maximum(lo, 0), lo)
@@ -94,13 +98,16 @@ def join_compensated(hi, lo):
 
 @triton.jit
 def pointer_to(address, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
-    """The pointer to an address out of a table, which carries no alignment: VECTOR numbers are promised to have it."""
+    """Return the pointer to an address from a table, and promise that it is aligned to VECTOR elements.
+
+    The compiler knows nothing about the alignment of an address that a kernel loads.
+    """
     return tl.multiple_of(address.to(tl.pointer_type(DTYPE)), VECTOR * DTYPE.primitive_bitwidth // 8)
 
 
 @triton.jit
 def load_masked(ptr, mask):
-    """`tl.load`, 0 where `mask` is False. A mask of None reads all: no mask is in the way of 128-bit accesses then."""
+    """Return `tl.load(ptr)`, with 0 where `mask` is False. None means no mask, which would prevent 128-bit accesses."""
     if mask is None:
         return tl.load(ptr)
     else:
@@ -109,7 +116,7 @@ def load_masked(ptr, mask):
 
 @triton.jit
 def load_stored(value_ptr, residual_ptr, offsets, mask, ROUNDING: tl.constexpr):
-    """The FP32 value of a stored tensor; `residual_ptr` is read only where ROUNDING is "compensated"."""
+    """Return the FP32 value of a stored tensor. `residual_ptr` is read only if ROUNDING is "compensated"."""
     value = load_masked(value_ptr + offsets, mask)
     if ROUNDING == "compensated":
         return join_compensated(value, load_masked(residual_ptr + offsets, mask))
@@ -118,7 +125,7 @@ def load_stored(value_ptr, residual_ptr, offsets, mask, ROUNDING: tl.constexpr):
 
 @triton.jit
 def store_rounded(x, value_ptr, residual_ptr, offsets, mask, key, index, ROUNDING: tl.constexpr):
-    """Store FP32 `x` as its dtype and ROUNDING want: "stochastic", "compensated" (both BF16 alone) or "nearest"."""
+    """Store FP32 `x` in the dtype of `value_ptr`. ROUNDING is "nearest", or for BF16 "stochastic" or "compensated"."""
     if ROUNDING == "compensated":
         hi, lo = split_compensated(x)
         tl.store(value_ptr + offsets, hi, mask=mask)
@@ -130,23 +137,23 @@ def store_rounded(x, value_ptr, residual_ptr, offsets, mask, key, index, ROUNDIN
 
 
 def effective_rounding(dtype: torch.dtype, rounding: str) -> str:
-    """The mode in which a kernel writes `dtype`: only BF16 knows modes, all else is rounded to nearest."""
+    """Return how a kernel rounds to `dtype`: BF16 as asked for, every other dtype to nearest."""
     return rounding if dtype == torch.bfloat16 else "nearest"
 
 
-# ---- numbers that are not finite ---------------------------------------------------------------------------------
+# ---- values that are not finite ----------------------------------------------------------------------------------
 
 
 @triton.jit
 def is_finite(x):
-    """Whether FP32 `x` is neither NaN nor infinite."""
+    """Return whether FP32 `x` is neither NaN nor infinite."""
     return tl.abs(x) < float("inf")
 
 
 @triton.jit
 def only_if(flag, mask):
-    """`mask` where the scalar `flag` holds, nowhere otherwise."""
-    if _INTERPRETED:  # which makes numbers of a comparison that it broadcasts
+    """Return `mask` if the scalar `flag` is True, otherwise False everywhere."""
+    if _INTERPRETED:  # the interpreter turns a broadcast comparison into integers
         return tl.where(flag, mask, False)
     return mask & flag
 
@@ -156,9 +163,9 @@ def only_if(flag, mask):
 
 @triton.jit
 def dot(a, b, acc):
-    """Return acc + a·b in FP32; FP32 operands are never rounded to TF32.
+    """Return acc + a·b in FP32. FP32 operands are never rounded to TF32.
 
-    Triton's interpreter multiplies the bit patterns of BF16, so it gets FP32 operands, which hold BF16 exactly.
+    Triton's interpreter multiplies the bit patterns of BF16. It gets FP32 operands instead, which hold BF16 exactly.
     """
     if _INTERPRETED:
         a, b = a.to(tl.float32), b.to(tl.float32)
@@ -167,7 +174,7 @@ def dot(a, b, acc):
 
 @triton.jit
 def triangle_tile(t):
-    """(row, column), column ≤ row, of tile `t` of a lower triangle that is counted row by row."""
+    """Return (row, column), column ≤ row, of tile `t` of a lower triangle whose tiles are counted row by row."""
     row = ((tl.sqrt(8.0 * t + 1.0) - 1.0) * 0.5).to(tl.int32)
     row = tl.where(row * (row + 1) // 2 > t, row - 1, row)  # the square root may be off by a rounding
     row = tl.where((row + 1) * (row + 2) // 2 <= t, row + 1, row)
@@ -177,13 +184,13 @@ def triangle_tile(t):
 # ---- partial sums ------------------------------------------------------------------------------------------------
 
 _PIECE = tl.constexpr(1024)
-"""Numbers of `sum_of_parts` that are loaded at once: all partial sums of a gather, and up to n = 5632 those of the
+"""Elements that `sum_of_parts` loads at once. They hold all partial sums of a gather, and up to n = 5632 those of the
 44 · 45 / 2 tiles of a side."""
 
 
 @triton.jit
 def sum_of_parts(x_ptr, count):
-    """Return Σ of `count` FP32 numbers, always in the same order."""
+    """Return the sum of `count` FP32 elements, always added in the same order."""
     index = tl.arange(0, _PIECE)
     total = tl.zeros((_PIECE,), dtype=tl.float32)
     for start in range(0, count, _PIECE):

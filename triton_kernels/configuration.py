@@ -1,8 +1,15 @@
-"""What `make kernels` compiles: every kernel in every configuration that dispatch can choose."""
+"""The configurations that `make kernels` compiles: every kernel in every form that a launcher can choose."""
 
 from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple
+
+Kind = Literal["matrix", "elementwise", "irregular"]
+"""What the machine code of a kernel is checked for.
+
+Matrix kernels must use the tensor cores and asynchronous copies. Element-wise kernels must access 128 bits at a time.
+Irregular kernels, which read element by element, must only not spill registers.
+"""
 
 
 class Configuration(NamedTuple):
@@ -10,17 +17,14 @@ class Configuration(NamedTuple):
 
     kernel: Any
     arguments: tuple[str, ...]
-    """Triton's types of the arguments before the constants: "i32", "fp32", "*bf16" (a pointer, 16-byte aligned)."""
+    """Triton's types of the arguments before the constants: "i32", "fp32", "*bf16" (a 16-byte aligned pointer)."""
 
     constants: tuple[Any, ...]
-    """Values of the `tl.constexpr` parameters, which stand last, in order."""
+    """Values of the `tl.constexpr` parameters, which come last, in order."""
 
     num_warps: int
     num_stages: int
-    kind: Literal["matrix", "elementwise", "irregular"]
-    """Matrix kernels must use the tensor cores and asynchronous copies; element-wise ones must access 128 bits at a
-    time; irregular ones, the second path for tensors that are not aligned, only must not spill."""
-
+    kind: Kind
     max_registers: int | None = None
-    """The most registers of a thread on Hopper: with 128, two programs of 8 warps share a multiprocessor, and one's
-    epilogue hides behind the other's products. Elsewhere the compiler decides."""
+    """The most registers of a thread on Hopper. With 128, two programs of 8 warps share a multiprocessor, and one of
+    them multiplies while the other one runs its epilogue. On other GPUs the compiler decides."""

@@ -1,29 +1,28 @@
-"""One update of the Kronecker factors of a batch, in five launches whatever the number of blocks, or six where the norm
-is the largest row sum (Lin et al., ICML 2024, Fig. 5 right and Fig. 7):
+"""One update of the Kronecker factors of a batch of blocks (Lin et al., ICML 2024, Fig. 5 right and Fig. 7).
 
-    1, 2  A = CᵀGK                                                               cuBLAS, batched
-    3     m' = α₂m + (1−α₂)·½[(B/d)·AAᵀ + (λ/d)·‖K‖²_F·CᵀC − γI], ‖m'‖          likewise m_K, K' and P_K in the
-    4     C' = C − β₂/max(1, ‖m'‖)·C·m', rounded;  m ← m'                        same launches
-    5     P_C = C'C'ᵀ;  C ← C'
+It takes five launches for any number of blocks. Launches 3 to 5 compute m_K, K' and P_K as well:
 
-With `clip="row_sum"`, a small launch between 3 and 4 makes ‖m'‖ of the row sums that 3 leaves (see `kron_norms`).
+    1, 2  A = CᵀGK                                                                              cuBLAS, batched
+    3     m' = α₂m + (1−α₂)Δ,  Δ = ½[(B/d)·AAᵀ + (λ/d)·‖K‖²_F·CᵀC − γI],  and ‖m'‖
+    4     C' = C − β₂/max(1, ‖m'‖)·C·m',  m ← m'
+    5     P_C = C'C'ᵀ,  C ← C'
 
-Results of 3 and 4 wait in memory of their own until it is known whether the block is finite on both sides: nothing that
-is not enters the state. No launch depends on another one's order of programs, so a run repeats bit for bit.
+With `clip="row_sum"`, a small launch between 3 and 4 computes ‖m'‖ from partial row sums (see `kron_norms`).
+
+m' and C' wait in temporary memory until it is known whether the block is finite on both sides, so that only finite
+values enter the state. No launch depends on the order in which programs run, so results repeat bitwise.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
-from typing import NamedTuple
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
 from rootfree_kernels.arguments import Draws, FactorOptions, Factors, Gathered
-from rootfree_kernels.packing import as_matrices, put_back
+from rootfree_kernels.packing import as_matrices
 from rootfree_kernels.pointer_tables.tables import on_device, random_bits
 from rootfree_kernels.rounding import SLOT_FACTOR_C, SLOT_FACTOR_K
 from rootfree_kernels.triton_kernels.common import (
@@ -38,14 +37,13 @@ from rootfree_kernels.triton_kernels.common import (
     triangle_tile,
 )
 from rootfree_kernels.triton_kernels.configuration import Configuration
+from rootfree_kernels.triton_kernels.factor_workspace import allocate, write_back
 from rootfree_kernels.triton_kernels.kron_norms import both_norms, make_norms
 from rootfree_kernels.triton_kernels.launch import kernel, launch
 from rootfree_kernels.triton_kernels.products import (
     TILE_CONFIGS,
     MakeProducts,
-    TileConfig,
     make_products,
-    pad_square,
     part_of_tile,
     product_nn,
     product_nt,
@@ -53,7 +51,6 @@ from rootfree_kernels.triton_kernels.products import (
     quarter,
     side_and_tile,
     store_symmetric,
-    tile_config,
 )
 from rootfree_kernels.triton_kernels.sizes import PADDING
 
@@ -62,31 +59,32 @@ _SLOT_C, _SLOT_K = tl.constexpr(SLOT_FACTOR_C), tl.constexpr(SLOT_FACTOR_K)
 
 @kernel
 def kron_momentum_kernel(
-    a_ptr,
-    c_ptr,
-    k_ptr,
-    m_c_ptr,
+    a_ptr,  # A [L, p8*8, d8*8], BF16
+    c_ptr,  # C [L, p8*8, p8*8], BF16
+    k_ptr,  # K [L, d8*8, d8*8], BF16
+    m_c_ptr,  # m_C and m_K, as C and K
     m_k_ptr,
-    new_m_c_ptr,
+    new_m_c_ptr,  # m' of both sides, as C and K: written
     new_m_k_ptr,
-    squares_ptr,
-    norms_ptr,
-    row_sums_c_ptr,
-    row_sums_k_ptr,
-    num_blocks,
-    num_parts,
-    p,
+    squares_ptr,  # [1 or 3, L, num_parts], FP32: sums of squares of G, C and K
+    norms_ptr,  # [L, tiles of both sides], FP32: sums of squares of m', written unless ROW_SUM
+    row_sums_c_ptr,  # [L, tiles, p8*8], FP32: partial row sums of m', written if ROW_SUM
+    row_sums_k_ptr,  # [L, tiles, d8*8], FP32
+    num_blocks,  # L
+    num_parts,  # partial sums of a block
+    p,  # sides without padding
     d,
-    p8,
+    p8,  # padded sides / 8: from p8 * 8 the compiler sees that every row begins on 16 bytes
     d8,
-    batch_size,
-    alpha2,
-    damping,
-    gamma,
-    BLOCK: tl.constexpr,
-    DEPTH: tl.constexpr,
-    ROW_SUM: tl.constexpr,
+    batch_size,  # B
+    alpha2,  # α₂
+    damping,  # λ
+    gamma,  # γ
+    BLOCK: tl.constexpr,  # rows and columns of a tile
+    DEPTH: tl.constexpr,  # of a step of the inner product
+    ROW_SUM: tl.constexpr,  # whether the norm is the largest row sum
 ):
+    """Write m' and partial sums of its norm. A program computes one tile of the lower triangle of one side."""
     block, is_c, t = side_and_tile(p8 * 8, d8 * 8, BLOCK)
     n = tl.where(is_c, p8, d8) * 8
     inner = tl.where(is_c, d8, p8) * 8
@@ -94,15 +92,15 @@ def kron_momentum_kernel(
     i, j = triangle_tile(t)
     row, col = i * BLOCK, j * BLOCK
 
-    # λ·‖K‖²_F·CᵀC first, scaled so that B/2d of the sum is Δ; no product where λ is 0.
+    # First λ·‖K‖²_F·CᵀC, divided by B, since the sum is multiplied by B/(2d) below. No product if λ is 0.
     acc = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
     x_ptr = tl.where(is_c, c_ptr, k_ptr) + start
     acc = product_tn(x_ptr, row, col, n, tl.where(damping > 0.0, n, 0), acc, BLOCK, DEPTH)
-    side = tl.where(is_c, 2, 1)  # of the other factor's squares
+    side = tl.where(is_c, 2, 1)  # where the other factor's squares are
     parts_ptr = squares_ptr + (side * num_blocks + block) * num_parts
     acc *= damping / batch_size * sum_of_parts(parts_ptr, tl.where(damping > 0.0, num_parts, 0))
 
-    # Then AAᵀ or AᵀA. One of the loops runs no times: two arms of a branch would take the memory of both.
+    # Then AAᵀ or AᵀA: one of the loops runs zero times. With a branch, each loop would take shared memory of its own.
     a_ptr += block * n * inner
     acc = product_nt(a_ptr, row, col, n, tl.where(is_c, inner, 0), acc, BLOCK, DEPTH)
     acc = product_tn(a_ptr, row, col, n, tl.where(is_c, 0, inner), acc, BLOCK, DEPTH)
@@ -110,11 +108,11 @@ def kron_momentum_kernel(
     m_ptr = tl.where(is_c, m_c_ptr, m_k_ptr) + start
     new_m_ptr = tl.where(is_c, new_m_c_ptr, new_m_k_ptr) + start
     scale = batch_size / (2.0 * tl.where(is_c, d, p))
-    size = tl.where(is_c, p, d)  # beyond it lies padding
+    size = tl.where(is_c, p, d)  # without padding
     tiles, index = tl.cdiv(n, BLOCK), tl.arange(0, BLOCK)
     sums_ptr = tl.where(is_c, row_sums_c_ptr, row_sums_k_ptr) + block * tiles * n
-    # The branches on `whole` and on the diagonal save registers: without them Triton 3.6 moves m between layouts twice,
-    # in FP32, and spills on sm_90.
+    # The branches on `whole` and on the diagonal save registers. Without them Triton 3.6 converts m between layouts
+    # twice, in FP32, and spills registers on sm_90.
     whole = (row + BLOCK <= n) & (col + BLOCK <= n)
     square, row_sum = 0.0, tl.zeros((BLOCK,), dtype=tl.float32)
     for part in tl.static_range(4):
@@ -144,35 +142,36 @@ def kron_momentum_kernel(
 
 @kernel
 def kron_factor_kernel(
-    c_ptr,
-    k_ptr,
-    new_m_c_ptr,
+    c_ptr,  # C [L, p8*8, p8*8], BF16
+    k_ptr,  # K [L, d8*8, d8*8], BF16
+    new_m_c_ptr,  # m' of both sides, as C and K
     new_m_k_ptr,
-    new_c_ptr,
+    new_c_ptr,  # C' and K', as C and K: written
     new_k_ptr,
-    m_c_ptr,
+    m_c_ptr,  # m_C and m_K, as C and K: written
     m_k_ptr,
-    residual_c_ptr,
+    residual_c_ptr,  # int16, as C and K: updated if ROUNDING is "compensated", otherwise unused
     residual_k_ptr,
-    norms_ptr,
-    seeds_ptr,
-    steps_ptr,
-    found_inf_ptr,
-    ok_ptr,
-    seed_stride,
-    step_stride,
-    p,
+    norms_ptr,  # [L, 2] if ROW_SUM, otherwise [L, tiles of both sides], FP32: see `both_norms`
+    seeds_ptr,  # [L] or one element, int32
+    steps_ptr,  # [L] or one element, FP32: added to `step_value`
+    found_inf_ptr,  # one element, FP32
+    ok_ptr,  # [L], bool: written
+    seed_stride,  # 0 if no bits are drawn
+    step_stride,  # 0 if all blocks have the same step
+    p,  # sides without padding
     d,
-    p8,
+    p8,  # padded sides / 8
     d8,
     step_value,
-    beta2,
-    clipped,
-    BLOCK: tl.constexpr,
-    DEPTH: tl.constexpr,
-    ROW_SUM: tl.constexpr,
-    ROUNDING: tl.constexpr,
+    beta2,  # β₂
+    clipped,  # 0 or 1: whether the step is divided by max(1, ‖m'‖)
+    BLOCK: tl.constexpr,  # rows and columns of a tile
+    DEPTH: tl.constexpr,  # of a step of the inner product
+    ROW_SUM: tl.constexpr,  # whether the norm is the largest row sum
+    ROUNDING: tl.constexpr,  # of C and K
 ):
+    """Write C', K' and `ok`, and m ← m' of finite blocks. A program computes one tile of one side."""
     tiles_p, tiles_d = tl.cdiv(p8 * 8, BLOCK), tl.cdiv(d8 * 8, BLOCK)
     per_block = tiles_p * tiles_p + tiles_d * tiles_d
     block = (tl.program_id(0) // per_block).to(tl.int64)
@@ -210,7 +209,11 @@ def kron_factor_kernel(
         tl.store(m_ptr + tile + offsets, tl.load(new_m_ptr + tile + offsets, mask=mask), mask=mask)
 
 
+# ---- configuration -----------------------------------------------------------------------------------------------
+
+
 def configurations() -> Iterator[Configuration]:
+    """Yield every configuration that `kron_factor` can launch."""
     for config in TILE_CONFIGS:
         block, depth, num_warps, num_stages, max_registers = config
         for row_sum in (False, True):
@@ -237,42 +240,7 @@ def configurations() -> Iterator[Configuration]:
                 )
 
 
-class Workspace(NamedTuple):
-    """What an update works on: padded factors and momenta, and memory for results that wait until they are known to be
-    finite. All of it is taken before anything changes."""
-
-    config: TileConfig
-    num_tiles: int  # of both triangles of a block
-    state: tuple[Tensor | None, ...]  # C, K, m_C, m_K and residuals, or padded copies of those with other sides
-    new: tuple[Tensor, ...]  # C, K, m_C and m_K
-    x: Tensor  # CᵀG [L, p, d]
-    a: Tensor  # A = CᵀGK [L, p, d]
-    norms: Tensor  # [L, 2] for row sums, else [L, num_tiles]: parts of squared Frobenius norms
-    row_sums: tuple[Tensor, Tensor]  # [L, tiles, n] of each side, for `clip="row_sum"`
-    products: tuple[Tensor, Tensor]  # P_C and P_K
-    ok: Tensor  # [L]
-
-
-def _workspace(factors: Factors, momenta: list[Tensor], gathered: Gathered, row_sum: bool) -> Workspace:
-    """Return the memory of an update. `momenta` are m_C [L, p, p] and m_K [L, d, d]."""
-    grad, squares = gathered
-    num_blocks, *sides = grad.shape
-    config = tile_config(factors.factor_c.shape[-1], factors.factor_k.shape[-1])
-    kept = (*factors[:2], *momenta, factors.residual_c, factors.residual_k)
-    state = tuple([x if x is None else pad_square(x) for x in kept])
-    c, k = state[0], state[1]
-    new = tuple([torch.empty_like(x) for x in state[:4]])
-    x, a = torch.empty_like(grad), torch.empty_like(grad)
-    num_tiles = config.triangle(sides[0]) + config.triangle(sides[1])
-    norms = squares.new_empty((num_blocks, 2 if row_sum else num_tiles))
-    row_sums = norms, norms
-    if row_sum:
-        row_sums = tuple([squares.new_empty((num_blocks, config.tiles(n), n)) for n in sides])
-    ok = squares.new_empty(num_blocks, dtype=torch.bool)
-    products = factors.product_c, factors.product_k
-    if products[0] is None or products[0].shape != c.shape or products[1].shape != k.shape:
-        products = torch.empty_like(c), torch.empty_like(k)
-    return Workspace(config, num_tiles, state, new, x, a, norms, row_sums, products, ok)
+# ---- launcher ----------------------------------------------------------------------------------------------------
 
 
 def kron_factor_by(
@@ -283,21 +251,14 @@ def kron_factor_by(
     found_inf: Tensor | None,  # one element
     options: FactorOptions,
 ) -> Tensor:
-    """Update the factors in place and return ok [L]: see `rootfree_kernels.eager.kron_factor`.
-
-    `make_products` is launch 5: `products.make_products`, or another way to compute the same. `gathered` is what this
-    backend's `kron_gather` returned. C, K, m_C and m_K have the dtype of G, BF16 (or FP32 in Triton's interpreter).
-    """
+    """Update as `kron_factor` does, with P_C and P_K from `make_products` or a function with its signature."""
     grad, squares = gathered
     device, row_sum = grad.device, options.clip == "row_sum"
     num_blocks, p_pad, d_pad = grad.shape
     p, d = factors.factor_c.shape[-1], factors.factor_k.shape[-1]
-    packed = factors.momentum_c, factors.momentum_k
-    momenta = [as_matrices(m, x) for m, x in zip(packed, factors[:2], strict=True)]
-    work = _workspace(factors, momenta, gathered, row_sum)
-    config = work.config
-    c, k, m_c, m_k, lo_c, lo_k = work.state
-    new_c, new_k, new_m_c, new_m_k = work.new
+    momenta = as_matrices(factors.momentum_c, factors.factor_c), as_matrices(factors.momentum_k, factors.factor_k)
+    work = allocate(factors, momenta, gathered, row_sum)
+    config, (c, k) = work.config, work.factors
     bits = random_bits(draws, device)
 
     torch.bmm(c.mT, grad, out=work.x)
@@ -307,7 +268,7 @@ def kron_factor_by(
     launch(
         kron_momentum_kernel,
         num_blocks * work.num_tiles,
-        (work.a, c, k, m_c, m_k, new_m_c, new_m_k, squares, work.norms, *work.row_sums),
+        (work.a, c, k, *work.momenta, *work.new_momenta, squares, work.norms, *work.row_sums),
         (num_blocks, squares.shape[-1], *sizes, *map(float, scalars)),
         (config.block, config.depth, row_sum),
         config.num_warps,
@@ -320,8 +281,8 @@ def kron_factor_by(
         kron_factor_kernel,
         num_blocks * (config.tiles(p_pad) ** 2 + config.tiles(d_pad) ** 2),
         (
-            *(c, k, new_m_c, new_m_k, new_c, new_k, m_c, m_k),
-            *((new_c, new_k) if lo_c is None else (lo_c, lo_k)),
+            *(c, k, *work.new_momenta, *work.new_factors, *work.momenta),
+            *(work.residuals or work.new_factors),  # the kernel takes residuals, but reads them only if there are any
             *(work.norms, bits.seeds, bits.steps, on_device(device, found_inf, 0.0), work.ok),
         ),
         (bits.stride, bits.step_stride, *sizes, bits.step, float(options.beta2), int(options.clip != "none")),
@@ -329,21 +290,21 @@ def kron_factor_by(
         config.num_warps,
         config.num_stages,
     )
-    make_products(new_c, new_k, *work.products, kept=(c, k))
-    _write_back(factors, momenta, work)
+    make_products(*work.new_factors, *work.products, kept=(c, k))
+    write_back(factors, momenta, work)
     return work.ok
 
 
-def _write_back(factors: Factors, momenta: list[Tensor], work: Workspace) -> None:
-    """Copy what was padded or unpacked back to the state, and tell autograd what was changed."""
-    kept = (*factors[:2], *momenta, *factors[4:])
-    for x, worked in zip(kept, (*work.state, *work.products), strict=True):
-        if x is not None and x is not worked:
-            n = x.shape[-1]
-            x.copy_(worked[:, :n, :n])
-    put_back(momenta[0], factors.momentum_c)
-    put_back(momenta[1], factors.momentum_k)
-    torch.autograd.graph.increment_version([x for x in kept if x is not None])
+def kron_factor(
+    factors: Factors,
+    gathered: Gathered,
+    draws: Draws,
+    found_inf: Tensor | None,  # one element
+    options: FactorOptions,
+) -> Tensor:
+    """Update the factors in place and return ok [L], bool: see `rootfree_kernels.eager.kron_factor`.
 
-
-kron_factor = partial(kron_factor_by, make_products)
+    `gathered` is the result of this backend's `kron_gather`, including the squares of C and K if λ is not 0. G is not
+    changed. C, K, m_C and m_K have the dtype of G: BF16, or FP32 in Triton's interpreter.
+    """
+    return kron_factor_by(make_products, factors, gathered, draws, found_inf, options)

@@ -1,7 +1,9 @@
-"""G [L, p, d] from the gradients, and on the way the squared norms of G, C and K.
+"""The gradients of a batch of blocks as one tensor G [L, p, d], and the squared norms of G, C and K, in one launch.
 
-One launch for a batch. Each block is read by as many programs as it has partial sums; G is padded with zeros to sides
-of a multiple of 8, so that every row of BF16 begins on 16 bytes and matrix kernels need no second path.
+    G = ±grad / grad_scale,    ‖G‖²_F = Σ G²,    ‖C‖²_F = Σ C²,    ‖K‖²_F = Σ K²
+
+Each block is read by as many programs as it has partial sums. G is padded with zeros to sides that are multiples of 8:
+every row of BF16 then begins on a 16-byte boundary, and matrix kernels need no second path for other rows.
 """
 
 from __future__ import annotations
@@ -24,18 +26,18 @@ from rootfree_kernels.triton_kernels.sizes import PADDING, num_partial_sums, pad
 
 ROWS = tl.constexpr(8)
 COLS, NARROW_COLS = tl.constexpr(256), tl.constexpr(128)
-"""Columns of a tile. There are fewer where numbers are read one by one, because each needs an address of its own."""
+"""Columns of a tile. There are fewer if elements are read one by one, because each of them needs its own address."""
 
 GROUP = tl.constexpr(8)
-"""Numbers of a factor that are loaded at once: 16 bytes of BF16."""
+"""Elements of a factor that are loaded at once: 16 bytes of BF16."""
 
 
 @triton.jit
 def factor_squares(x_ptr, block, n, part, num_parts):
-    """Return Σx² of one of `num_parts` shares of block `block` of a contiguous x [L, n, n], FP32.
+    """Return Σx² in FP32 of one of `num_parts` shares of block `block` of a contiguous x [L, n, n].
 
-    Where n is odd, a block may begin anywhere. The shares consist of whole groups of 8 numbers that begin on 16 bytes;
-    the first share has the up to 14 numbers before and behind them as well.
+    If n is odd, a block may begin anywhere. Shares consist of whole groups of 8 elements that begin on 16 bytes. The
+    first share also includes the elements before and after these groups, at most 14.
     """
     numel = n.to(tl.int64) * n
     start, stop = block * numel, block * numel + numel
@@ -57,23 +59,24 @@ def factor_squares(x_ptr, block, n, part, num_parts):
 
 @kernel
 def kron_gather_kernel(
-    grads_table,
-    c_ptr,
-    k_ptr,
-    out_ptr,
-    squares_ptr,
-    scale_ptr,
-    sign,
-    num_blocks,
-    num_parts,
-    p,
+    grads_table,  # [L, 3], int64: address, row stride and column stride of every block
+    c_ptr,  # C [L, p, p], BF16: read only if WITH_FACTORS
+    k_ptr,  # K [L, d, d], BF16: read only if WITH_FACTORS
+    out_ptr,  # G [L, p8*8, d8*8], BF16: written
+    squares_ptr,  # [1 or 3, L, num_parts], FP32: written; partial sums of the squares of G, C and K
+    scale_ptr,  # one element, FP32: gradients are divided by it
+    sign,  # −1 to maximize, otherwise 1
+    num_blocks,  # L
+    num_parts,  # programs of a block
+    p,  # sides without padding
     d,
-    p8,
+    p8,  # padded sides / 8
     d8,
-    DTYPE: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    DTYPE: tl.constexpr,  # of the gradients
+    ALIGNED: tl.constexpr,  # whether all rows begin on 16 bytes and d is a multiple of 8
     WITH_FACTORS: tl.constexpr,
 ):
+    """Write G and the partial sums. A program works on some rows of one block, and on a share of its factors."""
     block = (tl.program_id(0) // num_parts).to(tl.int64)
     part = tl.program_id(0) % num_parts
     row_stride = tl.load(grads_table + 3 * block + 1)
@@ -84,8 +87,8 @@ def kron_gather_kernel(
     factor = sign / tl.load(scale_ptr)
     WIDTH: tl.constexpr = COLS if ALIGNED else NARROW_COLS
     i, j = tl.arange(0, ROWS)[:, None], tl.arange(0, WIDTH)[None, :]
-    grad_cols = cols if ALIGNED else d  # an aligned block has a multiple of 8 columns, and any number of rows
-    if ALIGNED:  # numbers out of a table have no alignment of their own
+    grad_cols = cols if ALIGNED else d  # d is `cols` in an aligned block: as a multiple of 8 it allows wide loads
+    if ALIGNED:  # the compiler knows nothing about the alignment of values that are loaded from a table
         grad_ptr = tl.multiple_of(grad_ptr, 16)
         row_stride = tl.multiple_of(row_stride, 8)
         offsets = i * tl.multiple_of(row_stride.to(tl.int32), 8) + j
@@ -114,20 +117,27 @@ def kron_gather_kernel(
         tl.store(squares_ptr + (2 * num_blocks + block) * num_parts + part, k_sum)
 
 
+# ---- configuration -----------------------------------------------------------------------------------------------
+
+
 def configurations() -> Iterator[Configuration]:
+    """Yield every configuration that `kron_gather` can launch."""
     for dtype in (tl.float32, tl.bfloat16, tl.float16):
         for aligned in (True, False):
             for with_factors in (True, False):
                 pointers = ("*i64", "*bf16", "*bf16", "*bf16", "*fp32", "*fp32")
-                numbers = ("fp32", *("i32",) * 6)
+                scalars = ("fp32", *("i32",) * 6)
                 yield Configuration(
                     kron_gather_kernel,
-                    (*pointers, *numbers),
+                    (*pointers, *scalars),
                     (dtype, aligned, with_factors),
                     num_warps=4,
                     num_stages=1,
                     kind="elementwise" if aligned else "irregular",
                 )
+
+
+# ---- launcher ----------------------------------------------------------------------------------------------------
 
 
 def kron_gather(
@@ -140,9 +150,9 @@ def kron_gather(
 ) -> Gathered:
     """Return the gradients of a batch of blocks: see `rootfree_kernels.eager.kron_gather`.
 
-    G is padded with zeros to sides of a multiple of 8. `squares` [1 or 3, L, number of partial sums], FP32, holds sums
-    of squares of G (unscaled and not yet rounded) and, where they are given, of C and K. A squared Frobenius norm is
-    the sum over the last axis.
+    G is padded with zeros to sides that are multiples of 8. `dtype` is BF16, or FP32 in Triton's interpreter. `squares`
+    [1 or 3, L, number of partial sums], FP32, holds sums of squares of G (unscaled, before rounding) and of the
+    `factors`. A squared Frobenius norm is the sum over the last axis.
     """
     device, (tiles, rows, cols) = grads[0].device, tiling
     if len({grad.dtype for grad in grads}) > 1 or grads[0].dtype not in TRITON_DTYPES:

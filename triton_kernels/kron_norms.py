@@ -1,11 +1,12 @@
-"""‖m_C‖ and ‖m_K‖ of the blocks of a batch, from the parts of them that the tiles of `kron_momentum_kernel` leave:
+"""The norms ‖m_C‖ and ‖m_K‖ of a batch of blocks, from the partial sums that `kron_momentum_kernel` writes.
 
-    ‖m‖_F = √Σ (parts of Σ m²),    or    max_i Σ (parts of Σ_j |m_ij|)
+    ‖m‖_F = √Σ_ij m_ij²,    or the largest row sum    max_i Σ_j |m_ij|
 
-‖m‖²_F has one part a tile, 528 a side at n = 4096. Every program of `kron_factor_kernel` adds them up, with one load a
-side, which hides behind the products of the other program on its multiprocessor; a launch of its own would take 2–3 µs.
-Row sums have a part a row and tile, 131,072 a side at n = 4096: each of those programs would wait for 256 loads, one
-after the other. A launch in between reads them once.
+‖m‖²_F has one partial sum for each tile: 528 a side at n = 4096. Every program of `kron_factor_kernel` adds them, with
+one load a side, while the other program on its multiprocessor multiplies. A separate launch would take 2–3 µs.
+
+Row sums have one partial sum for each row and tile: 131,072 a side at n = 4096. Every program of `kron_factor_kernel`
+would wait for 256 loads, one after the other. A separate launch reads them once instead.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from rootfree_kernels.triton_kernels.products import TILE_CONFIGS
 from rootfree_kernels.triton_kernels.sizes import PADDING
 
 _SUM_TILES, _SUM_ROWS = tl.constexpr(16), tl.constexpr(512)
-"""Parts of `largest_row_sum` that are loaded at once."""
+"""Tiles and rows whose partial sums `largest_row_sum` loads at once."""
 
 
 @triton.jit
 def largest_row_sum(x_ptr, tiles, n):
-    """Return the largest row sum of FP32 x [tiles, n], which holds `tiles` parts of each sum.
+    """Return the largest of n row sums, from their partial sums x [tiles, n], FP32.
 
-    The result is infinite if any sum is NaN, because tl.max drops NaN. Parts are added in the same order every time.
+    The result is infinite if a sum is NaN, which tl.max would drop. Partial sums are always added in the same order.
     """
     tile, row = tl.arange(0, _SUM_TILES)[:, None], tl.arange(0, _SUM_ROWS)[None, :]
     largest = tl.zeros((_SUM_ROWS,), dtype=tl.float32)
@@ -45,8 +46,15 @@ def largest_row_sum(x_ptr, tiles, n):
 
 
 @kernel
-def kron_norms_kernel(row_sums_c_ptr, row_sums_k_ptr, norms_ptr, p8, d8, BLOCK: tl.constexpr):
-    """Write the largest row sums of m_C and m_K to `norms_ptr` [L, 2]; a program takes one side of a block."""
+def kron_norms_kernel(
+    row_sums_c_ptr,  # [L, tiles, p8*8], FP32
+    row_sums_k_ptr,  # [L, tiles, d8*8], FP32
+    norms_ptr,  # [L, 2], FP32: written
+    p8,  # padded sides / 8
+    d8,
+    BLOCK: tl.constexpr,  # rows of a tile
+):
+    """Write the largest row sums of m_C and m_K. A program works on one side of a block."""
     block, is_c = (tl.program_id(0) // 2).to(tl.int64), tl.program_id(0) % 2 == 0
     n = tl.where(is_c, p8, d8) * 8
     tiles = tl.cdiv(n, BLOCK)
@@ -56,7 +64,11 @@ def kron_norms_kernel(row_sums_c_ptr, row_sums_k_ptr, norms_ptr, p8, d8, BLOCK: 
 
 @triton.jit
 def both_norms(norms_ptr, block, p, d, BLOCK: tl.constexpr, ROW_SUM: tl.constexpr):
-    """Return ‖m_C‖ and ‖m_K‖ of a block, from what `kron_norms_kernel` or else `kron_momentum_kernel` wrote."""
+    """Return ‖m_C‖ and ‖m_K‖ of a block of padded sides p and d.
+
+    `norms_ptr` holds row-sum norms [L, 2] of `kron_norms_kernel` if ROW_SUM, and otherwise the partial sums of squares
+    [L, tiles of both sides] of `kron_momentum_kernel`.
+    """
     if ROW_SUM:
         norm_c, norm_k = tl.load(norms_ptr + 2 * block), tl.load(norms_ptr + 2 * block + 1)
     else:
@@ -71,10 +83,11 @@ def both_norms(norms_ptr, block, p, d, BLOCK: tl.constexpr, ROW_SUM: tl.constexp
 # ---- configuration -----------------------------------------------------------------------------------------------
 
 NUM_WARPS = 8
-"""There are few programs, each of which has much to read."""
+"""Many, since there are few programs, and each reads much."""
 
 
 def configurations() -> Iterator[Configuration]:
+    """Yield every configuration that `make_norms` can launch."""
     for config in TILE_CONFIGS:
         types = ("*fp32", "*fp32", "*fp32", "i32", "i32")
         yield Configuration(kron_norms_kernel, types, (config.block,), NUM_WARPS, 1, kind="irregular")
@@ -83,10 +96,15 @@ def configurations() -> Iterator[Configuration]:
 # ---- launcher ----------------------------------------------------------------------------------------------------
 
 
-def make_norms(row_sums_c: Tensor, row_sums_k: Tensor, norms: Tensor, block: int) -> None:
-    """Write the largest row sums of L blocks to `norms` [L, 2], from the parts [L, tiles, n] of tiles of `block` rows.
+def make_norms(
+    row_sums_c: Tensor,  # [L, tiles, padded p], FP32
+    row_sums_k: Tensor,  # [L, tiles, padded d], FP32
+    norms: Tensor,  # [L, 2], FP32
+    block: int,
+) -> None:
+    """Write the largest row sums of m_C and m_K to `norms`, from partial sums over tiles of `block` columns.
 
-    All tensors are FP32. A norm is infinite if any of its row sums is NaN or infinite.
+    A norm is infinite if one of its row sums is NaN or infinite.
     """
     sizes = row_sums_c.shape[-1] // PADDING, row_sums_k.shape[-1] // PADDING
     launch(kron_norms_kernel, norms.numel(), (row_sums_c, row_sums_k, norms), sizes, (block,), NUM_WARPS)

@@ -1,14 +1,13 @@
-"""The preconditioned step of a batch, in two launches where P_C and P_K are kept and three where they are not:
+"""The preconditioned step of the weights of a batch of blocks.
 
-(P_C = CCᵀ, P_K = KKᵀ)                                                                     symmetric, one launch
-X = P_C·G                                                                                  cuBLAS, batched
-U = X·P_K,   buf ← α₁buf + U + κW,   W ← W − β₁buf                                        one launch
+1  P_C = CCᵀ,  P_K = KKᵀ                                   one launch (see `products`), unless they are cached
+2  X = P_C·G                                               cuBLAS, batched
+3  U = X·P_K,  buf ← α₁buf + U + κW,  W ← W − β₁buf        one launch
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 
 import torch
 import triton
@@ -56,10 +55,10 @@ _PARTS = tl.constexpr(MAX_PARTIAL_SUMS)
 
 @triton.jit
 def block_pointers(entry_ptr, row, col, i, j, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Pointers at (row + i, col + j) of the block whose address and strides stand at `entry_ptr`."""
+    """Return pointers to (row + i, col + j) of the block whose address and strides are at `entry_ptr`."""
     ptr = tl.load(entry_ptr).to(tl.pointer_type(DTYPE))
     row_stride, col_stride = tl.load(entry_ptr + 1), tl.load(entry_ptr + 2)
-    if ALIGNED:  # numbers out of a table have no alignment of their own
+    if ALIGNED:  # the compiler knows nothing about the alignment of values that are loaded from a table
         ptr = tl.multiple_of(ptr, 16) + tl.multiple_of(row * row_stride, 8) + col
         return ptr + (i * tl.multiple_of(row_stride.to(tl.int32), 8) + j)
     return ptr + (row + i).to(tl.int64) * row_stride + (col + j).to(tl.int64) * col_stride
@@ -67,36 +66,37 @@ def block_pointers(entry_ptr, row, col, i, j, DTYPE: tl.constexpr, ALIGNED: tl.c
 
 @kernel
 def kron_step_kernel(
-    x_ptr,
-    product_k_ptr,
-    blocks_table,
-    skipped_ptr,
-    squares_ptr,
-    ok_ptr,
-    found_inf_ptr,
-    seeds_ptr,
-    steps_ptr,
-    lr_ptr,
+    x_ptr,  # X = P_C·G [L, p8*8, d8*8], BF16
+    product_k_ptr,  # P_K [L, d8*8, d8*8], BF16
+    blocks_table,  # [L, 3, 3], int64: (address, row stride, column stride) of weights, buffer and residuals
+    skipped_ptr,  # [L], int32: updated
+    squares_ptr,  # [1 or 3, L, num_parts], FP32: only the sums of G² are read
+    ok_ptr,  # [L] or one element, bool: whether the factors were updated
+    found_inf_ptr,  # one element, FP32
+    seeds_ptr,  # [L] or one element, int32
+    steps_ptr,  # [L] or one element, FP32: added to `step_value`
+    lr_ptr,  # one element, FP32: added to `lr_value`
     lr_value,
     step_value,
-    ok_stride,
-    seed_stride,
-    step_stride,
-    num_parts,
-    p,
+    ok_stride,  # 0 without an update in this step
+    seed_stride,  # 0 if no bits are drawn
+    step_stride,  # 0 if all blocks have the same step
+    num_parts,  # partial sums of a block
+    p,  # sides without padding
     d,
-    p8,
+    p8,  # padded sides / 8
     d8,
-    momentum,
-    weight_decay,
-    decoupled,
-    WEIGHT: tl.constexpr,
+    momentum,  # α₁
+    weight_decay,  # κ
+    decoupled,  # 0 or 1
+    WEIGHT: tl.constexpr,  # dtypes
     BUFFER: tl.constexpr,
-    ROUNDING: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    DEPTH: tl.constexpr,
+    ROUNDING: tl.constexpr,  # of the weights
+    ALIGNED: tl.constexpr,  # whether all rows begin on 16 bytes and d is a multiple of 8
+    BLOCK: tl.constexpr,  # rows and columns of a tile
+    DEPTH: tl.constexpr,  # of a step of the inner product
 ):
+    """Step weights and buffers. A program works on one tile of one block."""
     rows, cols = p8 * 8, d8 * 8
     tiles_d = tl.cdiv(cols, BLOCK)
     per_block = tl.cdiv(rows, BLOCK) * tiles_d
@@ -119,7 +119,7 @@ def kron_step_kernel(
     step = step_value + tl.load(steps_ptr + block * step_stride)
     key = random_key(tl.load(seeds_ptr + block * seed_stride), step, _SLOT)
     if ALIGNED:
-        d = cols  # rows of any number only need a mask
+        d = cols  # the same value, which the compiler knows to be a multiple of 8; p only limits a mask
     # With compensated weights and an FP32 buffer, quarters of a large tile would take more than 128 registers.
     PARTS: tl.constexpr = 8 if (ROUNDING == "compensated") & (tl.float32 == BUFFER) & (BLOCK > 64) else 4
     WIDTH: tl.constexpr = BLOCK // PARTS
@@ -131,7 +131,7 @@ def kron_step_kernel(
         residual_ptrs = block_pointers(blocks_table + 9 * block + 6, row, col, i, j, tl.int16, ALIGNED)
         weight = load_stored(weight_ptrs, residual_ptrs, 0, mask, ROUNDING)
         buffer = load_stored(buffer_ptrs, buffer_ptrs, 0, mask, "nearest")
-        decay = tl.where(weight_decay != 0.0, weight_decay * weight, 0.0)  # 0 times an infinite weight would be NaN
+        decay = tl.where(weight_decay != 0.0, weight_decay * weight, 0.0)  # 0·∞ would be NaN
         buffer = momentum * buffer + part_of_columns(direction, part, PARTS) + tl.where(decoupled != 0, 0.0, decay)
         weight -= lr * (buffer + tl.where(decoupled != 0, decay, 0.0))
         index = (row + i) * d + (col + j)
@@ -139,7 +139,11 @@ def kron_step_kernel(
         store_rounded(weight, weight_ptrs, residual_ptrs, 0, mask, key, index, ROUNDING)
 
 
+# ---- configuration -----------------------------------------------------------------------------------------------
+
+
 def configurations() -> Iterator[Configuration]:
+    """Yield every configuration that `kron_step` can launch."""
     weights = [(tl.float32, "nearest"), (tl.float16, "nearest")]
     weights += [(tl.bfloat16, rounding) for rounding in ("stochastic", "compensated", "nearest")]
     for weight, rounding in weights:
@@ -160,6 +164,19 @@ def configurations() -> Iterator[Configuration]:
                     )
 
 
+# ---- launcher ----------------------------------------------------------------------------------------------------
+
+
+def _products(make_products: MakeProducts, preconditioner: Preconditioner, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return P_C and P_K in `dtype`, padded. Compute them unless they are cached."""
+    c, k = pad_square(preconditioner.factor_c.to(dtype)), pad_square(preconditioner.factor_k.to(dtype))
+    if preconditioner.cached:
+        return c, k
+    product_c, product_k = torch.empty_like(c), torch.empty_like(k)
+    make_products(c, k, product_c, product_k, kept=None)
+    return product_c, product_k
+
+
 def kron_step_by(
     make_products: MakeProducts,
     weights: Weights,
@@ -170,40 +187,30 @@ def kron_step_by(
     found_inf: Tensor | None,  # one element
     options: StepOptions,
 ) -> None:
-    """Step the weights in place: see `rootfree_kernels.eager.kron_step`.
-
-    `make_products` computes P_C and P_K: `products.make_products`, or another way to compute the same. `gathered` is
-    what this backend's `kron_gather` returned.
-    """
+    """Step the weights as `kron_step` does, with P_C and P_K from `make_products` or a function with its signature."""
     params, buffers, residuals, tiles, skipped = weights
-    factor_c, factor_k, cached, ok = preconditioner
     grad, squares = gathered
-    device, num_blocks = grad.device, grad.shape[0]
-    p, d = factor_c.shape[-1], factor_k.shape[-1]
+    device, num_blocks, ok = grad.device, grad.shape[0], preconditioner.ok
+    p, d = preconditioner.factor_c.shape[-1], preconditioner.factor_k.shape[-1]
     ranges.phase("precondition")
-    # All memory is taken before anything changes.
-    c, k = pad_square(factor_c.to(grad.dtype)), pad_square(factor_k.to(grad.dtype))
+    # All memory is allocated before the weights change.
     x = torch.empty_like(grad)
     lists = [matrix_views(tensors) for tensors in (params, buffers, residuals) if tensors]
-    table = block_table([*lists, *lists[1:]][:3], tiles, (p, d), device)  # the buffers stand in for no residuals
+    table = block_table([*lists, *lists[1:]][:3], tiles, (p, d), device)  # without residuals, buffers take their place
     aligned = table.aligned and d % PADDING == 0
     config = tile_config(p, d) if aligned else SMALL
     written = effective_rounding(params[0].dtype, options.rounding)
     bits = random_bits(draws, device) if written == "stochastic" else no_random_bits(device)
     lr_value, lr = split_lr(lr, device)
-    if not cached:
-        products = torch.empty_like(c), torch.empty_like(k)
-        make_products(c, k, *products, kept=None)
-        c, k = products
+    product_c, product_k = _products(make_products, preconditioner, grad.dtype)
+    torch.bmm(product_c, grad, out=x)
 
-    torch.bmm(c, grad, out=x)
-
-    ranges.phase("apply")  # with U = X·P_K, which is in the same launch
+    ranges.phase("apply")  # includes U = X·P_K, which is in the same launch
     launch(
         kron_step_kernel,
         num_blocks * config.tiles(p) * config.tiles(d),
         (
-            *(x, k, table.rows, skipped, squares),
+            *(x, product_k, table.rows, skipped, squares),
             constant(1.0, device, torch.bool) if ok is None else ok,
             *(on_device(device, found_inf, 0.0), bits.seeds, bits.steps, lr),
         ),
@@ -224,4 +231,19 @@ def kron_step_by(
     torch.autograd.graph.increment_version([*params, *buffers, *residuals, skipped])
 
 
-kron_step = partial(kron_step_by, make_products)
+def kron_step(
+    weights: Weights,
+    preconditioner: Preconditioner,
+    gathered: Gathered,
+    lr: Tensor,  # one element
+    draws: Draws,
+    found_inf: Tensor | None,  # one element
+    options: StepOptions,
+) -> None:
+    """Step the weights in place: see `rootfree_kernels.eager.kron_step`.
+
+    Parameters are FP32, BF16 or FP16, buffers FP32 or BF16, each list of one dtype. `gathered` is the result of this
+    backend's `kron_gather`, and G is not changed. C and K are converted to the dtype of G: BF16, or FP32 in Triton's
+    interpreter.
+    """
+    kron_step_by(make_products, weights, preconditioner, gathered, lr, draws, found_inf, options)

@@ -1,4 +1,4 @@
-"""Launches that skip Triton's argument binder."""
+"""Launches of kernels that bypass Triton's argument binder, to save time on the host."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class _Compiled:
-    """A compiled kernel, with what a launch needs of it at hand."""
+    """A compiled kernel. The attributes that a launch reads are cached."""
 
     __slots__ = ("function", "kernel", "metadata", "run")
 
@@ -23,7 +23,7 @@ class _Compiled:
         self.function, self.metadata = kernel.function, kernel.packed_metadata
 
     def launch(self, grid: int, stream: int, args: tuple[Any, ...]) -> None:
-        """Launch as `triton.compiler.CompiledKernel` does, which builds what hooks of a profiler want each time."""
+        """Launch the kernel. Take Triton's slower way only if a profiler has set hooks, which want its metadata."""
         runtime = triton.knobs.runtime
         if _is_hooked(runtime.launch_enter_hook) or _is_hooked(runtime.launch_exit_hook):
             self.kernel[(grid, 1, 1)](*args)
@@ -42,13 +42,17 @@ _NO_CONTEXT = nullcontext()
 
 
 def kernel(function: Callable[..., Any]) -> Any:
-    """Return `triton.jit` of a kernel none of whose numbers is compiled in."""
+    """Return `triton.jit` of a kernel, compiled once for all values of its scalars.
+
+    Every parameter is a pointer (`*_ptr`, `*_table`), a constant (`tl.constexpr`) or a scalar.
+    """
     names = [name for name, parameter in signature(function).parameters.items() if not _is_constant(parameter)]
-    numbers = [name for name in names if not name.endswith(("_ptr", "_table"))]
-    return triton.jit(function, do_not_specialize=numbers)
+    scalars = [name for name in names if not name.endswith(("_ptr", "_table"))]
+    return triton.jit(function, do_not_specialize=scalars)
 
 
 def _is_constant(parameter: Parameter) -> bool:
+    """Return whether a parameter is annotated with `tl.constexpr`."""
     return "constexpr" in str(parameter.annotation)
 
 
@@ -56,7 +60,7 @@ def launch(
     kernel: Any,
     grid: int,
     tensors: tuple[Tensor, ...],
-    numbers: tuple[float, ...],
+    scalars: tuple[float, ...],
     constants: tuple[Any, ...],
     num_warps: int = 4,
     num_stages: int = 1,
@@ -64,13 +68,17 @@ def launch(
 ) -> None:
     """Run `kernel` on `grid` programs, in the current stream of the tensors' device.
 
-    A kernel's parameters are first tensors, then numbers, and `tl.constexpr` last, in the order of these arguments.
+    Args:
+        kernel: the result of `kernel` above. Its parameters are tensors, then scalars, then constants.
+        grid: number of programs. With 0, nothing happens.
+        tensors: on one device. They begin on a 16-byte boundary, or the kernel reads them element by element.
+        scalars: integers and floats.
+        constants: values of the `tl.constexpr` parameters, all hashable.
+        max_registers: the most registers of a thread on Hopper (compute capability 9). Ignored on other GPUs.
 
-    The first launch of a kind goes through Triton, which compiles; the later ones go straight to the compiled kernel,
-    which saves most of a launch's time on the host. A kind is the constants and the dtypes of the tensors. No number
-    belongs to it (kernels are declared with `kernel`), so that a changing learning rate never compiles anything, and no
-    alignment: tensors begin on 16 bytes, or the kernel reads them element by element. `max_registers` bounds the
-    registers of a thread on Hopper (compute capability 9).
+    The first launch with some constants and dtypes goes through Triton, which compiles the kernel. Later ones call the
+    compiled kernel directly, which saves most of the time on the host. Values of scalars play no part, so a changing
+    learning rate never compiles anything.
     """
     if grid == 0:
         return
@@ -78,28 +86,29 @@ def launch(
     key = (kernel.fn, constants, tuple(map(_dtype, tensors)), device.index, num_warps, num_stages)
     with _current(device):
         if compiled := _compiled.get(key):
-            compiled.launch(grid, torch._C._cuda_getCurrentRawStream(device.index), (*tensors, *numbers, *constants))
+            compiled.launch(grid, torch._C._cuda_getCurrentRawStream(device.index), (*tensors, *scalars, *constants))
             return
         options: dict[str, Any] = {"num_warps": num_warps, "num_stages": num_stages}
         if max_registers and _is_hopper(device):
             options["maxnreg"] = max_registers
-        args = (*tensors, *numbers)
+        args = (*tensors, *scalars)
         named = dict(zip(kernel.arg_names[len(args) :], constants, strict=True))
         made = kernel[(grid,)](*args, **named, **options)
-        _compiled[key] = made and _Compiled(made)  # Triton's interpreter makes nothing
+        _compiled[key] = made and _Compiled(made)  # Triton's interpreter returns None
 
 
 def _current(device: torch.device) -> AbstractContextManager[Any]:
-    """Return a context in which `device` is the current one; nothing to do where it is."""
+    """Return a context in which `device` is the current device. It does nothing if it is already."""
     if device.type != "cuda" or device.index == torch._C._cuda_getDevice():
         return _NO_CONTEXT
     return torch.cuda.device(device)
 
 
 def _is_hopper(device: torch.device) -> bool:
+    """Return whether a device is an NVIDIA GPU of compute capability 9."""
     return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def num_compilations() -> int:
-    """Return how many kinds of launches there were: each was compiled, or found compiled in Triton's cache, once."""
+    """Return how many kernels were compiled, or found in Triton's cache, with their constants and dtypes."""
     return len(_compiled)

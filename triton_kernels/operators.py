@@ -1,4 +1,4 @@
-"""The operators of the Triton backend, under the names of `rootfree_kernels.backend.Operators`. This imports Triton."""
+"""The operators of the Triton backend, under the names of `rootfree_kernels.backend.Operators`. Imports Triton."""
 
 from rootfree_kernels.triton_kernels.clipped_momentum import clipped_momentum
 from rootfree_kernels.triton_kernels.kron_factor import kron_factor

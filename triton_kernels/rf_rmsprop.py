@@ -2,12 +2,12 @@
 
     s ← (1 − β₂γ)s + β₂·B·g²,    m ← α₁m + g/(s + λ) + κμ,    μ ← μ − β₁m
 
-A program takes a chunk of one tensor. A chunk that is whole and begins on 16 bytes in every one of its tensors is read
-and written without masks, in accesses of 128 bits (64 of BF16 next to FP32, so that the same thread holds the same
-numbers of both); any other, number by number. Tensors of one list may be of both kinds.
+A program works on a chunk of one tensor. A whole chunk that begins on a 16-byte boundary in every tensor is read and
+written without masks, 128 bits at a time. (BF16 next to FP32 is accessed 64 bits at a time, so that a thread holds the
+same elements of both.) Every other chunk is accessed element by element. A list may have tensors of both kinds.
 
-The last program of a tensor to finish counts the step in `skipped` where any of them left a number out. Which one is
-the last is told by a counter that it sets back to 0: the same launch can be replayed in a CUDA graph.
+The last program of a tensor to finish counts the step in `skipped` if any program left an element out. A counter tells
+which program is the last. That program sets the counter back to 0, so that a CUDA graph can replay the launch.
 """
 
 from __future__ import annotations
@@ -32,46 +32,46 @@ from rootfree_kernels.triton_kernels.common import (
     random_key,
     store_rounded,
 )
-from rootfree_kernels.triton_kernels.configuration import Configuration
+from rootfree_kernels.triton_kernels.configuration import Configuration, Kind
 from rootfree_kernels.triton_kernels.launch import kernel, launch
 
 CHUNK, NUM_WARPS = 1024, 4
-"""Numbers of a program, eight for each thread: in 40 to 64 registers, with enough bytes on their way for any memory."""
+"""Elements of a program, eight a thread. They take 40 to 64 registers and keep enough loads in flight for any GPU."""
 
-_CHUNK, _PART = tl.constexpr(CHUNK), tl.constexpr(CHUNK // 4)  # masked chunks in parts: they take more registers
-_COLUMNS = tl.constexpr(8)
+_CHUNK, _PART = tl.constexpr(CHUNK), tl.constexpr(CHUNK // 4)  # masked chunks take more registers, so in parts
+_COLUMNS = tl.constexpr(8)  # of the table of tensors
 _SLOT_SQUARE, _SLOT_WEIGHT = tl.constexpr(rnd.SLOT_SQUARE), tl.constexpr(rnd.SLOT_WEIGHT)
 
 
 @triton.jit
-def _number(address, start, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
-    """The pointer to number `start` of the tensor at an address."""
+def _element(address, start, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
+    """Return the pointer to element `start` of the tensor at an address."""
     return pointer_to(address + start * (DTYPE.primitive_bitwidth // 8), DTYPE, VECTOR)
 
 
 @triton.jit
 def _step(
-    addresses,
+    addresses,  # of μ, gradient, s, m and both residuals
     start,
     offsets,
-    mask,
-    keys,
-    numbers,
+    mask,  # None for a whole chunk
+    keys,  # of random bits for s and for μ
+    scalars,
     PARAM: tl.constexpr,
     GRAD: tl.constexpr,
     SQUARE: tl.constexpr,
     BUFFER: tl.constexpr,
     ROUNDING: tl.constexpr,
     WEIGHT_ROUNDING: tl.constexpr,
-    VECTOR: tl.constexpr,
+    VECTOR: tl.constexpr,  # elements to whose size the addresses are aligned
 ):
-    """Step the numbers at `start + offsets` of the tensors at these addresses; 1 if any was left out, else 0."""
+    """Step the elements at `start + offsets` of one tensor. Return 1 if an element was left out, otherwise 0."""
     param, grad, square, buffer, square_residual, weight_residual = addresses
-    grad_factor, lr, decay, growth, momentum, damping, weight_decay, shrinkage = numbers
-    param_ptr, grad_ptr = _number(param, start, PARAM, VECTOR), _number(grad, start, GRAD, VECTOR)
-    square_ptr, buffer_ptr = _number(square, start, SQUARE, VECTOR), _number(buffer, start, BUFFER, VECTOR)
-    square_residual_ptr = _number(square_residual, start, tl.int16, VECTOR)
-    weight_residual_ptr = _number(weight_residual, start, tl.int16, VECTOR)
+    grad_factor, lr, decay, growth, momentum, damping, weight_decay, shrinkage = scalars
+    param_ptr, grad_ptr = _element(param, start, PARAM, VECTOR), _element(grad, start, GRAD, VECTOR)
+    square_ptr, buffer_ptr = _element(square, start, SQUARE, VECTOR), _element(buffer, start, BUFFER, VECTOR)
+    square_residual_ptr = _element(square_residual, start, tl.int16, VECTOR)
+    weight_residual_ptr = _element(weight_residual, start, tl.int16, VECTOR)
     g = load_masked(grad_ptr + offsets, mask).to(tl.float32) * grad_factor
     old_s = load_stored(square_ptr, square_residual_ptr, offsets, mask, ROUNDING)
     old_m = load_masked(buffer_ptr + offsets, mask).to(tl.float32)
@@ -80,7 +80,7 @@ def _step(
     s = old_s * decay + growth * g * g
     direction = g / (s + damping)
     keep = is_finite(s + direction)
-    # A decay of 0 times a weight that is not finite would be NaN.
+    # Without `where`, a decay of 0 times an infinite weight would be NaN.
     m = momentum * old_m + direction + tl.where(weight_decay != 0, weight_decay * old_w, 0.0)
     w = old_w - tl.where(shrinkage != 0, shrinkage * old_w, 0.0) - lr * m
 
@@ -96,33 +96,36 @@ def _step(
 
 @kernel
 def rf_rmsprop_kernel(
-    tensor_table,  # [n, 8]: addresses of μ, s, m, two residuals and `skipped`; size; first program
-    grad_table,
-    owner_table,  # [programs]: whose tensor a program works on
-    counter_ptr,  # [n]: programs that finished, and, in the upper half, how many of them left numbers out
-    seed_ptr,
-    step_ptr,
-    lr_ptr,
-    scale_ptr,
-    found_inf_ptr,
-    seed_stride,  # 0 where no bits are drawn
-    step_stride,  # 0 where all steps are `step_value`, which is added to what is read
+    # [n, 8], int64. Columns: addresses of 0 μ, 1 s, 2 m, 3 residual of s, 4 residual of μ and 5 `skipped`; 6 elements;
+    # 7 first program
+    tensor_table,
+    grad_table,  # [n], int64: addresses of gradients
+    owner_table,  # [programs], int32: the tensor that a program works on
+    counter_ptr,  # [n], int64: programs that finished; in the upper half, how many of them left elements out
+    seed_ptr,  # [n], int32
+    step_ptr,  # [n] or one element, FP32: added to `step_value`
+    lr_ptr,  # one element, FP32: added to `lr_value`
+    scale_ptr,  # one element, FP32: gradients are divided by it
+    found_inf_ptr,  # one element, FP32
+    seed_stride,  # 0 if no bits are drawn
+    step_stride,  # 0 if all tensors have the same step
     step_value,
     lr_value,
-    sign,
-    decay,
-    growth,
-    momentum,
-    damping,
-    weight_decay,
-    decoupled_decay,
-    PARAM: tl.constexpr,
+    sign,  # −1 to maximize, otherwise 1
+    decay,  # 1 − β₂γ
+    growth,  # β₂B
+    momentum,  # α₁
+    damping,  # λ
+    weight_decay,  # κ, or 0 if it is decoupled
+    decoupled_decay,  # κ, or 0 if it is not
+    PARAM: tl.constexpr,  # dtypes
     GRAD: tl.constexpr,
     SQUARE: tl.constexpr,
     BUFFER: tl.constexpr,
-    ROUNDING: tl.constexpr,
+    ROUNDING: tl.constexpr,  # of s
     WEIGHT_ROUNDING: tl.constexpr,
 ):
+    """Step a list of tensors. A program works on one chunk of one tensor."""
     tensor = tl.load(owner_table + tl.program_id(0)).to(tl.int64)
     row_table = tensor_table + tensor * _COLUMNS
     param, square, buffer = tl.load(row_table), tl.load(row_table + 1), tl.load(row_table + 2)
@@ -132,13 +135,13 @@ def rf_rmsprop_kernel(
     addresses = param, grad, square, buffer, square_residual, weight_residual
     start = (tl.program_id(0) - first_program) * _CHUNK
     length = tl.minimum(size - start, _CHUNK).to(tl.int32)
-    last = (tl.cdiv(size, _CHUNK) - 1).to(tl.int32)  # kept until the end, in half the registers of `size`
+    last = (tl.cdiv(size, _CHUNK) - 1).to(tl.int32)  # needed at the end; takes half of the registers of `size`
 
-    # Where GradScaler found an overflow, gradients count as NaN, so that no number steps.
+    # If GradScaler found an overflow, gradients become NaN, so that no element is stepped.
     overflow = tl.load(found_inf_ptr) != 0
     grad_factor = tl.where(overflow, float("nan"), sign / tl.load(scale_ptr))
     lr = lr_value + tl.load(lr_ptr)
-    numbers = grad_factor, lr, decay, growth, momentum, damping, weight_decay, lr * decoupled_decay
+    scalars = grad_factor, lr, decay, growth, momentum, damping, weight_decay, lr * decoupled_decay
     keys = tl.full((), 0, tl.uint32), tl.full((), 0, tl.uint32)
     if ROUNDING == "stochastic" or WEIGHT_ROUNDING == "stochastic":
         seed = tl.load(seed_ptr + tensor * seed_stride)
@@ -151,19 +154,20 @@ def rf_rmsprop_kernel(
     bad = 0
     if aligned & (length == _CHUNK):
         bad = _step(
-            *(addresses, start, tl.arange(0, _CHUNK), None, keys, numbers),
+            *(addresses, start, tl.arange(0, _CHUNK), None, keys, scalars),
             *(PARAM, GRAD, SQUARE, BUFFER, ROUNDING, WEIGHT_ROUNDING, VECTOR),
         )
     else:
         for first in range(0, length, _PART):
             offsets = first + tl.arange(0, _PART)
             part_is_bad = _step(
-                *(addresses, start, offsets, offsets < length, keys, numbers),
+                *(addresses, start, offsets, offsets < length, keys, scalars),
                 *(PARAM, GRAD, SQUARE, BUFFER, ROUNDING, WEIGHT_ROUNDING, 1),
             )
             bad = tl.maximum(bad, part_is_bad)
 
-    before = tl.atomic_add(counter_ptr + tensor, (bad.to(tl.int64) << 32) + 1, sem="relaxed")
+    # mypy: Triton turns the 0 above into a tensor
+    before = tl.atomic_add(counter_ptr + tensor, (bad.to(tl.int64) << 32) + 1, sem="relaxed")  # type: ignore[attr-defined]
     if (before & 0xFFFFFFFF) == last:
         tl.store(counter_ptr + tensor, 0)
         skipped_ptr = tl.load(row_table + 5).to(tl.pointer_type(tl.int32))
@@ -174,16 +178,18 @@ def rf_rmsprop_kernel(
 
 
 def _modes(dtype: torch.dtype) -> tuple[str, ...]:
+    """Return the ways of rounding to `dtype`."""
     return rnd.ROUNDINGS if dtype == torch.bfloat16 else ("nearest",)
 
 
 def configurations() -> Iterator[Configuration]:
+    """Yield every configuration that `rf_rmsprop` can launch."""
     arguments = ("*i64", "*i64", "*i32", "*i64", "*i32", *("*fp32",) * 4, "i32", "i32", *("fp32",) * 9)
     for param, square, buffer in product(GRAD_DTYPES, STATE_DTYPES, STATE_DTYPES):
         for grad in GRAD_DTYPES[param]:
             dtypes = [TRITON_DTYPES[dtype] for dtype in (param, grad, square, buffer)]
-            # Next to an FP32 gradient what is stored goes 64 bits at a time, unless some of that is FP32 as well.
-            kind = "elementwise" if grad != torch.float32 or grad in (param, square, buffer) else "irregular"
+            # Next to an FP32 gradient, BF16 and FP16 are stored 64 bits at a time, and only FP32 in 128 bits.
+            kind: Kind = "elementwise" if grad != torch.float32 or grad in (param, square, buffer) else "irregular"
             for modes in product(_modes(square), _modes(param)):
                 yield Configuration(rf_rmsprop_kernel, arguments, (*dtypes, *modes), NUM_WARPS, 1, kind)
 
@@ -192,13 +198,14 @@ def configurations() -> Iterator[Configuration]:
 
 
 def _num_programs(row: tuple[int, ...]) -> int:
-    return -(-row[-1] // CHUNK)  # the last column is the size
+    """Return the programs of a tensor, from its row of the table, whose last column is the number of elements."""
+    return -(-row[-1] // CHUNK)
 
 
 def rf_rmsprop(
     params: list[Tensor],  # n tensors of any shapes and strides
     state: DiagonalState,
-    grads: list[Tensor],
+    grads: list[Tensor],  # of the parameters' shapes, any dtype and strides
     lr: Tensor,  # one element
     draws: Draws,
     scaling: Scaling,
@@ -206,7 +213,8 @@ def rf_rmsprop(
 ) -> None:
     """Step n tensors in place: see `rootfree_kernels.eager.rf_rmsprop`.
 
-    `rootfree_kernels.pointer_tables.rf_rmsprop.diagonal_call` says which tensors are copied first.
+    Parameters are FP32, BF16 or FP16, s and m FP32 or BF16, each list of one dtype. Tensors whose dtype or layout the
+    kernel does not read are copied first (see `rootfree_kernels.pointer_tables.rf_rmsprop.diagonal_call`).
 
     Raises:
         ValueError: no kernel serves these dtypes.

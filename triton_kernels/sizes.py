@@ -6,11 +6,11 @@ PADDING = 8
 """Sides of G are padded to a multiple of this, so that every row of BF16 begins on a 16-byte boundary."""
 
 MAX_PARTIAL_SUMS = 512
-"""The most programs of `kron_gather` for a block. With two blocks of 4096 × 4096, each of 132 multiprocessors gets seven
-programs of eight rows. The kernels that read the sums load all sums of a block at once."""
+"""The most programs of `kron_gather` for a block. With two blocks of 4096 × 4096, each of 132 multiprocessors gets
+seven programs of eight rows. Kernels that read the partial sums load all those of a block at once."""
 
 ELEMENTS_PER_PROGRAM = 1 << 15
-"""Elements of G that one program of `kron_gather` works on, unless the block has more than it can give to all."""
+"""Elements of G that one program of `kron_gather` works on, or more if MAX_PARTIAL_SUMS programs are too few."""
 
 
 def padded(size: int) -> int:
@@ -19,5 +19,5 @@ def padded(size: int) -> int:
 
 
 def num_partial_sums(rows: int, cols: int) -> int:
-    """Return how many partial sums of squares `kron_gather` leaves for a block of rows × cols."""
+    """Return how many partial sums of squares `kron_gather` writes for a block of rows × cols."""
     return min(MAX_PARTIAL_SUMS, max(1, rows * cols // ELEMENTS_PER_PROGRAM))

@@ -1,4 +1,4 @@
-"""The memory that a step of the Triton backend takes and gives back."""
+"""The temporary memory of a step of the Triton backend."""
 
 from __future__ import annotations
 
@@ -23,4 +23,4 @@ def workspace(work: BlockWork) -> list[int]:
         elements += factors
     elements += copies  # the products
     sizes = [x * work.matmul_dtype.itemsize for x in elements]
-    return sizes + [sum(factors) // 8 + 72 * count, 12 * count * num_partial_sums(p, d)]  # norms, row sums; squares
+    return [*sizes, sum(factors) // 8 + 72 * count, 12 * count * num_partial_sums(p, d)]  # norms, row sums; squares
