@@ -96,8 +96,8 @@ bench-pytest: $(STAMP)
 lint: $(STAMP)
 	@$(VPY) -m ruff check .
 	@$(VPY) -m ruff format --check .
-	@ln -sfn ../triton_kernels rootfree_kernels/triton_kernels
-	@$(VPY) -m mypy rootfree_kernels
+	@trap 'rm -f rootfree_kernels/triton_kernels' EXIT; ln -sfn ../triton_kernels rootfree_kernels/triton_kernels; \
+	  $(VPY) -m mypy rootfree_kernels  # which has to see the folder where it is imported from
 
 clean:
 	rm -rf $(VENV) $(GPU_VENV) .gpu-bundle build dist *.egg-info rootfree_kernels/_C.*so rootfree_kernels/_build*.json

@@ -2,11 +2,11 @@
 
     python -m bench.dispatch RECORD.json [RECORD.json ...] [--out FILE]
 
-Writes rootfree_kernels/ops/dispatch_tables/<device>.json, where the package finds it, or FILE, for ROOTFREE_DISPATCH. Every
-class of shapes for which a record has alternatives that took turns gets an entry, with all that was measured of them. A
-choice is written where it is clearly faster in one case of the class and slower in none: by more than 3% of the median,
-with its 90th percentile below the other's 10th. Elsewhere, and where a case was timed with gaps of the host or fewer
-than ten times, the entry is null and the order of preference stands. Rows without alternatives are passed over.
+Writes rootfree_kernels/ops/dispatch_tables/<device>.json, where the package finds it, or FILE, for ROOTFREE_DISPATCH.
+Every class of shapes for which a record has alternatives that took turns gets an entry, with all that was measured of
+them. A choice is written where it is clearly faster in one case of the class and slower in none: by more than 3% of the
+median, with its 90th percentile below the other's 10th. Elsewhere, and where a case was timed with gaps of the host or
+fewer than ten times, the entry is null and the order of preference stands. Rows without alternatives are passed over.
 """
 
 from __future__ import annotations
