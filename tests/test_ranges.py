@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +12,9 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.profiler import ProfilerActivity, profile
 
-from rootfree_kernels import IFShampoo, RFRMSProp, backends, eager, ranges
+from rootfree_kernels import IFShampoo, RFRMSProp, ranges
 from rootfree_kernels.eager.kron_factor import cache_slices
+from tests.calls.backends import functions_of, stand_in
 from tests.calls.cpu import needs_cpp, threads
 from tests.calls.optimizers import SHAPES, Case, Model, gradients, train
 
@@ -178,21 +178,17 @@ def test_nvtx_says_that_no_tool_is_attached() -> None:
 # ---- whatever happens ----------------------------------------------------------------------------------------------
 
 
-def broken(operator: str) -> SimpleNamespace:
-    """The eager backend, of which one operator raises in the middle of its work."""
-
-    def fails(*args: Any) -> Any:
-        ranges.phase("half way")
-        raise FloatingPointError("on purpose")
-
-    return SimpleNamespace(**{**vars(eager), operator: fails})
+def fails(*args: Any, **options: Any) -> Any:
+    """An operator that raises in the middle of its work."""
+    ranges.phase("half way")
+    raise FloatingPointError("on purpose")
 
 
 @pytest.mark.parametrize("operator", ["rf_rmsprop", "kron_gather", "kron_factor", "kron_step"])
 def test_ranges_are_closed_when_an_exception_passes(operator: str, attach: Any, monkeypatch: Any) -> None:
     step, nvtx = start(SHAMPOO, "eager", monkeypatch), attach()
     with monkeypatch.context() as patch:
-        patch.setitem(backends.BACKENDS, "eager", broken(operator))
+        stand_in(patch, "eager", **{operator: fails})
         with pytest.raises(FloatingPointError):
             step()
     ((name, batches),) = nvtx.tree()
@@ -216,7 +212,7 @@ def test_every_thread_has_ranges_of_its_own(attach: Any, monkeypatch: Any) -> No
     """In two threads that take turns from batch to batch."""
     steps = [start(SHAMPOO, "eager", monkeypatch) for _ in range(2)]
     nvtx, turn, trees = attach(), threading.Barrier(2, timeout=60), []
-    monkeypatch.setitem(backends.BACKENDS, "eager", SimpleNamespace(**{**vars(eager), "kron_gather": waiting(turn)}))
+    stand_in(monkeypatch, "eager", kron_gather=waiting(turn))
 
     def run(step: Callable[[int], None]) -> None:
         step()
@@ -231,9 +227,11 @@ def test_every_thread_has_ranges_of_its_own(attach: Any, monkeypatch: Any) -> No
 
 
 def waiting(turn: threading.Barrier) -> Callable[..., Any]:
-    def kron_gather(*args: Any) -> Any:
+    gather = functions_of("eager", "kron_gather")["kron_gather"]
+
+    def kron_gather(*args: Any, **options: Any) -> Any:
         turn.wait()
-        return eager.kron_gather(*args)
+        return gather(*args, **options)
 
     return kron_gather
 
@@ -305,7 +303,7 @@ def test_the_profiler_s_ranges_are_closed_when_an_exception_passes(monkeypatch: 
 
     def run() -> None:
         with monkeypatch.context() as patch:
-            patch.setitem(backends.BACKENDS, "eager", broken("kron_factor"))
+            stand_in(patch, "eager", kron_factor=fails)
             with pytest.raises(FloatingPointError):
                 step()
         step()

@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from rootfree_kernels import backends
 from tests.calls.operators import flat_arguments
 
 
-def idle_backend() -> SimpleNamespace:
-    """Return a backend whose operators do nothing but return tensors that were made before."""
+def idle_functions() -> dict[str, Callable[..., Any]]:
+    """Return the functions of a backend that do nothing but return tensors that were made before."""
     outputs: dict[Any, Any] = {}
 
     def kron_gather(*args: Any) -> tuple[Tensor, Tensor]:
@@ -37,15 +38,27 @@ def idle_backend() -> SimpleNamespace:
     def nothing(*args: Any) -> None:
         return None
 
-    return SimpleNamespace(
-        rf_rmsprop=nothing,
-        kron_gather=kron_gather,
-        kron_factor=kron_factor,
-        kron_step=nothing,
-        kron_products=lambda c, k, dtype: (c.to(dtype).clone(), k.to(dtype).clone()),
-        num_partial_sums=lambda rows, cols: 1,
-        padded_side=lambda size: size,
-    )
+    return {
+        "rf_rmsprop": nothing,
+        "kron_gather": kron_gather,
+        "kron_factor": kron_factor,
+        "kron_step": nothing,
+        "kron_products": lambda c, k, dtype: (c.to(dtype).clone(), k.to(dtype).clone()),
+        "num_partial_sums": lambda rows, cols: 1,
+        "padded_side": lambda size: size,
+    }
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, name: str, **functions: Any) -> None:
+    """Put these functions in the place of a backend's; it keeps its others."""
+    backends.implementation(name, "rf_rmsprop")  # imports the backend
+    kept = vars(backends.BACKENDS[name])
+    monkeypatch.setitem(backends.BACKENDS, name, SimpleNamespace(**{**kept, **functions}))
+
+
+def functions_of(name: str, *stems: str) -> dict[str, Callable[..., Any]]:
+    """Return functions of a backend by name."""
+    return {stem: backends.implementation(name, stem) for stem in stems}
 
 
 def modules_that_launch() -> list[Any]:

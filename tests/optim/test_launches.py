@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,9 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rootfree_kernels import IFShampoo, RFRMSProp, backends, tables
-from tests.calls.device import DEVICE, kernel_test, launches, triton_kernels
+from rootfree_kernels import IFShampoo, RFRMSProp
+from tests.calls.backends import functions_of, modules_that_launch, stand_in
+from tests.calls.device import DEVICE, kernel_test, launches
 from tests.calls.optimizers import OPTIONS, snapshot
+from tests.calls.tables import forget_tables, note_copies
 from tests.calls.tensors import BF16, FP32
 from tests.optim.triton_runs import COMPENSATED, backend, parameters, set_gradients, start
 
@@ -24,9 +24,7 @@ pytestmark = kernel_test
 
 @pytest.fixture
 def no_tables(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No table is kept from earlier tests, whose tensors may have lain at the same addresses."""
-    for name in ("_tables", "_block_tables", "_tensor_tables"):
-        monkeypatch.setattr(tables, name, type(tables._tables)())
+    forget_tables(monkeypatch)
 
 
 class Work(TorchDispatchMode):
@@ -58,19 +56,17 @@ def noted_work() -> Iterator[list[str]]:
         work.notes = notes
 
     def watched(function: Any) -> Any:
-        def call(*args: Any) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
             with work:
-                return function(*args)
+                return function(*args, **options)
 
         return call
 
-    functions = {name: watched(getattr(triton_kernels, name)) for name in ("kron_gather", "kron_factor", "kron_step")}
+    functions = functions_of("triton", "kron_gather", "kron_factor", "kron_step")
     with pytest.MonkeyPatch.context() as patch:
-        for module in [m for name, m in sys.modules.items() if name.startswith(triton_kernels.__name__ + ".")]:
-            if getattr(module, "launch", None) is launches.launch and module is not launches:
-                patch.setattr(module, "launch", launch)
-        room = {name: getattr(triton_kernels, name) for name in triton_kernels.__all__}
-        patch.setitem(backends.BACKENDS, "triton", SimpleNamespace(**{**room, **functions}))
+        for module in modules_that_launch():
+            patch.setattr(module, "launch", launch)
+        stand_in(patch, "triton", **{name: watched(function) for name, function in functions.items()})
         yield notes
 
 
@@ -127,9 +123,7 @@ def test_numbers_that_change_compile_nothing() -> None:
 
 
 def test_gradients_that_keep_their_places_cost_no_table(no_tables: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    copied: list[Any] = []
-    copy = tables._copied
-    monkeypatch.setattr(tables, "_copied", lambda *args: copied.append(args) or copy(*args))
+    copied = note_copies(monkeypatch)
     params = parameters(start([(9, 5), (9, 5), (6,)]))
     optimizer = IFShampoo(params, **OPTIONS)
     with backend("triton"):

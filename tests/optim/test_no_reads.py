@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rootfree_kernels import backends, eager
+from rootfree_kernels import eager
+from tests.calls.backends import functions_of, stand_in
 from tests.calls.optimizers import CASES, Case, Model
 from tests.optim.runs import BEFORE
 
@@ -40,15 +39,15 @@ def no_reads() -> Iterator[None]:
         raise AssertionError("the host reads a tensor")
 
     def watched(function: Any) -> Any:
-        def call(*args: Any) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
             with NoReads():
-                return function(*args)
+                return function(*args, **options)
 
         return call
 
-    functions = {name: watched(f) for name, f in vars(eager).items() if inspect.isfunction(f)}
+    functions = {name: watched(function) for name, function in functions_of("eager", *eager.__all__).items()}
     with pytest.MonkeyPatch.context() as patch, NoReads():
-        patch.setitem(backends.BACKENDS, "eager", SimpleNamespace(**functions))
+        stand_in(patch, "eager", **functions)
         for name in READS:
             patch.setattr(torch.Tensor, name, forbidden)
         yield

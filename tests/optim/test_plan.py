@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,9 +17,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from rootfree_kernels import IFShampoo, RFRMSProp, backends, ops
+from rootfree_kernels import IFShampoo, RFRMSProp, ops
 from rootfree_kernels.optim import base, plan, planned, workspace
-from tests.calls.backends import idle_backend
+from tests.calls.backends import functions_of, idle_functions, stand_in
 from tests.calls.optimizers import CASES, OPTIONS, Case, snapshot, train
 from tests.calls.tensors import assert_same_bits
 
@@ -117,7 +116,7 @@ def test_the_number_of_operations_does_not_grow_with_that_of_parameters(
     optimizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Beside those within the operators, which do nothing here."""
-    monkeypatch.setitem(backends.BACKENDS, "eager", idle_backend())
+    stand_in(monkeypatch, "eager", **idle_functions())
 
     def operations(num_layers: int) -> int:
         params = [nn.Parameter(torch.zeros(shape)) for shape in [(7, 5), (6,)] * num_layers]
@@ -208,9 +207,9 @@ def peak_of_triton() -> Iterator[Peak]:
     peak, run_kernel = Peak(), interpreter.GridExecutor.__call__
 
     def watched(function: Any) -> Any:
-        def call(*args: Any) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
             with peak:
-                return function(*args)
+                return function(*args, **options)
 
         return call
 
@@ -218,12 +217,10 @@ def peak_of_triton() -> Iterator[Peak]:
         with _disable_current_modes():
             return run_kernel(*args, **kwargs)
 
-    functions = {name: function for name, function in vars(backends.BACKENDS["triton"]).items() if callable(function)}
-    for name in ("kron_gather", "kron_factor", "kron_step"):
-        functions[name] = watched(functions[name])
+    functions = functions_of("triton", "kron_gather", "kron_factor", "kron_step")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter.GridExecutor, "__call__", unwatched)
-        patch.setitem(backends.BACKENDS, "triton", SimpleNamespace(**functions))
+        stand_in(patch, "triton", **{name: watched(function) for name, function in functions.items()})
         with peak:
             yield peak
 
