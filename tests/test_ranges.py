@@ -79,7 +79,7 @@ def device_of(backend: str) -> str:
 
 
 def start(case: Case, backend: str, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Callable[[], None]:
-    """What takes a step of a new run that has taken two: the next one is an update, the one behind it is not."""
+    """Return a function that takes a step of a run that has taken two: first an update, then another step."""
     monkeypatch.setenv("ROOTFREE_BACKEND", backend)
     model = Model().to(device_of(backend))
     optimizer = case.make(model.parameters(), **changes)
@@ -209,7 +209,7 @@ def test_a_step_that_is_refused_leaves_no_range_open(attach: Any, monkeypatch: A
 
 
 def test_every_thread_has_ranges_of_its_own(attach: Any, monkeypatch: Any) -> None:
-    """In two threads that take turns from batch to batch."""
+    """Two threads take turns from batch to batch."""
     steps = [start(SHAMPOO, "eager", monkeypatch) for _ in range(2)]
     nvtx, turn, trees = attach(), threading.Barrier(2, timeout=60), []
     stand_in(monkeypatch, "eager", kron_gather=waiting(turn))
@@ -277,7 +277,7 @@ def test_the_profiler_has_every_step_batch_and_phase(backend: str, monkeypatch: 
 
 @every_backend
 def test_a_range_lies_within_an_operator_or_around_it(backend: str, monkeypatch: Any) -> None:
-    """Or a trace could not be drawn: the profiler has ranges of its own around operators."""
+    """Otherwise a trace could not be drawn: the profiler has its own ranges around operators."""
     step = start(SHAMPOO, backend, monkeypatch)
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         step()
@@ -292,7 +292,7 @@ def test_a_range_lies_within_an_operator_or_around_it(backend: str, monkeypatch:
 
 
 def test_profilers_of_pytorch_go_before_nvtx(attach: Any, monkeypatch: Any) -> None:
-    """Or `torch.autograd.profiler.emit_nvtx`, one of them, would give NVTX every range twice."""
+    """Otherwise `torch.autograd.profiler.emit_nvtx`, one of them, would report every range to NVTX twice."""
     step, nvtx = start(SHAMPOO, "eager", monkeypatch), attach()
     assert profiled(step) == expected("eager", update=True)
     assert nvtx.calls == []
@@ -316,7 +316,7 @@ def test_the_profiler_s_ranges_are_closed_when_an_exception_passes(monkeypatch: 
 
 @pytest.mark.parametrize("case", [Case("IFShampoo", IFShampoo), RMSPROP], ids=lambda case: case.name)
 def test_a_compiled_step_has_no_ranges_and_is_compiled_once(case: Case, attach: Any, monkeypatch: Any) -> None:
-    """As one graph, also where somebody listens to steps of others before, in between and while it is traced."""
+    """It stays one graph though a profiler is attached to steps of others before, between and during tracing."""
     torch._dynamo.reset()
     other, nvtx = start(case, "eager", monkeypatch), attach()
     model, optimizer = case.start(capturable=True, lr=torch.tensor(0.01))

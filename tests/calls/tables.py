@@ -9,7 +9,7 @@ import pytest
 from rootfree_kernels import tables
 
 STORES = ("_tables", "_tensor_tables", "_block_tables", "_constants")
-"""What keeps tables and constants."""
+"""Names of the stores of tables and constants."""
 
 
 def forget_tables(monkeypatch: pytest.MonkeyPatch) -> None:

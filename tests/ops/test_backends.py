@@ -93,7 +93,7 @@ def test_a_backend_that_cannot_be_imported_says_so_and_pytorch_serves(monkeypatc
 
 
 def test_an_extension_that_was_built_and_is_broken_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And no silent fallback, which would be slow for no reason that anybody sees."""
+    """A silent fallback would be slow for no visible reason."""
     monkeypatch.setattr(backends, "build_record", lambda: {"extension": True, "left_out": {"cpp": None, "cuda": None}})
     monkeypatch.setattr(backends, "BACKENDS", {"eager": eager})
     monkeypatch.setattr(backends, "import_module", lambda name: exec("raise ImportError('undefined symbol')"))

@@ -1,4 +1,4 @@
-"""What a step on Triton's kernels launches, and the tables it makes."""
+"""Launches of a step on Triton's kernels, and the tables that it makes."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ STEP = ["bmm", "kron_step_kernel"]
 def test_an_update_is_seven_launches_beside_the_gather_and_another_step_two(
     num_layers: int, frequency: int, dtype: torch.dtype
 ) -> None:
-    """Whatever the number of layers, and nothing else: no padding, no casts, no copies. Sides are multiples of 8."""
+    """The number of layers does not matter, and nothing is padded, cast or copied. Sides are multiples of 8."""
     params = parameters(start([(16, 24)] * num_layers, dtype))
     optimizer = IFShampoo(
         params, **{**OPTIONS, "lr": torch.tensor(0.01, device=DEVICE)}, precondition_frequency=frequency

@@ -81,7 +81,7 @@ READERS = {
 
 @pytest.mark.parametrize("reader", READERS)
 def test_reading_a_tensor_is_noticed(reader: str) -> None:
-    """So that the test above can fail."""
+    """The test above can fail."""
     x, noticed = torch.ones(1), False
     with no_reads():
         try:
@@ -93,7 +93,7 @@ def test_reading_a_tensor_is_noticed(reader: str) -> None:
 
 @pytest.mark.parametrize("lr", [torch.tensor(0.01), torch.tensor([0.01])], ids=["0-d", "1-d"])
 def test_the_learning_rate_is_never_read(case: Case, lr: Tensor) -> None:
-    """Also where T > 1, whose step counts the host does read."""
+    """This holds for T > 1 as well, though the host then reads the step counts."""
     model, optimizer = case.start(lr=lr)
 
     def guarded(name: str) -> Any:

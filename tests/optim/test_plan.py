@@ -1,5 +1,7 @@
-"""What is kept from step to step: made once, as long as it holds; and memory, of which there is enough before a step
-or none is touched. That nothing is kept for too long, the tests of conventions and checkpoints show."""
+"""Plans are made once, as long as they are valid, and a step for which there is too little memory changes nothing.
+
+Other tests show that nothing is kept for too long: those of groups, steps and checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,7 @@ SHAMPOO = Case("IFShampoo", IFShampoo)
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What was made: the names of the classes, in order."""
+    """The names of the classes of which an object was made, in order."""
     names: list[str] = []
     for module, name in ((planned, "Basis"), (planned, "Plan"), (plan, "FactorBatch")):
         if name == "FactorBatch":
@@ -247,7 +249,7 @@ TAKEN = [
 def test_what_is_reserved_is_what_kernels_take(
     shape: tuple[int, ...], options: dict[str, Any], partly: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And no more than half as much again; also where some of a batch have no gradient."""
+    """At most half as much again is reserved, also where some parameters of a batch have no gradient."""
     monkeypatch.setenv("ROOTFREE_BACKEND", "triton")
     params = [nn.Parameter(torch.ones(shape)) for _ in range(3)]
     optimizer = IFShampoo(params, **OPTIONS, **options)
@@ -284,7 +286,7 @@ class Memory:
 def test_a_step_without_memory_for_its_largest_batch_changes_nothing(
     group: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Wherever that batch stands."""
+    """Its place among the batches does not matter."""
     monkeypatch.setenv("ROOTFREE_BACKEND", "triton")
     monkeypatch.setattr(workspace, "DEVICES", ("cpu",))
     params = [nn.Parameter(torch.ones(size, size)) for size in ((24, 8), (8, 24))[group]]

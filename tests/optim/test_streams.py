@@ -56,7 +56,7 @@ def nothing_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run_past_the_dispatcher(stem: str, *args: Any) -> Any:
-    """As `ops.run` without a dispatch mode, so that the sanitizer sees what a backend does."""
+    """Call a backend as `ops.run` does without a dispatch mode, so that the sanitizer sees its operations."""
     *arguments, backend = args
     return implementation(backend, stem)(*arguments)
 

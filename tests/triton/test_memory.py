@@ -127,7 +127,7 @@ def test_tables_do_not_grow_for_ever(no_tables, monkeypatch):
     ],
 )
 def test_blocks_are_aligned_where_every_row_of_each_begins_on_16_bytes(sides, place, layout, dtype, aligned):
-    """What a kernel takes for granted on a GPU, and the interpreter never needs."""
+    """Kernels rely on it on a GPU; the interpreter does not need it."""
     batch = triton_batch(*sides, (place, place), ("whole" if layout == "far apart" else layout,), grad=dtype)
     grads = batch.tensors().grads
     if layout == "far apart":  # more than an offset of 32 bits within a tile
