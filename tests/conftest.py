@@ -1,4 +1,4 @@
-"""What pytest needs before all tests, and fixtures of several folders."""
+"""Set-up of pytest for all tests, and fixtures of several folders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a parameter to blocks."""
+"""How a parameter is cut into blocks."""
 
 from __future__ import annotations
 

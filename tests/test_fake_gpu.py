@@ -71,7 +71,7 @@ def test_a_step_of_vectors_is_one_launch(fake: Any) -> None:
 @pytest.mark.parametrize("capturable", [False, True], ids=["", "capturable"])
 @pytest.mark.parametrize("cls", [IFShampoo, RFRMSProp])
 def test_parameters_on_two_devices(cls: Any, capturable: bool, current: int) -> None:
-    """Whatever device is the current one, which it stays. The plugin checks every launch's tensors and stream."""
+    """The current device does not matter and stays. The plugin checks tensors and stream of every launch."""
     with torch.cuda.device(current):
         optimizer = make(cls, 0, 1, capturable=capturable)
         assert torch.cuda.current_device() == current

@@ -1,4 +1,4 @@
-"""What gets installed, with a C++ compiler and without one, and never a top-level triton_kernels."""
+"""Wheels, with a C++ compiler and without one, and no top-level triton_kernels."""
 
 import json
 import os
@@ -146,7 +146,7 @@ def test_triton_kernels_is_imported_from_inside_the_package_only(installed: Path
 
 
 def test_no_top_level_triton_kernels_after_install(installed: Path, tmp_path: Path) -> None:
-    """Neither by this wheel nor by the install, editable or not, that runs these tests."""
+    """This wheel does not install it, nor does the installation, editable or not, that runs these tests."""
     program = "import rootfree_kernels, importlib.util as u; print(u.find_spec('triton_kernels'))"
     output = run(sys.executable, "-c", program, cwd=tmp_path, PYTHONPATH=str(installed))
     assert output.splitlines()[-1] == "None"

@@ -43,7 +43,7 @@ def test_a_packed_matrix_has_a_triangle_s_numbers_and_comes_back_to_the_bit(size
     ids=len,
 )
 def test_the_format_is_that_of_lapack(rows: list[str]) -> None:
-    """As its documentation prints it (TRANSR = 'N', UPLO = 'L'): digits are the row and the column of a number."""
+    """The cases are those of its documentation (TRANSR = 'N', UPLO = 'L'): digits are the row and the column."""
     expected = torch.tensor([[float(digits) for digits in row.split()] for row in rows])
     size = int(expected.max() // 10) + 1
     index = torch.arange(size)

@@ -13,8 +13,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.profiler import ProfilerActivity, profile
 
 from rootfree_kernels import IFShampoo, RFRMSProp, ranges
-from rootfree_kernels.eager import EAGER, common
-from tests.calls.backends import use_operators
+from rootfree_kernels.eager import common
+from tests.calls.backends import functions_of, stand_in
 from tests.calls.cpu import needs_cpp, threads
 from tests.calls.optimizers import SHAPES, Case, Model, gradients, train
 
@@ -79,7 +79,7 @@ def device_of(backend: str) -> str:
 
 
 def start(case: Case, backend: str, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Callable[[], None]:
-    """What takes a step of a new run that has taken two: the next one is an update, the one behind it is not."""
+    """Return a function that takes a step of a run that has taken two: first an update, then another step."""
     monkeypatch.setenv("ROOTFREE_BACKEND", backend)
     model = Model().to(device_of(backend))
     optimizer = case.make(model.parameters(), **changes)
@@ -178,21 +178,17 @@ def test_nvtx_says_that_no_tool_is_attached() -> None:
 # ---- whatever happens ----------------------------------------------------------------------------------------------
 
 
-def broken(operator: str) -> dict[str, Any]:
-    """Return an operator that raises in the middle of its work."""
-
-    def fails(*args: Any) -> Any:
-        ranges.phase("half way")
-        raise FloatingPointError("on purpose")
-
-    return {operator: fails}
+def fails(*args: Any, **options: Any) -> Any:
+    """An operator that raises in the middle of its work."""
+    ranges.phase("half way")
+    raise FloatingPointError("on purpose")
 
 
 @pytest.mark.parametrize("operator", ["rf_rmsprop", "kron_gather", "kron_factor", "kron_step"])
 def test_ranges_are_closed_when_an_exception_passes(operator: str, attach: Any, monkeypatch: Any) -> None:
     step, nvtx = start(SHAMPOO, "eager", monkeypatch), attach()
     with monkeypatch.context() as patch:
-        use_operators(patch, EAGER, **broken(operator))
+        stand_in(patch, "eager", **{operator: fails})
         with pytest.raises(FloatingPointError):
             step()
     ((name, batches),) = nvtx.tree()
@@ -213,10 +209,10 @@ def test_a_step_that_is_refused_leaves_no_range_open(attach: Any, monkeypatch: A
 
 
 def test_every_thread_has_ranges_of_its_own(attach: Any, monkeypatch: Any) -> None:
-    """In two threads that take turns from batch to batch."""
+    """Two threads take turns from batch to batch."""
     steps = [start(SHAMPOO, "eager", monkeypatch) for _ in range(2)]
     nvtx, turn, trees = attach(), threading.Barrier(2, timeout=60), []
-    use_operators(monkeypatch, EAGER, kron_gather=waiting(turn))
+    stand_in(monkeypatch, "eager", kron_gather=waiting(turn))
 
     def run(step: Callable[[int], None]) -> None:
         step()
@@ -231,11 +227,11 @@ def test_every_thread_has_ranges_of_its_own(attach: Any, monkeypatch: Any) -> No
 
 
 def waiting(turn: threading.Barrier) -> Callable[..., Any]:
-    kron_gather_itself = EAGER.operators.kron_gather
+    gather = functions_of("eager", "kron_gather")["kron_gather"]
 
-    def kron_gather(*args: Any) -> Any:
+    def kron_gather(*args: Any, **options: Any) -> Any:
         turn.wait()
-        return kron_gather_itself(*args)
+        return gather(*args, **options)
 
     return kron_gather
 
@@ -281,7 +277,7 @@ def test_the_profiler_has_every_step_batch_and_phase(backend: str, monkeypatch: 
 
 @every_backend
 def test_a_range_lies_within_an_operator_or_around_it(backend: str, monkeypatch: Any) -> None:
-    """Or a trace could not be drawn: the profiler has ranges of its own around operators."""
+    """Otherwise a trace could not be drawn: the profiler has its own ranges around operators."""
     step = start(SHAMPOO, backend, monkeypatch)
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         step()
@@ -296,7 +292,7 @@ def test_a_range_lies_within_an_operator_or_around_it(backend: str, monkeypatch:
 
 
 def test_profilers_of_pytorch_go_before_nvtx(attach: Any, monkeypatch: Any) -> None:
-    """Or `torch.autograd.profiler.emit_nvtx`, one of them, would give NVTX every range twice."""
+    """Otherwise `torch.autograd.profiler.emit_nvtx`, one of them, would report every range to NVTX twice."""
     step, nvtx = start(SHAMPOO, "eager", monkeypatch), attach()
     assert profiled(step) == expected("eager", update=True)
     assert nvtx.calls == []
@@ -307,7 +303,7 @@ def test_the_profiler_s_ranges_are_closed_when_an_exception_passes(monkeypatch: 
 
     def run() -> None:
         with monkeypatch.context() as patch:
-            use_operators(patch, EAGER, **broken("kron_factor"))
+            stand_in(patch, "eager", kron_factor=fails)
             with pytest.raises(FloatingPointError):
                 step()
         step()
@@ -320,7 +316,7 @@ def test_the_profiler_s_ranges_are_closed_when_an_exception_passes(monkeypatch: 
 
 @pytest.mark.parametrize("case", [Case("IFShampoo", IFShampoo), RMSPROP], ids=lambda case: case.name)
 def test_a_compiled_step_has_no_ranges_and_is_compiled_once(case: Case, attach: Any, monkeypatch: Any) -> None:
-    """As one graph, also where somebody listens to steps of others before, in between and while it is traced."""
+    """It stays one graph though a profiler is attached to steps of others before, between and during tracing."""
     torch._dynamo.reset()
     other, nvtx = start(case, "eager", monkeypatch), attach()
     model, optimizer = case.start(capturable=True, lr=torch.tensor(0.01))

@@ -66,22 +66,8 @@ def link_kernels(tree: Path) -> None:
         link.symlink_to(Path("..") / "triton_kernels")
 
 
-TESTS = [
-    *(
-        "pytest",
-        "-p",
-        "tests.fake_gpu.plugin",
-        "-m",
-        "gpu",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "--tb=no",
-        "-k",
-        f"not {HUGE}",
-    ),
-    *LAUNCHING_TESTS,
-]
+ON_FAKE_GPU = ("pytest", "-p", "tests.fake_gpu.plugin", "-p", "no:cacheprovider", "-m", "gpu", "-k", f"not {HUGE}")
+TESTS = [*ON_FAKE_GPU, "-q", "--tb=no", *LAUNCHING_TESTS]
 OURS, THEIRS = (["bench.gpu_run.warm_cache"], TESTS), (["bench.gpu_run.warm_cache", "--peers"],)
 """What compiles the kernels of this library, and those of peers."""
 

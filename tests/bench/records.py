@@ -17,7 +17,7 @@ def timing(median: float, queued: bool = True) -> dict[str, Any]:
 def row(
     workload: str, optimizer: str, update: float, other: float, block: int = 1024, **changes: Any
 ) -> dict[str, Any]:
-    """What is measured of an optimizer; times in µs."""
+    """Return the measurements of an optimizer; times in µs."""
     figures = {UPDATE: timing(update), OTHER: timing(other), "state_bytes": 16.0, "peak_bytes": 30.0, "round": 0}
     counts = {
         f"launches of {UPDATE}": 9,

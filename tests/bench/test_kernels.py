@@ -81,7 +81,7 @@ def test_bytes_of_a_block():
 
 
 def test_row_sums_are_written_and_read_once_more():
-    """Of 300 × 128: three tiles a row of m_C and one of m_K, 4 bytes each."""
+    """A block of 300 × 128 has three tiles a row of m_C and one of m_K, with 4 bytes each."""
     plain, row_sum = update_stages(300, 128), row_sum_stages(300, 128)
     sums = Work(0, 4 * (300 * 3 + 128))
     assert [*row_sum] == ["gather", "CᵀG", "·K", "momentum", "norms", "factor", "products"]

@@ -1,4 +1,4 @@
-"""What a run of `bench.run` draws, and what it makes of a record that is not whole."""
+"""Plots of `bench.run`, also from a record that is not whole."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Benchmark:
-    """What the fixture uses of pytest-benchmark's."""
+    """The part of pytest-benchmark that the fixture uses."""
 
     _timer = None
     stats = None

@@ -14,23 +14,12 @@ from torch import Tensor
 
 from rootfree_kernels.arguments import Gathered
 from rootfree_kernels.backend import Backend
+from rootfree_kernels.ops.backends import named
 from tests.calls.operators import flat_arguments
 
 
-def use_operators(patch: pytest.MonkeyPatch, backend: Backend, **operators: Any) -> None:
-    """Replace some operators of a backend."""
-    patch.setitem(vars(backend), "operators", SimpleNamespace(**{**vars(backend.operators), **operators}))
-
-
-def forget_import(patch: pytest.MonkeyPatch, backend: Backend) -> None:
-    """Let a backend import its module anew, now and after the test."""
-    for name in ("import_problem", "operators"):
-        patch.setitem(vars(backend), name, None)
-        del vars(backend)[name]
-
-
-def idle_operators() -> dict[str, Any]:
-    """Return operators that do nothing but return tensors that were made before."""
+def idle_functions() -> dict[str, Callable[..., Any]]:
+    """Return the functions of a backend that do nothing but return tensors that were made before."""
     outputs: dict[Any, Any] = {}
 
     def kron_gather(*args: Any) -> Gathered:
@@ -60,6 +49,24 @@ def idle_operators() -> dict[str, Any]:
         "num_partial_sums": lambda rows, cols: 1,
         "padded_side": lambda size: size,
     }
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, name: str, **functions: Any) -> None:
+    """Put these functions in the place of a backend's; it keeps its others."""
+    backend = named(name)
+    monkeypatch.setitem(vars(backend), "operators", SimpleNamespace(**{**vars(backend.operators), **functions}))
+
+
+def functions_of(name: str, *stems: str) -> dict[str, Callable[..., Any]]:
+    """Return functions of a backend by name."""
+    return {stem: getattr(named(name).operators, stem) for stem in stems}
+
+
+def forget_import(monkeypatch: pytest.MonkeyPatch, backend: Backend) -> None:
+    """Let a backend import its module anew, now and after the test."""
+    for name in ("import_problem", "operators"):
+        monkeypatch.setitem(vars(backend), name, None)
+        del vars(backend)[name]
 
 
 def modules_that_launch() -> list[Any]:

@@ -1,4 +1,4 @@
-"""What tests of the C++ kernels share: whether they were built, threads and instruction sets."""
+"""Helpers for tests of the C++ kernels: whether they were built, threads and instruction sets."""
 
 from __future__ import annotations
 

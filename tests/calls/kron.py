@@ -70,7 +70,7 @@ class Tensors(SimpleNamespace):
 
 @dataclass
 class Batch:
-    """What the operators of IF-Shampoo get. Every run has new tensors."""
+    """The arguments of IF-Shampoo's operators. Every run has new tensors."""
 
     rows: int = 17
     cols: int = 13
@@ -79,7 +79,7 @@ class Batch:
     layouts: tuple[str, ...] = ("whole",)
     """Layouts (see `laid_out`) of gradients, buffers, weights and residuals, in turns."""
     dtype: torch.dtype = FP32
-    """Of the factors."""
+    """The dtype of the factors."""
     matmul: torch.dtype = FP32
     grad: torch.dtype = FP32
     param: torch.dtype = FP32

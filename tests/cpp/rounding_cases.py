@@ -15,7 +15,7 @@ def every_pattern(dtype: torch.dtype) -> Tensor:
 
 
 def to_be_rounded(dtype: torch.dtype) -> Tensor:
-    """Finite FP32 numbers: all of a dtype, what lies halfway between neighbours, what lies beside that, any others."""
+    """Return finite FP32 numbers: all of a dtype, midpoints of neighbours, numbers beside those, and random ones."""
     every = every_pattern(dtype)
     every = every[every.isfinite()].double().sort().values
     ties = ((every[1:] + every[:-1]) / 2).float()
@@ -27,7 +27,7 @@ def to_be_rounded(dtype: torch.dtype) -> Tensor:
 
 
 def rounding_step(dtype: torch.dtype, lr: float, gradient: Tensor) -> tuple[Call, Lists]:
-    """A call that takes weights of 0 to −`lr` · gradient, and where lr is 0 leaves any weights where they are."""
+    """Return a call that steps weights of 0 to −`lr` · gradient; where `lr` is 0 weights keep their values."""
     call = cpp_call([len(gradient)], param=dtype, options=dict.fromkeys(OPTIONS, 0.0), lr=lr)
     lists = call.tensors()[0]
     lists["param"][0].zero_()

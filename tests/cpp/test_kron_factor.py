@@ -78,7 +78,7 @@ def test_a_block_whose_momentum_is_not_finite_on_one_side_stays_on_both(side, ba
 
 
 def test_factors_with_gaps_are_an_error():
-    """They would be read as if they had none."""
+    """They would be read as if they were contiguous."""
     batch = torch.eye(5).expand(2, 5, 5).contiguous()
     with pytest.raises(ValueError, match="not contiguous: pass a contiguous tensor"):
         torch.ops.rootfree_native.kron_factor(

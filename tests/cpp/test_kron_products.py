@@ -17,7 +17,7 @@ pytestmark = needs_cpp
 
 @pytest.mark.parametrize("batch", [cpp_batch(70, 65), *HALVED[:2], *HALVED[3:], replace(MANY, dtype=BF16)], ids=str)
 def test_products_by_themselves_are_those_of_an_update_to_the_bit(batch):
-    """So that a resumed run goes on with the same numbers."""
+    """A resumed run therefore goes on with the same numbers."""
     batch = replace(batch, keeps_products=True)
     t = batch.tensors()
     batch.update(t)

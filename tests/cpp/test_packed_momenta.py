@@ -23,7 +23,7 @@ pytestmark = needs_cpp
 
 
 def with_packed_momenta(stem: str, *args: Any) -> Any:
-    """An operator of the extension; m_C and m_K of an update are packed before and unpacked afterwards."""
+    """Call an operator of the extension; m_C and m_K of an update are packed before and unpacked afterwards."""
     if stem != "kron_factor":
         return call("cpp", stem, *args)
     c, k, *momenta = args[:4]
@@ -42,7 +42,7 @@ def with_packed_momenta(stem: str, *args: Any) -> Any:
 @example(cpp_batch(3, 389, dtype=BF16, matmul=BF16, rounding="stochastic", clip="row_sum"), 1, False)
 @example(cpp_batch(64, 64, ((0, 9, 0, 9),)), 2, True)
 def test_an_update_of_packed_momenta_is_that_of_whole_ones_to_the_bit(batch, num_threads, skips):
-    """Also where a block is left out, whose m stays."""
+    """This includes blocks that are left out, whose m stays."""
     expected, actual = batch.tensors(), batch.tensors()
     if skips:
         for t in (expected, actual):

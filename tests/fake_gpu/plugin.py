@@ -38,7 +38,7 @@ hypothesis.settings.load_profile("fake_gpu")
 
 
 class FakeGpu:
-    """What the libraries of the fake GPU counted in this process."""
+    """The counts of the fake GPU's libraries in this process."""
 
     def __init__(self) -> None:
         self.library: Any = ctypes.CDLL(library.RUNTIME)

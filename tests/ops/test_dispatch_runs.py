@@ -1,4 +1,4 @@
-"""What a dispatch table chooses runs: on a GPU, or in Triton's interpreter with a table for the processor's name."""
+"""Optimizers run on the backends that a dispatch table chooses: on a GPU, or in Triton's interpreter."""
 
 from __future__ import annotations
 

@@ -132,7 +132,7 @@ LAYOUT_OPTIONS = {
 
 @pytest.mark.parametrize("name", LAYOUT_OPTIONS)
 def test_an_option_that_the_state_was_made_for_cannot_be_changed(name: str) -> None:
-    """Neither an error half way nor a run that goes on as if nothing had been asked for."""
+    """The step is refused as a whole, and the change is not ignored."""
     params = list(Model(torch.bfloat16).parameters())
     opt = IFShampoo([{"params": params[:1]}, {"params": params[1:]}], **OPTIONS)
     for param in params:
@@ -174,7 +174,7 @@ def test_fused_is_refused_when_the_optimizer_is_made(case: Case) -> None:
 
 @pytest.mark.parametrize("backend", ["cuda", "triton", "no-such-backend"])
 def test_a_forced_backend_that_cannot_run_says_why(case: Case, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither of them runs on a CPU (Triton does in these tests, which interpret its kernels)."""
+    """None of them runs on a CPU. Triton would, as these tests use its interpreter, which is switched off here."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     model, optimizer = case.start()
     for steps in ((), (0, 1)):  # without state and with it

@@ -101,7 +101,7 @@ def integer_gradient(param: nn.Parameter) -> None:
 
 
 def gradient_of_another_shape(param: nn.Parameter) -> None:
-    """As after a vocabulary was resized. (A gradient on another device PyTorch itself refuses.)"""
+    """For instance after a vocabulary was resized. (PyTorch itself refuses a gradient on another device.)"""
     param.grad.data = torch.ones(3)
 
 

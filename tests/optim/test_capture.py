@@ -138,7 +138,7 @@ def test_steps_without_the_graph_may_come_between(case: Case) -> None:
 
 
 def test_a_graph_that_is_made_anew_goes_on_where_the_old_one_stopped(case: Case) -> None:
-    """As after a change of the gradients' addresses."""
+    """For instance after the addresses of gradients changed."""
     run, graph = captured_run(case)
     replay(run, graph, [1, 2])
     for param in run.params:
@@ -168,7 +168,7 @@ def test_a_compiled_step_is_the_step(case: Case) -> None:
 
 @contextmanager
 def waiting_is_an_error() -> Iterator[None]:
-    """What makes the host wait for the GPU raises."""
+    """Let every operation that makes the host wait for the GPU raise."""
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -99,7 +99,7 @@ def test_a_run_that_was_saved_before_some_parameters_had_gradients_resumes(case:
 
 @resumed
 def test_loading_keeps_every_dtype(case: Case) -> None:
-    """Where `Optimizer.load_state_dict` would cast floating state to the parameter's dtype."""
+    """`Optimizer.load_state_dict` would cast floating state to the dtype of the parameter."""
     model, optimizer = case.start()
     train(model, optimizer, FIRST)
     model, loaded = newcomer(case)
@@ -133,7 +133,7 @@ def test_a_loaded_state_shares_no_memory_with_the_state_dict(case: Case) -> None
 
 
 def test_loading_into_an_optimizer_that_has_stepped_takes_effect(case: Case) -> None:
-    """Nothing that it derived from its old state lives on."""
+    """Plans and products that were made from the old state are made again."""
     model, optimizer = case.start()
     train(model, optimizer, FIRST)
     saved = copy.deepcopy([model.state_dict(), optimizer.state_dict()])
@@ -146,7 +146,7 @@ def test_loading_into_an_optimizer_that_has_stepped_takes_effect(case: Case) -> 
 
 @pytest.mark.parametrize("restored", ["loaded", "deepcopied", "unpickled"])
 def test_a_checkpoint_loads_into_an_optimizer_that_was_restored_before(case: Case, restored: str) -> None:
-    """As when training goes back to its best checkpoint."""
+    """This happens when training goes back to its best checkpoint."""
     model, optimizer = case.start()
     train(model, optimizer, FIRST)
     saved = copy.deepcopy([model.state_dict(), optimizer.state_dict()])
@@ -190,7 +190,7 @@ def test_a_group_without_a_callable_keeps_its_own_number_and_warns_where_one_was
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_products_kept_between_updates_are_made_anew_bit_for_bit(dtype: torch.dtype) -> None:
-    """They are no part of a checkpoint; sizes and number of the blocks are such that a CPU slices the batch."""
+    """Checkpoints do not hold products. The batch is so large that a CPU works through it in slices."""
 
     def start() -> tuple[list[torch.nn.Parameter], IFShampoo]:
         params = [torch.nn.Parameter(torch.zeros(300, 262)) for _ in range(5)]

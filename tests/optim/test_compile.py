@@ -53,7 +53,7 @@ def fit_step(model: nn.Module, optimizer: torch.optim.Optimizer, data: Tensor) -
 
 @pytest.mark.parametrize("as_tensor", [True, False], ids=["tensor", "float"])
 def test_a_changing_lr_recompiles_nothing_and_takes_effect(case: Case, as_tensor: bool) -> None:
-    """In a training step that is compiled as a whole. Its first two calls may compile: gradients appear in between."""
+    """A whole training step is compiled. Its first two calls may compile, as gradients appear in between."""
     counter = CompileCounterWithBackend(BACKEND)
     compiled = torch.compile(fit_step, backend=counter)
     lr = torch.tensor(0.01)

@@ -73,7 +73,7 @@ class Twins:
 
 @pytest.mark.parametrize("case", TRACED, ids=lambda case: case.name)
 def test_a_step_is_one_graph_that_is_compiled_once(case: Case) -> None:
-    """From the first step on, which makes the state; steps and learning rates are data of the graph."""
+    """The first step, which makes the state, is compiled as well. Steps and learning rates are data of the graph."""
     twins = Twins(case)
     twins.take(range(6))
     assert twins.compilations() == 1
@@ -85,7 +85,7 @@ def test_a_step_is_one_graph_that_is_compiled_once(case: Case) -> None:
 @pytest.mark.skipif(shutil.which("g++") is None, reason="TorchInductor needs a C++ compiler")
 @pytest.mark.slow
 def test_inductor_compiles_a_step() -> None:
-    """It writes through to the tensors of parameters and state, with no copies in between."""
+    """The compiled code writes to the tensors of parameters and state without copies."""
     from torch._inductor.utils import run_and_get_code
 
     twins = Twins(Case("IFShampoo", IFShampoo), "inductor")
@@ -185,7 +185,7 @@ def test_the_scale_of_grad_scaler_stays_an_input(case: Case) -> None:
 
 @few
 def test_a_training_step_is_compiled_as_a_whole(case: Case) -> None:
-    """But for the backward pass, where the compiler breaks a graph. Its second call finds other gradients."""
+    """Only the backward pass breaks the graph. The second call finds other gradients, and is compiled again."""
 
     def fit(model: torch.nn.Module, optimizer: torch.optim.Optimizer, data: Tensor) -> None:
         optimizer.zero_grad()
@@ -252,7 +252,7 @@ def test_a_bad_gradient_is_refused_before_anything_changes(case: Case) -> None:
 
 
 def test_nothing_is_kept_of_an_optimizer_that_is_gone() -> None:
-    """Though its graph has its tensors built in."""
+    """Its compiled graph, which has its tensors built in, does not keep it alive."""
     twins = Twins(Case("IFShampoo", IFShampoo, OPTIONS))
     twins.take(range(2))
     kept = [weakref.ref(batch) for state in twins.optimizer._planner.caches[0].device_states for batch in state.batches]

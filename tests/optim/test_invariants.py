@@ -1,4 +1,4 @@
-"""What must hold of the method, shown of the optimizers themselves in FP64, and the rates with their orders.
+"""Invariances of the method and orders of convergence, of the optimizers themselves in FP64.
 
 The same promises of the reference, and those of the methods that the package does not offer (full matrices, structured
 factors), are in tests/reference.
@@ -35,7 +35,7 @@ TARGETS, INPUTS = random(8, P, seed=10), random(8, D, seed=11)
 
 
 def gradient(weight):
-    """Of a smooth loss that is no quadratic: the sum of log cosh(W x − y)."""
+    """Return the gradient of a smooth loss that is not quadratic: the sum of log cosh(W x − y)."""
     return torch.tanh(INPUTS @ weight.T - TARGETS).T @ INPUTS
 
 

@@ -1,8 +1,7 @@
-"""What a step on Triton's kernels launches, and the tables it makes."""
+"""Launches of a step on Triton's kernels, and the tables that it makes."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,11 +12,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rootfree_kernels import IFShampoo, RFRMSProp
-from rootfree_kernels.pointer_tables import tables
-from rootfree_kernels.triton_kernels import TRITON
-from tests.calls.backends import use_operators
-from tests.calls.device import DEVICE, kernel_test, launches, triton_kernels
+from tests.calls.backends import functions_of, modules_that_launch, stand_in
+from tests.calls.device import DEVICE, kernel_test, launches
 from tests.calls.optimizers import OPTIONS, snapshot
+from tests.calls.tables import forget_tables, note_copies
 from tests.calls.tensors import BF16, FP32
 from tests.optim.triton_runs import COMPENSATED, backend, parameters, set_gradients, start
 
@@ -26,9 +24,7 @@ pytestmark = kernel_test
 
 @pytest.fixture
 def no_tables(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No table is kept from earlier tests, whose tensors may have lain at the same addresses."""
-    for name in ("_tables", "_block_tables", "_tensor_tables"):
-        monkeypatch.setattr(tables, name, type(tables._tables)())
+    forget_tables(monkeypatch)
 
 
 class Work(TorchDispatchMode):
@@ -60,18 +56,17 @@ def noted_work() -> Iterator[list[str]]:
         work.notes = notes
 
     def watched(function: Any) -> Any:
-        def call(*args: Any) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
             with work:
-                return function(*args)
+                return function(*args, **options)
 
         return call
 
-    functions = {name: watched(getattr(TRITON.operators, name)) for name in ("kron_gather", "kron_factor", "kron_step")}
+    functions = functions_of("triton", "kron_gather", "kron_factor", "kron_step")
     with pytest.MonkeyPatch.context() as patch:
-        for module in [m for name, m in sys.modules.items() if name.startswith(triton_kernels.__name__ + ".")]:
-            if getattr(module, "launch", None) is launches.launch and module is not launches:
-                patch.setattr(module, "launch", launch)
-        use_operators(patch, TRITON, **functions)
+        for module in modules_that_launch():
+            patch.setattr(module, "launch", launch)
+        stand_in(patch, "triton", **{name: watched(function) for name, function in functions.items()})
         yield notes
 
 
@@ -84,7 +79,7 @@ STEP = ["bmm", "kron_step_kernel"]
 def test_an_update_is_seven_launches_beside_the_gather_and_another_step_two(
     num_layers: int, frequency: int, dtype: torch.dtype
 ) -> None:
-    """Whatever the number of layers, and nothing else: no padding, no casts, no copies. Sides are multiples of 8."""
+    """The number of layers does not matter, and nothing is padded, cast or copied. Sides are multiples of 8."""
     params = parameters(start([(16, 24)] * num_layers, dtype))
     optimizer = IFShampoo(
         params, **{**OPTIONS, "lr": torch.tensor(0.01, device=DEVICE)}, precondition_frequency=frequency
@@ -128,9 +123,7 @@ def test_numbers_that_change_compile_nothing() -> None:
 
 
 def test_gradients_that_keep_their_places_cost_no_table(no_tables: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    copied: list[Any] = []
-    copy = tables._copied
-    monkeypatch.setattr(tables, "_copied", lambda *args: copied.append(args) or copy(*args))
+    copied = note_copies(monkeypatch)
     params = parameters(start([(9, 5), (9, 5), (6,)]))
     optimizer = IFShampoo(params, **OPTIONS)
     with backend("triton"):

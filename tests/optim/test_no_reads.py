@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rootfree_kernels import eager
-from rootfree_kernels.eager import EAGER
-from tests.calls.backends import use_operators
+from tests.calls.backends import functions_of, stand_in
+from tests.calls.operators import STEMS
 from tests.calls.optimizers import CASES, Case, Model
 from tests.optim.runs import BEFORE
 
@@ -40,15 +39,15 @@ def no_reads() -> Iterator[None]:
         raise AssertionError("the host reads a tensor")
 
     def watched(function: Any) -> Any:
-        def call(*args: Any) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
             with NoReads():
-                return function(*args)
+                return function(*args, **options)
 
         return call
 
-    functions = {name: watched(f) for name, f in vars(eager).items() if name in eager.__all__ and name != "EAGER"}
+    functions = {name: watched(function) for name, function in functions_of("eager", *STEMS, "kron_products").items()}
     with pytest.MonkeyPatch.context() as patch, NoReads():
-        use_operators(patch, EAGER, **functions)
+        stand_in(patch, "eager", **functions)
         for name in READS:
             patch.setattr(torch.Tensor, name, forbidden)
         yield
@@ -82,7 +81,7 @@ READERS = {
 
 @pytest.mark.parametrize("reader", READERS)
 def test_reading_a_tensor_is_noticed(reader: str) -> None:
-    """So that the test above can fail."""
+    """The test above can fail."""
     x, noticed = torch.ones(1), False
     with no_reads():
         try:
@@ -94,7 +93,7 @@ def test_reading_a_tensor_is_noticed(reader: str) -> None:
 
 @pytest.mark.parametrize("lr", [torch.tensor(0.01), torch.tensor([0.01])], ids=["0-d", "1-d"])
 def test_the_learning_rate_is_never_read(case: Case, lr: Tensor) -> None:
-    """Also where T > 1, whose step counts the host does read."""
+    """This holds for T > 1 as well, though the host then reads the step counts."""
     model, optimizer = case.start(lr=lr)
 
     def guarded(name: str) -> Any:

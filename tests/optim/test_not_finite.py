@@ -21,7 +21,7 @@ ROW, COL = 6, 4  # the last element of `weight`, parameter 0
 
 
 def initial_state(case: Case) -> dict[str, Tensor]:
-    """What a first step finds: a step that is left out makes it (see the test of the first gradient)."""
+    """Return weights and state as a first step finds them: a step whose gradients are all NaN makes the state."""
     model, optimizer = case.start()
     for param in model.parameters():
         param.grad = torch.full_like(param, torch.nan)

@@ -70,8 +70,10 @@ def values(optimizer: Any) -> dict[str, Tensor]:
     ],
 )
 def test_steps_are_those_of_eager_pytorch(optimizer, dtype, options, products):
-    """Errors do not add up: before each step eager PyTorch's state is copied, hidden from autograd, so that products
-    which are kept stay."""
+    """Before each step eager PyTorch's state is copied, so that errors do not add up.
+
+    The writes are hidden from autograd, so that products which are kept stay valid.
+    """
     twins = [start(optimizer, dtype, **options, fused=fused) for fused in (False, None)]
     for step in range(5):
         for source, target in zip(*(params for params, _ in twins), strict=True):

@@ -57,7 +57,7 @@ class Twins:
             self.compare(name, actual[name], value, before.get(name))
 
     def compare(self, name: str, actual: Tensor, expected: Tensor, before: Tensor | None) -> None:
-        """What changed agrees within the tolerance, and the whole within a rounding to the dtype that it has."""
+        """Check that the change agrees within the tolerance, and the value within a rounding to its dtype."""
         assert actual.dtype == expected.dtype and actual.shape == expected.shape
         if not expected.is_floating_point():
             assert torch.equal(actual, expected), name
@@ -68,7 +68,10 @@ class Twins:
         assert error <= allowed, f"{name}: error {error:.1e}, allowed {allowed:.1e}, moved by {moved.norm():.1e}"
 
     def resynchronise(self) -> None:
-        """Errors do not add up. These writes are hidden from autograd, so that products which are kept stay."""
+        """Copy eager PyTorch's weights and state, so that errors do not add up.
+
+        The writes are hidden from autograd, so that products which are kept stay valid.
+        """
         for source, target in zip(*self.params.values(), strict=True):
             target.data.copy_(source)
             states = [self.optimizers[name].state.get(x, {}) for name, x in zip(BOTH, (source, target), strict=True)]

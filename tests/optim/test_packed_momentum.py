@@ -81,7 +81,7 @@ def set_gradients(params: Sequence[nn.Parameter], step: int, present: Sequence[i
 
 
 STEPS = [None, None, (0, 2, 4), (1, 3), None, None, None]
-"""Which parameters have a gradient in each step, None for all. Triton takes the first four steps."""
+"""Indices of the parameters that have a gradient in each step, None for all. Triton takes the first four steps."""
 
 NOT_FINITE = (1, 5)
 """Steps in which a gradient has a NaN."""
@@ -116,7 +116,7 @@ def test_a_run_is_the_same_to_the_bit(backend: str, options: dict[str, Any]) -> 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 @needs_cpp
 def test_m_of_the_kernels_is_symmetric_to_the_bit(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    """So that a triangle of it is all of it."""
+    """One triangle is therefore enough."""
     with served_by("cpp"):
         params = [nn.Parameter(x) for x in gradients([shape], -1, FP32)]
         optimizer = IFShampoo(params, **OPTIONS, factor_dtype=dtype)
@@ -128,7 +128,7 @@ def test_m_of_the_kernels_is_symmetric_to_the_bit(shape: tuple[int, int], dtype:
 
 
 def test_where_m_is_symmetric_but_for_roundings_a_run_is_the_same_but_for_them() -> None:
-    """As FP64 is in eager PyTorch on some processors."""
+    """This is the case of FP64 in eager PyTorch on some processors."""
     params = [[nn.Parameter(x) for x in gradients([(65, 34)], -1, FP64)] for _ in range(2)]
     options = {**OPTIONS, "factor_dtype": FP64}
     plain, packed = (IFShampoo(some, **options, packed_momentum=bool(i)) for i, some in enumerate(params))
@@ -169,7 +169,7 @@ SMALL = {"packed_momentum": True, "state_dtype": BF16, "cache_products": False}
 
 @pytest.mark.parametrize(("options", "limit"), [({}, 12.001), (SMALL, 8.01)], ids=["default", "small"])
 def test_bytes_of_state_a_weight(options: dict[str, Any], limit: float) -> None:
-    """Of a square block; and nothing of its size is kept beside the state."""
+    """The weight is one square block. Nothing of its size is kept beside the state."""
     param = nn.Parameter(torch.zeros(512, 512))
     param.grad = torch.ones_like(param)
     optimizer = IFShampoo([param], **{**OPTIONS, **options})
@@ -194,7 +194,7 @@ def trained(steps: range = range(3), **options: Any) -> tuple[Model, IFShampoo]:
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_a_checkpoint_brings_its_own_layout(packed: bool) -> None:
-    """It is an option, which a checkpoint holds; as the state belongs to it, it cannot be changed afterwards."""
+    """Packing is an option, and checkpoints hold options. It cannot be changed once there is state."""
     source, saver = trained(packed_momentum=packed)
     model, loader = trained(packed_momentum=not packed)
     model.load_state_dict(source.state_dict())
@@ -223,7 +223,7 @@ def test_state_of_the_other_layout_is_refused(packed: bool) -> None:
 
 @pytest.mark.filterwarnings("ignore::UserWarning:torch.distributed")  # no process group: one process, as is meant
 def test_a_distributed_checkpoint_of_the_other_layout_is_refused(tmp_path: Path) -> None:
-    """By PyTorch, which reads into state that is there, and names the entry and its shapes."""
+    """PyTorch reads into state that exists, and names the entry and the shapes that do not fit."""
     saved = get_optimizer_state_dict(*trained(packed_momentum=True))
     dcp.save({"optimizer": saved}, checkpoint_id=tmp_path, no_dist=True)
     into = {"optimizer": get_optimizer_state_dict(*trained(packed_momentum=False))}

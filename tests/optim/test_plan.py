@@ -1,5 +1,7 @@
-"""What is kept from step to step: made once, as long as it holds; and memory, of which there is enough before a step
-or none is touched. That nothing is kept for too long, the tests of conventions and checkpoints show."""
+"""Plans are made once, as long as they are valid, and a step for which there is too little memory changes nothing.
+
+Other tests show that nothing is kept for too long: those of groups, steps and checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from rootfree_kernels import IFShampoo, RFRMSProp
-from rootfree_kernels.eager import EAGER
 from rootfree_kernels.ops import operators
 from rootfree_kernels.optim import base, block_batch, plan, planner
-from rootfree_kernels.triton_kernels import TRITON
-from tests.calls.backends import idle_operators, use_operators
+from tests.calls.backends import functions_of, idle_functions, stand_in
 from tests.calls.operators import STEMS
 from tests.calls.optimizers import CASES, OPTIONS, Case, snapshot, train
 from tests.calls.tensors import assert_same_bits
@@ -34,7 +34,7 @@ SHAMPOO = Case("IFShampoo", IFShampoo)
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What was made: the names of the classes, in order."""
+    """The names of the classes of which an object was made, in order."""
     names: list[str] = []
     for module, name in ((planner, "GroupCache"), (planner, "StepPlan"), (block_batch, "BlockBatch")):
         original = getattr(module, name)
@@ -117,7 +117,7 @@ def test_the_number_of_operations_does_not_grow_with_that_of_parameters(
     optimizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Beside those within the operators, which do nothing here."""
-    use_operators(monkeypatch, EAGER, **idle_operators())
+    stand_in(monkeypatch, "eager", **idle_functions())
 
     def operations(num_layers: int) -> int:
         params = [nn.Parameter(torch.zeros(shape)) for shape in [(7, 5), (6,)] * num_layers]
@@ -207,9 +207,9 @@ def peak_of_triton() -> Iterator[Peak]:
     peak, run_kernel = Peak(), interpreter.GridExecutor.__call__
 
     def watched(function: Any) -> Any:
-        def call(*args: Any) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
             with peak:
-                return function(*args)
+                return function(*args, **options)
 
         return call
 
@@ -217,11 +217,10 @@ def peak_of_triton() -> Iterator[Peak]:
         with _disable_current_modes():
             return run_kernel(*args, **kwargs)
 
-    stems = ("kron_gather", "kron_factor", "kron_step")
-    functions = {stem: watched(getattr(TRITON.operators, stem)) for stem in stems}
+    functions = functions_of("triton", "kron_gather", "kron_factor", "kron_step")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter.GridExecutor, "__call__", unwatched)
-        use_operators(patch, TRITON, **functions)
+        stand_in(patch, "triton", **{name: watched(function) for name, function in functions.items()})
         with peak:
             yield peak
 
@@ -248,7 +247,7 @@ TAKEN = [
 def test_what_is_reserved_is_what_kernels_take(
     shape: tuple[int, ...], options: dict[str, Any], partly: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And no more than half as much again; also where some of a batch have no gradient."""
+    """At most half as much again is reserved, also where some parameters of a batch have no gradient."""
     monkeypatch.setenv("ROOTFREE_BACKEND", "triton")
     params = [nn.Parameter(torch.ones(shape)) for _ in range(3)]
     optimizer = IFShampoo(params, **OPTIONS, **options)
@@ -285,7 +284,7 @@ class Memory:
 def test_a_step_without_memory_for_its_largest_batch_changes_nothing(
     group: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Wherever that batch stands."""
+    """Its place among the batches does not matter."""
     monkeypatch.setenv("ROOTFREE_BACKEND", "triton")
     monkeypatch.setattr(plan, "RESERVING_DEVICES", ("cpu",))
     params = [nn.Parameter(torch.ones(size, size)) for size in ((24, 8), (8, 24))[group]]

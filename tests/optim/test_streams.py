@@ -24,6 +24,7 @@ from torch import Tensor
 from rootfree_kernels import IFShampoo, RFRMSProp
 from rootfree_kernels.ops import operators
 from rootfree_kernels.pointer_tables import tables
+from tests.calls.tables import STORES, forget_tables, note_copies, num_kept
 
 pytestmark = [
     pytest.mark.gpu,
@@ -50,14 +51,9 @@ def parameters() -> list[torch.nn.Parameter]:
     return params
 
 
-STORES = ("_tables", "_tensor_tables", "_block_tables", "_constants")
-
-
 @pytest.fixture(autouse=True)
 def nothing_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a new process: no table and no constant is there."""
-    for name in STORES:
-        monkeypatch.setattr(tables, name, type(getattr(tables, name))())
+    forget_tables(monkeypatch)
 
 
 @contextmanager
@@ -141,14 +137,13 @@ def test_without_waiting_there_is_a_race(found: dict[str, list[str]]) -> None:
     assert found["without waiting"]
 
 
-def test_a_step_in_another_stream_reads_the_same_tables() -> None:
+def test_a_step_in_another_stream_reads_the_same_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer = rf_rmsprop()
     optimizer.step()
-    numbers = len(tables._tables), len(tables._tensor_tables), len(tables._constants)
-    copied: list[Any] = []
-    with patch.object(tables, "_copied", lambda *args: copied.append(args)), torch.cuda.stream(torch.cuda.Stream()):
+    numbers, copied = num_kept(), note_copies(monkeypatch)
+    with torch.cuda.stream(torch.cuda.Stream()):
         optimizer.step()
-    assert copied == [] and numbers == (len(tables._tables), len(tables._tensor_tables), len(tables._constants))
+    assert copied == [] and num_kept() == numbers
 
 
 def test_a_table_that_is_given_up_is_known_to_every_stream_that_read_it(monkeypatch: pytest.MonkeyPatch) -> None:

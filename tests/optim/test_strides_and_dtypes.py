@@ -25,7 +25,7 @@ LAYOUTS = [
 
 @pytest.mark.parametrize(("shape", "layout"), LAYOUTS)
 def test_parameters_of_any_strides_step_as_contiguous_ones(case: Case, shape: Any, layout: Any) -> None:
-    """Also through a checkpoint; and the memory between the numbers of a parameter stays as it is."""
+    """So do loaded ones. The memory between the elements of a parameter stays as it is."""
     finals, states = [], []
     for arrange in (layout, torch.clone):
         (value,) = gradients([shape], -1, case.dtype)
@@ -96,7 +96,7 @@ def test_every_floating_dtype_of_weights_is_served(case: Case, dtype: torch.dtyp
 
 @pytest.mark.parametrize("grad_dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_a_gradient_may_have_another_floating_dtype(case: Case, grad_dtype: torch.dtype) -> None:
-    """As after a reduction of gradients in another precision; no cast rounds the numbers chosen here."""
+    """For instance after gradients were reduced in another precision. No cast rounds the numbers chosen here."""
     states = []
     for dtype in (grad_dtype, case.dtype):
         params = [nn.Parameter(torch.ones(shape, dtype=case.dtype)) for shape in SHAPES.values()]

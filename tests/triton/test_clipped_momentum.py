@@ -72,7 +72,7 @@ def test_blocks_may_have_any_number_of_axes(shape, clip):
 
 @pytest.mark.parametrize("clip", CLIPS)
 def test_a_block_of_many_shares_is_summed_up_whole(clip, monkeypatch):
-    """Also where the number of shares is at its limit, so that they grow."""
+    """At the limit of their number, shares grow."""
     momenta, deltas = triton_sides(2, [(160, 160), (24, 24)])
     expected = call("eager", "clipped_momentum", clones(momenta), clones(deltas), None, 0.5, clip)
     for limit, least in ((MAX_SHARES, MIN_SHARE), (MAX_SHARES, 1), (3, 1)):

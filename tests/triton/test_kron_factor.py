@@ -71,7 +71,7 @@ def test_bf16_moves_the_factors_of_wide_blocks_as_the_reference_does(clip, optio
 
 @pytest.mark.parametrize(("block", "p", "d"), [(128, 1040, 8), (64, 64, 1088), (128, 72, 136)])
 def test_norms_are_the_largest_row_sums_and_infinite_where_one_is_not_finite(block, p, d):
-    """Of parts [L, tiles, n]; four blocks: finite, with a NaN, with an infinite part, and 0."""
+    """Parts are [L, tiles, n]. Of the four blocks one is finite, one has a NaN, one an infinite part, and one is 0."""
     generator = torch.Generator().manual_seed(0)
     parts = [torch.rand((4, -(-n // block), n), generator=generator) for n in (p, d)]
     for sums in parts:
@@ -91,7 +91,7 @@ def test_norms_are_the_largest_row_sums_and_infinite_where_one_is_not_finite(blo
 
 @pytest.mark.parametrize("side", ["m_c", "m_k"])
 def test_a_row_sum_that_is_nan_is_seen(side):
-    """Of the last row of a block of several tiles; the other block is updated."""
+    """It is in the last row of a block of several tiles; the other block is updated."""
     batch = triton_batch(136, 72, STACKED, clip="row_sum")
     was, t = batch.tensors(), batch.tensors()
     for each in (was, t):

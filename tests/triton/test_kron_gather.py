@@ -60,7 +60,7 @@ def test_few_large_blocks_are_gathered_by_many_programs(rows, cols, number):
 
 
 def test_a_gather_by_many_programs_reads_every_number_once():
-    """Of 138 programs, 130 have eight rows of G and 133 a share of C."""
+    """Of 138 programs, 130 read eight rows of G, and 133 a share of C."""
     batch = triton_batch(1040, 8, grad=BF16)
     t = batch.tensors()
     with numbers_per_program(60):

@@ -56,7 +56,7 @@ def test_a_step_of_the_weights_is_the_reference_s_and_leaves_the_rest_of_them_al
     ],
 )
 def test_blocks_of_any_number_of_rows_take_the_aligned_path(sides, layout, aligned, monkeypatch):
-    """Like the 865 × 768 at the end of GPT-2's embedding; their columns have to be a multiple of 8."""
+    """For instance 865 × 768 at the end of GPT-2's embedding. The number of columns must be a multiple of 8."""
     chosen = {}
 
     def launch(kernel: Any, grid: int, tensors: Any, numbers: Any, constants: tuple[Any, ...], *options: Any) -> None:

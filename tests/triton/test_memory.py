@@ -15,6 +15,7 @@ from rootfree_kernels.pointer_tables import tables
 from tests.calls.device import DEVICE, kernel_test, launches, needs_gpu
 from tests.calls.kron import KEPT, LAYOUTS, STATE, THREE, assert_same
 from tests.calls.operators import call
+from tests.calls.tables import forget_tables, note_copies
 from tests.calls.tensors import BF16, FP32, same_bits
 from tests.triton.calls import triton_batch
 from tests.triton.kron_batches import MODULES, STACKED
@@ -79,14 +80,11 @@ def test_without_memory_for_a_workspace_nothing_changes(sides, clip, cached):
 
 @pytest.fixture
 def no_tables(monkeypatch):
-    """No table is kept from earlier tests, whose tensors may have lain at the same addresses."""
-    for name in ("_tables", "_block_tables", "_tensor_tables"):
-        monkeypatch.setattr(tables, name, type(tables._tables)())
+    forget_tables(monkeypatch)
 
 
 def test_a_gradient_s_new_place_is_seen_and_an_old_one_costs_no_copy(no_tables, monkeypatch):
-    copied, copy = [], tables._copied
-    monkeypatch.setattr(tables, "_copied", lambda *args: copied.append(args) or copy(*args))
+    copied = note_copies(monkeypatch)
     batch = triton_batch(13, 9, THREE)
     t = batch.tensors()
     batch.gather(t)
@@ -129,7 +127,7 @@ def test_tables_do_not_grow_for_ever(no_tables, monkeypatch):
     ],
 )
 def test_blocks_are_aligned_where_every_row_of_each_begins_on_16_bytes(sides, place, layout, dtype, aligned):
-    """What a kernel takes for granted on a GPU, and the interpreter never needs."""
+    """Kernels rely on it on a GPU; the interpreter does not need it."""
     batch = triton_batch(*sides, (place, place), ("whole" if layout == "far apart" else layout,), grad=dtype)
     grads = batch.tensors().grads
     if layout == "far apart":  # more than an offset of 32 bits within a tile
