@@ -67,7 +67,8 @@ def run_flat(name: str, *flat: Any) -> Any:
 
 def _is_observed() -> bool:
     """Return whether a compiler, a dispatch mode or a profiler has to see the operators."""
-    return bool(torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or profiler._is_profiler_enabled)
+    is_traced = torch.compiler.is_dynamo_compiling() or torch._C._len_torch_dispatch_stack()
+    return bool(is_traced or profiler._is_profiler_enabled)
 
 
 # ---- rf_rmsprop --------------------------------------------------------------------------------------------------

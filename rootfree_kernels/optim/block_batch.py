@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rootfree_kernels.arguments import Factors
 from rootfree_kernels.blocks import Tile
 from rootfree_kernels.ops.dispatch import for_matrices
 from rootfree_kernels.optim.state_spec import (
@@ -37,6 +38,14 @@ class BatchEntry(NamedTuple):
         return slice(self.first, self.first + self.tile.num_blocks)
 
 
+class BatchPart(NamedTuple):
+    """The tensors of some blocks of a batch, or of all."""
+
+    factors: Factors  # with P_C and P_K if they are kept
+    skipped: Tensor  # [number of blocks]
+    seeds: Tensor  # [number of blocks]
+
+
 class BlockBatch:
     """L blocks of p × d of parameters that share a dtype and a device.
 
@@ -61,7 +70,9 @@ class BlockBatch:
             self._adopt(states, name)
         if caches_products(group):
             self.products = self._new_products()
-        self._every = {**self.storage, **self.products, "seeds": self.seeds}
+        named = {**self.storage, **self.products}
+        factors = Factors(**{name: named.get(name) for name in Factors._fields})  # type: ignore[arg-type]
+        self._whole = BatchPart(factors, self.storage["skipped"], self.seeds)
         self.note_versions()
 
     def _adopt(self, states: Any, name: str) -> None:
@@ -89,10 +100,10 @@ class BlockBatch:
         products = make(self.storage["factor_c"], self.storage["factor_k"], self.matmul_dtype)
         return dict(zip(("product_c", "product_k"), products, strict=True))
 
-    def empty_products(self, factor_c: Tensor, factor_k: Tensor) -> tuple[Tensor, Tensor]:
-        """Return memory for P_C and P_K of some blocks' factors, for a step that does not keep them."""
+    def empty_products(self, factors: Factors) -> tuple[Tensor, Tensor]:
+        """Return memory for P_C and P_K of some blocks, for a step that does not keep them."""
         dtype = self.matmul_dtype
-        return torch.empty_like(factor_c, dtype=dtype), torch.empty_like(factor_k, dtype=dtype)
+        return torch.empty_like(factors.factor_c, dtype=dtype), torch.empty_like(factors.factor_k, dtype=dtype)
 
     def index(self, entries: Sequence[BatchEntry]) -> Tensor | None:
         """Return the indices of these entries' blocks. None stands for all blocks of the batch."""
@@ -100,17 +111,24 @@ class BlockBatch:
             return None
         return torch.cat([torch.arange(m.blocks.start, m.blocks.stop, device=self.device) for m in entries])
 
-    def part(self, index: Tensor | None) -> dict[str, Tensor]:
-        """Return storage, products and seeds of some blocks as copies, or those of all blocks (None) themselves."""
+    def part(self, index: Tensor | None) -> BatchPart:
+        """Return the tensors of some blocks as copies, or those of all blocks (None) themselves."""
         if index is None:
-            return self._every
-        return {name: tensor[index] for name, tensor in self._every.items()}
+            return self._whole
+        some = [x if x is None else x[index] for x in self._whole.factors]
+        factors = Factors(*some)  # type: ignore[arg-type]  # C, K and their momenta are never None
+        return BatchPart(factors, self._whole.skipped[index], self.seeds[index])
 
-    def put_back(self, index: Tensor, part: dict[str, Tensor], update: bool) -> None:
+    def put_back(self, index: Tensor, part: BatchPart, update: bool) -> None:
         """Write the copies in `part` back. Without an update of the factors, only `skipped` has changed."""
-        changed = {**self.storage, **self.products} if update else {"skipped": self.storage["skipped"]}
-        for name, tensor in changed.items():
-            tensor[index] = part[name]
+        self._whole.skipped[index] = part.skipped
+        for x, copy in zip(self._whole.factors, part.factors, strict=True) if update else ():
+            if x is not None and copy is not None:
+                x[index] = copy
+
+    def tensors(self) -> list[Tensor]:
+        """Return all tensors of the batch."""
+        return [x for x in (*self._whole.factors, self._whole.skipped, self.seeds) if x is not None]
 
 
 def make_batches(

@@ -18,15 +18,17 @@ from rootfree_kernels.optim.state_spec import Group, is_pair, needs_bits
 class BlockBatchStep(NamedTuple):
     """Entries of a batch that are stepped together: all of them with an update of their factors, or all without."""
 
-    params: list[Tensor]
-    buffers: list[Tensor]
-    residuals: list[Tensor]  # empty unless weights are compensated
+    weights: Weights  # with the `skipped` of all blocks of the batch
     tiling: Tiling
     batch: BlockBatch
     blocks: Tensor | None  # their indices in the batch; None stands for all
     update: bool
     are_matrices: bool  # whether every parameter has two axes, so that its blocks are views of it
     owners: list[int]  # the row of each block's parameter in the counts of steps; empty if no random bits are drawn
+
+    @property
+    def params(self) -> list[Tensor]:
+        return self.weights.params
 
     @property
     def label(self) -> str:
@@ -45,36 +47,25 @@ class BlockBatchStep(NamedTuple):
     def step(self, grads: list[Tensor], steps: Tensor, context: StepContext) -> None:
         """Step the blocks along their gradients. `steps` [L] are the counts that the random bits depend on."""
         batch, options, found_inf = self.batch, context.options, context.scaling.found_inf
-        backend = batch.backend
         if context.is_profiled:
             ranges.phase("gather")
         part = batch.part(self.blocks)
-        factors, draws = self._factors(part), Draws(part["seeds"], steps)
+        factors, draws = part.factors, Draws(part.seeds, steps)
         damped = [factors.factor_c, factors.factor_k] if self.update and options.diagonal.damping else []
-        scale, dtype = context.scaling.grad_scale, batch.matmul_dtype
-        gathered = ops.kron_gather(grads, self.tiling, damped, scale, dtype, options.maximize, backend)
+        scale, dtype, maximize = context.scaling.grad_scale, batch.matmul_dtype, options.maximize
+        gathered = ops.kron_gather(grads, self.tiling, damped, scale, dtype, maximize, batch.backend)
         ok = None
         if self.update and options.factor is not None:
             if context.is_profiled:
                 ranges.phase("factor update")
-            ok = ops.kron_factor(factors, gathered, draws, found_inf, options.factor, backend)
+            if batch.backend.makes_products and factors.product_c is None:
+                factors = Factors(*factors[:6], *batch.empty_products(factors))
+            ok = ops.kron_factor(factors, gathered, draws, found_inf, options.factor, batch.backend)
         if context.is_profiled:
             ranges.end_phase()  # kron_step has two phases of its own
-        self._step_weights(part["skipped"], _preconditioner(factors, ok), gathered, draws, context)
+        self._step_weights(part.skipped, _preconditioner(factors, ok), gathered, draws, context)
         if self.blocks is not None:
             batch.put_back(self.blocks, part, self.update)
-
-    def _factors(self, part: Mapping[str, Tensor]) -> Factors:
-        """Return the factors of the blocks, with memory for P_C and P_K if an update computes them on its way."""
-        if "product_c" in part:
-            products: tuple[Tensor | None, Tensor | None] = part["product_c"], part["product_k"]
-        elif self.update and self.batch.backend.makes_products:
-            products = self.batch.empty_products(part["factor_c"], part["factor_k"])
-        else:
-            products = None, None
-        residuals = part.get("residual_c"), part.get("residual_k")
-        momenta = part["momentum_c"], part["momentum_k"]
-        return Factors(part["factor_c"], part["factor_k"], *momenta, *residuals, *products)
 
     def _step_weights(
         self,
@@ -84,14 +75,14 @@ class BlockBatchStep(NamedTuple):
         draws: Draws,
         context: StepContext,
     ) -> None:
-        matrices = self.params
+        weights = self.weights if self.blocks is None else self.weights._replace(skipped=skipped)
         if not self.are_matrices:
-            matrices = [p if p.dim() == 2 or p.is_contiguous() else p.contiguous() for p in self.params]
-        weights = Weights(matrices, self.buffers, self.residuals, self.tiling.tiles, skipped)
+            matrices = [p if p.dim() == 2 or p.is_contiguous() else p.contiguous() for p in weights.params]
+            weights = weights._replace(params=matrices)
         lr, found_inf, options = context.lr, context.scaling.found_inf, context.options.step
         ops.kron_step(weights, preconditioner, gathered, lr, draws, found_inf, options, self.batch.backend)
         if not self.are_matrices:
-            for param, matrix in zip(self.params, matrices, strict=True):
+            for param, matrix in zip(self.params, weights.params, strict=True):
                 if matrix is not param:
                     param.copy_(matrix)
 
@@ -104,8 +95,7 @@ class BlockBatchStep(NamedTuple):
         work = BlockWork(self.num_blocks, batch.block_shape, batch.matmul_dtype, *options)
         sizes = batch.backend.workspace(work)
         if self.blocks is not None:
-            every = batch.part(None).values()
-            sizes += [_num_bytes(x) * len(self.blocks) // len(x) for x in every]
+            sizes += [_num_bytes(x) * len(self.blocks) // len(x) for x in batch.tensors()]
         return sizes + [_num_bytes(x) for x in self.params if not (x.dim() == 2 or x.is_contiguous())]
 
 
@@ -138,11 +128,12 @@ def block_steps(
                 params = [entry.param for entry in entries]
                 stored = (group["factor_dtype"], group["rounding"]), (params[0].dtype, group["weight_rounding"])
                 owners = [rows[entry.param] for entry in entries for _ in range(entry.tile.num_blocks)]
+                buffers = [states[param]["momentum_buffer"] for param in params]
+                residuals = [states[param]["weight_residual"] for param in params] if is_pair(*stored[1]) else []
+                tiling = Tiling([x for entry in entries for x in entry.tile.as_ints], *batch.block_shape)
                 step = BlockBatchStep(
-                    params,
-                    [states[param]["momentum_buffer"] for param in params],
-                    [states[param]["weight_residual"] for param in params] if is_pair(*stored[1]) else [],
-                    Tiling([x for entry in entries for x in entry.tile.as_ints], *batch.block_shape),
+                    Weights(params, buffers, residuals, tiling.tiles, batch.storage["skipped"]),
+                    tiling,
                     batch,
                     batch.index(entries),
                     update,

@@ -214,7 +214,7 @@ class StepPlan:
             if isinstance(batch, ElementwiseBatch):
                 own.append(batch.seeds)
             else:
-                own.extend(batch.batch.part(None).values())
+                own.extend(batch.batch.tensors())
                 own.extend([] if batch.blocks is None else [batch.blocks])
         return own
 

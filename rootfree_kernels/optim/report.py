@@ -50,7 +50,7 @@ def _report(batch: ElementwiseBatch | BlockBatchStep) -> BatchReport:
     blocks = batch.batch
     return BatchReport(
         *common,
-        batch.buffers[0].dtype,
+        batch.weights.buffers[0].dtype,
         blocks.block_shape,
         batch.num_blocks,
         batch.update,

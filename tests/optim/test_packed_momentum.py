@@ -177,7 +177,7 @@ def test_bytes_of_state_a_weight(options: dict[str, Any], limit: float) -> None:
     state = optimizer.state_dict()["state"][0].values()
     assert sum(x.numel() * x.element_size() for x in state) <= limit * param.numel()
     (batch,) = optimizer._planner.caches[0].device_states[0].batches
-    kept = sum(x.numel() * x.element_size() for x in batch.part(None).values())
+    kept = sum(x.numel() * x.element_size() for x in batch.tensors())
     buffer = optimizer.state[param]["momentum_buffer"]
     assert kept + buffer.numel() * buffer.element_size() <= limit * param.numel()
 
