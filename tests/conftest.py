@@ -10,7 +10,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: its kernels run on the CPU, slowly
 
-pytest.register_assert_rewrite("tests.calls", "tests.cuda.on_cpu")
+pytest.register_assert_rewrite(*(f"tests.{name}" for name in ("calls", "cpp", "cuda", "eager", "optim", "reference")))
 
 from tests.calls.optimizers import CASES, Case  # noqa: E402  after both of the above
 

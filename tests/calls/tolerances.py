@@ -28,7 +28,7 @@ TOLERANCES = {
     (torch.bfloat16, "a long chain"): 5e-2,  # 50 steps with roundings of 4e-3, most of which cancel
     # The largest error of an element, relative to it.
     (torch.float64, "an element"): 1e-13,  # a few hundred roundings of 1e-16
-    (torch.float32, "an element"): 1e-6,  # a few roundings of 6e-8
+    (torch.float32, "an element"): 1e-6,  # a few roundings of 6e-8; also of a sum of squares, whose errors cancel
     (torch.bfloat16, "an element"): 2.0**-8,  # one rounding to nearest
 }
 """Relative Frobenius errors, unless the key says otherwise, by dtype and kind of computation."""

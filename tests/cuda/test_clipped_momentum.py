@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tests.calls.clipped_momentum import assert_is_the_reference_s, assert_memory_around_sides_is_untouched, sides
 from tests.calls.operators import call
 from tests.calls.tensors import BF16, CLIPS, FP32, clones
+from tests.calls.tolerances import one_step
 from tests.cuda.on_cpu.library import CHUNK
 
 
@@ -54,7 +55,7 @@ def test_a_block_of_many_shares_is_summed_up_whole(cuda, clip, monkeypatch):
         monkeypatch.setattr(cuda, "max_shares", most)
         monkeypatch.setattr(cuda, "min_share", least)
         actual = cuda.clipped_momentum(clones(momenta), deltas, None, 0.5, clip)
-        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=0)
+        torch.testing.assert_close(actual, expected, rtol=one_step(FP32), atol=0)
 
 
 def test_bf16_momentum_is_rounded_to_nearest_with_ties_to_even(cuda):

@@ -19,6 +19,7 @@ from tests.calls.clipped_momentum import (
 from tests.calls.device import DEVICE, kernel_test, launches, module_of, needs_gpu
 from tests.calls.operators import call
 from tests.calls.tensors import BF16, CLIPS, FP32, clones
+from tests.calls.tolerances import one_step
 
 pytestmark = kernel_test
 
@@ -79,7 +80,7 @@ def test_a_block_of_many_shares_is_summed_up_whole(clip, monkeypatch):
         monkeypatch.setattr(module_of("clipped_momentum"), "MAX_SHARES", limit)
         monkeypatch.setattr(module_of("clipped_momentum"), "MIN_SHARE", least)
         actual = momentum(clones(momenta), clones(deltas), None, 0.5, clip)
-        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=0)
+        torch.testing.assert_close(actual, expected, rtol=one_step(FP32), atol=0)
 
 
 def test_bf16_is_rounded_to_nearest_with_ties_to_even():
@@ -133,7 +134,7 @@ def test_sides_of_several_dtypes_and_any_strides_are_served():
     momentum([expected[0][1]], [deltas[1]], None, 0.5, "frobenius")
     actual = momentum(*strided, None, 0.5, "frobenius")
     assert all(map(torch.equal, strided[0], expected[0]))
-    torch.testing.assert_close(actual, factors, rtol=1e-2, atol=0)
+    torch.testing.assert_close(actual, factors, rtol=one_step(BF16), atol=0)
 
 
 def test_a_call_is_two_launches_whatever_the_sides(monkeypatch):
@@ -189,5 +190,5 @@ def test_a_batch_of_more_than_2_31_numbers():
     deltas[0][-1].copy_(torch.eye(n))
     factors = momentum(momenta, deltas, None, 0.5, "frobenius")
     assert torch.equal(momenta[0][-1], torch.eye(n, device=DEVICE).bfloat16() / 2) and not momenta[0][:-1].any()
-    torch.testing.assert_close(factors[0, -1].item(), 1 / 32, rtol=1e-5, atol=0)
+    torch.testing.assert_close(factors[0, -1].item(), 1 / 32, rtol=one_step(FP32), atol=0)
     assert (factors[0, :-1] == 1).all()
