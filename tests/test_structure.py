@@ -7,7 +7,7 @@ import pytest
 from tests.calls.cpu import needs_cpp
 from tests.tools import file_changes, signatures
 
-MOST_PARAMETERS = 12
+MOST_PARAMETERS = 8
 MOST_CHANGES = {"eager": 90, "cpp": 50}
 
 
