@@ -117,7 +117,7 @@ class BlockWork(NamedTuple):
     packs_momenta: bool
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Backend:
     """A backend's description of itself. Two backends are equal only if they are the same object."""
 
@@ -155,6 +155,9 @@ class Backend:
 
     variants: Mapping[str, Backend] = field(default_factory=dict)
     """The same backend with one part done in another way, by the name of that way in dispatch tables."""
+
+    def __repr__(self) -> str:
+        return f"Backend({self.name!r})"
 
     @cached_property
     def import_problem(self) -> str | None:

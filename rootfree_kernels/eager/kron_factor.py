@@ -15,12 +15,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from rootfree_kernels import packing
 from rootfree_kernels import rounding as rnd
 from rootfree_kernels.arguments import Draws, FactorOptions, Factors, Gathered
 from rootfree_kernels.eager.clipped_momentum import clipped_momentum
 from rootfree_kernels.eager.common import Stored, cache_slices, some_blocks
 from rootfree_kernels.eager.products import curvature_step, gram
-from rootfree_kernels.packing import pack, unpack
 
 ClippedMomentum = Callable[["list[Tensor]", "list[Tensor]", "Tensor | None", float, str], Tensor]
 """`clipped_momentum` of any backend."""
@@ -81,7 +81,7 @@ def _update_blocks(
     a = torch.bmm(torch.bmm(c.mT, grad), k)
     deltas = [curvature_step(a, c, k, options), curvature_step(a.mT, k, c, options)]
     kept = [factors.momentum_c, factors.momentum_k]
-    momenta = [m if m.shape == x.shape else unpack(m) for m, x in zip(kept, factors[:2], strict=True)]
+    momenta = [m if m.shape == x.shape else packing.unpack(m) for m, x in zip(kept, factors[:2], strict=True)]
     clips = clipped_momentum(momenta, deltas, found_inf, options.riemannian_momentum, options.clip)
     sides = (
         (factors.factor_c, factors.residual_c, momenta[0], factors.product_c, rnd.SLOT_FACTOR_C),
@@ -94,7 +94,7 @@ def _update_blocks(
             gram(factor.to(product.dtype), out=product)
     for momentum, packed in zip(momenta, kept, strict=True):
         if momentum is not packed:
-            pack(momentum, out=packed)
+            packing.pack(momentum, out=packed)
     return clips[0] > 0
 
 

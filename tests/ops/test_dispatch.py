@@ -50,11 +50,11 @@ def diagonal(numbers: int, tensors: int, dtype: torch.dtype = FP32, fused: bool 
     """The backend of a list of so many numbers on the GPU."""
     with FakeTensorMode():
         sizes = [numbers - tensors + 1, *[1] * (tensors - 1)]
-        return for_diagonal([torch.empty(size, device=CUDA) for size in sizes], dtype, fused)
+        return for_diagonal([torch.empty(size, device=CUDA) for size in sizes], dtype, fused).name
 
 
 def matrices(side: int, blocks: int, kind: Any = MATRICES) -> str:
-    return for_matrices(CUDA, *kind, (8, side), blocks)
+    return for_matrices(CUDA, *kind, (8, side), blocks).name
 
 
 # ---- the rule ------------------------------------------------------------------------------------------------------
@@ -154,7 +154,7 @@ def test_a_choice_that_cannot_run_is_passed_over(use: Use, monkeypatch: pytest.M
 def test_a_table_of_another_device_is_not_asked(use: Use) -> None:
     path = use(table("NVIDIA A100", matrices=[entry("eager", side=64, blocks=1)]))
     assert matrices(64, 1) == "triton"
-    assert dispatch.describe(CUDA) == f"none: {path} is that of NVIDIA A100"
+    assert dispatch.describe(CUDA) == f"none: {path} belongs to NVIDIA A100"
 
 
 def test_every_table_that_ships_can_be_read_and_has_its_device_s_name() -> None:
@@ -193,7 +193,7 @@ def test_an_error_names_file_entry_and_remedy_before_anything_changes(use: Use, 
     with pytest.raises(DispatchTableError) as caught:
         optimizer.step()
     text = str(caught.value)
-    assert str(path) in text and message in text and text.endswith("or do without: ROOTFREE_DISPATCH=off.")
+    assert str(path) in text and message in text and text.endswith("or ignore it: ROOTFREE_DISPATCH=off.")
     assert not optimizer.state and torch.equal(param, torch.ones(3, 3))
 
 
@@ -221,7 +221,7 @@ def test_the_report_says_which_table_is_in_use_for_each_device(use: Use, capsys,
     entries = [entry("cuda", numbers=64, tensors=1), entry(None, numbers=4096, tensors=1)]
     path = use(diagonal=entries, symmetric=[entry(None, side=64, blocks=1)])
     described = f"dispatch table: {path}, measured 2026-12-01, 2026-12-02; choices: diagonal 1, symmetric 0"
-    assert tables() == [f"dispatch table: none: {path} is that of {GPU}", described]
+    assert tables() == [f"dispatch table: none: {path} belongs to {GPU}", described]
     use("{")
     assert all(line.startswith(f"dispatch table: BROKEN: dispatch table {path}: Expecting") for line in tables())
     for value, reason in (("off", "ROOTFREE_DISPATCH=off"), ("", "order of preference")):
