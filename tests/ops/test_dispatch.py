@@ -105,7 +105,8 @@ def test_without_a_table_the_order_of_preference_stands(monkeypatch: pytest.Monk
     for value in (None, "", "off"):
         monkeypatch.setenv("ROOTFREE_DISPATCH", value) if value is not None else None
         assert diagonal(10**6, 1000) == matrices(4096, 2) == "triton"
-        assert diagonal(10**6, 1000, FP64) == matrices(4096, 2, (FP32, None, (FP32, None))) == "eager"
+        assert diagonal(10**6, 1000, FP64) == matrices(4096, 2, (FP32, None, (FP64, None))) == "eager"
+        assert matrices(4096, 2, (FP32, None, (FP32, None))) == "eager_with_triton_momentum"
 
 
 @pytest.mark.usefixtures("gpu")
