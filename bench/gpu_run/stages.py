@@ -24,7 +24,7 @@ TESTS = (
     *("triton/test_rf_rmsprop.py", "triton/test_rf_rmsprop_arguments.py", "triton/test_clipped_momentum.py"),
     *("triton/test_memory.py", "optim/test_on_triton.py", "optim/test_launches.py", "optim/test_streams.py"),
     *("ops/test_dispatch_runs.py", "optim/test_no_reads.py", "test_ranges.py", "optim/test_packed_momentum.py"),
-    *("bench/test_run.py", "ops/test_opcheck.py"),
+    *("ops/test_kernel_momentum.py", "bench/test_run.py", "ops/test_opcheck.py"),
 )
 """Files of tests/ with tests for a GPU, the most telling first."""
 

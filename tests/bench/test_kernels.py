@@ -36,6 +36,7 @@ from bench.gpu_report import Alternatives, Row, Target, cell, markdown, number
 from bench.gpu_timing import HostClock, Timer, Timing, clock_of, num_inputs
 from bench.restarts import Progress
 from rootfree_kernels.eager import EAGER
+from tests.calls.backends import stand_in
 from tests.calls.device import DEVICE
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -254,9 +255,10 @@ def test_what_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch):
     def slightly_wrong(c: torch.Tensor, k: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
         return tuple((x @ x.mT * 1.1).to(dtype) for x in (c, k))
 
-    monkeypatch.setattr(gpu_symmetric, "implementation", lambda *args: slightly_wrong)
     timer = SimpleNamespace(measure=lambda *args: pytest.fail("it was timed"))
-    (row,) = kernels.run(gpu_symmetric.symmetric_cases(Context(DEVICE, TINY, timer))[0], Context(DEVICE, TINY, timer))
+    context = Context(DEVICE, TINY, timer)
+    stand_in(monkeypatch, context.backend.name, kron_products=slightly_wrong)
+    (row,) = kernels.run(gpu_symmetric.symmetric_cases(context)[0], context)
     assert row.error.startswith("CheckFailed: products: relative error") and not row.cells
 
 
