@@ -46,21 +46,22 @@ class BlockBatchStep(NamedTuple):
 
     def step(self, grads: list[Tensor], steps: Tensor, context: StepContext) -> None:
         """Step the blocks along their gradients. `steps` [L] are the counts that the random bits depend on."""
-        batch, options, found_inf = self.batch, context.options, context.scaling.found_inf
+        batch, scaling = self.batch, context.scaling
+        update = context.options.factor if self.update else None  # the options of an update, if one is due
         if context.is_profiled:
             ranges.phase("gather")
         part = batch.part(self.blocks)
         factors, draws = part.factors, Draws(part.seeds, steps)
-        damped = [factors.factor_c, factors.factor_k] if self.update and options.diagonal.damping else []
-        scale, dtype, maximize = context.scaling.grad_scale, batch.matmul_dtype, options.maximize
-        gathered = ops.kron_gather(grads, self.tiling, damped, scale, dtype, maximize, batch.backend)
+        damped = [factors.factor_c, factors.factor_k] if update is not None and update.damping else []
+        dtype, maximize = batch.matmul_dtype, context.options.maximize
+        gathered = ops.kron_gather(grads, self.tiling, damped, scaling.grad_scale, dtype, maximize, batch.backend)
         ok = None
-        if self.update and options.factor is not None:
+        if update is not None:
             if context.is_profiled:
                 ranges.phase("factor update")
             if batch.backend.makes_products and factors.product_c is None:
                 factors = Factors(*factors[:6], *batch.empty_products(factors))
-            ok = ops.kron_factor(factors, gathered, draws, found_inf, options.factor, batch.backend)
+            ok = ops.kron_factor(factors, gathered, draws, scaling.found_inf, update, batch.backend)
         if context.is_profiled:
             ranges.end_phase()  # kron_step has two phases of its own
         self._step_weights(part.skipped, _preconditioner(factors, ok), gathered, draws, context)
