@@ -256,10 +256,10 @@ def print_table(lines: Sequence[str | list[str]]) -> None:
 
 
 def import_modules(names: Sequence[str]) -> list[ModuleType]:
-    """The modules of these names; without names, all of the Triton room."""
+    """Return the modules of these names, or all modules of the Triton backend."""
     if not names:
-        room = importlib.import_module(KERNELS)
-        names = [f"{KERNELS}.{module.name}" for module in pkgutil.iter_modules(room.__path__)]
+        package = importlib.import_module(KERNELS)
+        names = [f"{KERNELS}.{module.name}" for module in pkgutil.iter_modules(package.__path__)]
     return [importlib.import_module(name) for name in names]
 
 

@@ -18,7 +18,7 @@ from bench.gpt2 import GPT2, Ceilings, Work
 from bench.gpu_report import Row
 from bench.gpu_timing import Timer, Timing
 from rootfree_kernels.backend import Backend
-from rootfree_kernels.ops.backends import choose, fused
+from rootfree_kernels.ops.backends import choose, fused_backends
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Context:
     @cached_property
     def backend(self) -> Backend:
         """The backend whose kernels are measured: the chosen one, or else the best that has all operators."""
-        return self.chosen or fused(self.device, torch.float32, (torch.bfloat16, None))[0]
+        return self.chosen or fused_backends(self.device, torch.float32, (torch.bfloat16, None))[0]
 
     @cached_property
     def eager(self) -> Backend:
@@ -80,7 +80,7 @@ class Context:
 
     def other_backend(self) -> Backend | None:
         """Return the best other backend with kernels for lists of tensors, None if there is none."""
-        others = [backend for backend in fused(self.device, torch.float32) if backend is not self.backend]
+        others = [backend for backend in fused_backends(self.device, torch.float32) if backend is not self.backend]
         return others[0] if others else None
 
     def fraction(self, work: Work, timing: Timing) -> float | None:

@@ -9,6 +9,7 @@ The exit status is 1 where PyTorch, Triton, pytest, numpy or the GPU is missing,
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -35,8 +36,8 @@ MIN_SETUPTOOLS = 77
 IMPORTED = """
 import sys
 from pathlib import Path
-import rootfree_kernels.triton_kernels as room
-print(Path(room.__file__).resolve().parent)
+import rootfree_kernels.triton_kernels as kernels
+print(Path(kernels.__file__).resolve().parent)
 """
 
 
@@ -54,15 +55,20 @@ def problem() -> str | None:
     return None
 
 
-def room() -> str:
-    """The folder that rootfree_kernels.triton_kernels is imported from, "" where it is not installed."""
-    run = subprocess.run([sys.executable, "-c", IMPORTED], cwd=ROOT, capture_output=True, text=True)
+def triton_folder() -> str:
+    """Return the folder of the installed rootfree_kernels.triton_kernels, "" if there is none.
+
+    This tree by itself does not count: its extension may not have been built.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-c", IMPORTED]
+    run = subprocess.run(command, cwd=ROOT.anchor, env=environment, capture_output=True, text=True)
     return run.stdout.strip().rpartition("\n")[2] if run.returncode == 0 else ""
 
 
 def install() -> str | None:
     """Install this tree in place, editable; why that failed, or None."""
-    if room() == str(ROOT / "triton_kernels"):
+    if triton_folder() == str(ROOT / "triton_kernels"):
         return None
     if absent := missing(BUILD):
         return f"{sys.executable} has no {', '.join(absent)} to install this tree with."
@@ -74,7 +80,7 @@ def install() -> str | None:
     print("installing rootfree-kernels, editable, with what is there ...", flush=True)
     if subprocess.run(command, cwd=ROOT).returncode:
         return f"{' '.join(command)} failed."
-    if (found := room()) != str(ROOT / "triton_kernels"):
+    if (found := triton_folder()) != str(ROOT / "triton_kernels"):
         return f"rootfree_kernels.triton_kernels comes from {found or 'nowhere'} after the install, not from {ROOT}."
     return None
 

@@ -42,7 +42,7 @@ TORCH_LIBRARY(rootfree_native, m) {
       "float riemannian_momentum, ScalarType dtype, int clip) -> ()");
 
   // ---- operators that take tensors, CPU only ------------------------------------------------------------------------
-  // Each has the arguments of the function of the same name in rootfree_kernels/eager.
+  // Each has the flat arguments of torch.ops.rootfree.<name>, without the name of the backend.
   m.def(
       "rf_rmsprop(Tensor(a0!)[] params, Tensor(a1!)[] squares, Tensor(a2!)[] buffers, Tensor(a3!)[] skipped, "
       "Tensor(a4!)[] square_residuals, Tensor(a5!)[] weight_residuals, Tensor[] grads, Tensor lr, Tensor seeds, "

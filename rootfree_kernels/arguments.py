@@ -1,7 +1,8 @@
 """Named tuples that carry the operators' arguments: state, options and sources of random bits.
 
 The schemas of `torch.ops.rootfree` are flat. Each operator of `rootfree_kernels.ops` lists the fields of these tuples
-one after the other, so a field's name is also the name of an argument in the schema.
+one after the other, so a field's name is also the name of an argument in the schema. (Only the fields of
+`Preconditioner` stand in three places.)
 
 Shapes: L blocks of p × d, or n tensors of any shape. "Wide" means FP32, or FP64 where parameters or state are FP64.
 """

@@ -134,6 +134,9 @@ class Backend:
     """Return why it cannot serve parameters of a dtype on a device, or None if it can. The third argument holds the
     dtypes of the factors, or None for the diagonal step."""
 
+    is_selectable: bool = True
+    """Whether users may ask for it by name. The others are chosen only where those that are selectable cannot serve."""
+
     is_fused: bool = True
     """Whether it has kernels of its own: `fused=True` accepts no other backend."""
 
@@ -159,6 +162,9 @@ class Backend:
     def __repr__(self) -> str:
         return f"Backend({self.name!r})"
 
+    def __reduce__(self) -> tuple[Callable[[str], Backend], tuple[str]]:
+        return _named, (self.name,)  # a copy is the same object
+
     @cached_property
     def import_problem(self) -> str | None:
         """Import the module. None if that worked, otherwise the reason."""
@@ -179,6 +185,11 @@ class Backend:
         if self.import_problem:
             raise RuntimeError(f"backend {self.name!r}: {self.import_problem}")
         return cast(Operators, import_module(self.module))
+
+
+def _named(name: str) -> Backend:
+    backend: Backend = import_module("rootfree_kernels.ops.backends").named(name)
+    return backend
 
 
 def old_gpu_problem(device: torch.device) -> str | None:

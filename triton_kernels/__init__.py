@@ -80,5 +80,6 @@ EAGER_WITH_TRITON_MOMENTUM = Backend(
     module="rootfree_kernels.triton_kernels.with_eager_matrices",
     devices=("cuda",),
     why_not=_why_not_momentum,
+    is_selectable=False,
     is_fused=False,
 )

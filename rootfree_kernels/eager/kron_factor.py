@@ -10,7 +10,6 @@ The caption of Fig. 7 lost the factor C in front of m_C.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -37,12 +36,11 @@ def move_factor(factor: Stored, momentum: Tensor, scale: Tensor, matmul_dtype: t
         factor.residual.copy_(residual)
 
 
-def kron_factor_by(
-    clipped_momentum: ClippedMomentum,
+def kron_factor(
     factors: Factors,
     gathered: Gathered,
     draws: Draws,
-    found_inf: Tensor | None,
+    found_inf: Tensor | None,  # one element
     options: FactorOptions,
 ) -> Tensor:
     """Update C, K, m_C and m_K of a batch in place, both sides from the old factors. Return ok [L], bool.
@@ -51,25 +49,36 @@ def kron_factor_by(
     A block with a non-finite norm stays as it was, and its `ok` is False.
 
     Args:
-        clipped_momentum: steps the momenta; `clipped_momentum` of this or of another backend.
         factors: C, K and what belongs to them. m_C and m_K have the shapes of C and K, or are packed.
         gathered: what `kron_gather` returned.
         draws: seeds and steps of the L blocks.
-        found_inf: one element; unless it is 0, every block stays as it was.
+        found_inf: unless it is 0, every block stays as it was.
     """
+    return kron_factor_by(clipped_momentum, factors, gathered, draws, found_inf, options)
+
+
+def kron_factor_by(
+    step_momenta: ClippedMomentum,
+    factors: Factors,
+    gathered: Gathered,
+    draws: Draws,
+    found_inf: Tensor | None,
+    options: FactorOptions,
+) -> Tensor:
+    """Do the same with another way to step the momenta: the `clipped_momentum` of another backend."""
     grad = gathered.grad
     parts = cache_slices(len(grad), grad.shape[1], grad.shape[2], grad.device)
     if len(parts) == 1:
-        return _update_blocks(clipped_momentum, factors, grad, draws, found_inf, options)
+        return _update_blocks(step_momenta, factors, grad, draws, found_inf, options)
     oks = []
     for part in parts:
         some, drawn = some_blocks(factors, part), some_blocks(draws, part)
-        oks.append(_update_blocks(clipped_momentum, some, grad[part], drawn, found_inf, options))
+        oks.append(_update_blocks(step_momenta, some, grad[part], drawn, found_inf, options))
     return torch.cat(oks)
 
 
 def _update_blocks(
-    clipped_momentum: ClippedMomentum,
+    step_momenta: ClippedMomentum,
     factors: Factors,
     grad: Tensor,
     draws: Draws,
@@ -82,7 +91,7 @@ def _update_blocks(
     deltas = [curvature_step(a, c, k, options), curvature_step(a.mT, k, c, options)]
     kept = [factors.momentum_c, factors.momentum_k]
     momenta = [m if m.shape == x.shape else packing.unpack(m) for m, x in zip(kept, factors[:2], strict=True)]
-    clips = clipped_momentum(momenta, deltas, found_inf, options.riemannian_momentum, options.clip)
+    clips = step_momenta(momenta, deltas, found_inf, options.riemannian_momentum, options.clip)
     sides = (
         (factors.factor_c, factors.residual_c, momenta[0], factors.product_c, rnd.SLOT_FACTOR_C),
         (factors.factor_k, factors.residual_k, momenta[1], factors.product_k, rnd.SLOT_FACTOR_K),
@@ -96,6 +105,3 @@ def _update_blocks(
         if momentum is not packed:
             packing.pack(momentum, out=packed)
     return clips[0] > 0
-
-
-kron_factor = partial(kron_factor_by, clipped_momentum)

@@ -5,6 +5,8 @@ U = CCᵀ·G·KKᵀ,    buf ← α₁buf + U + κW,    W ← W − β₁buf
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,15 @@ from rootfree_kernels import rounding as rnd
 from rootfree_kernels.arguments import Draws, Gathered, Preconditioner, StepOptions, Weights
 from rootfree_kernels.blocks import tiled_blocks
 from rootfree_kernels.eager.common import WIDE, Stored, cache_slices, heavy_ball_, some_blocks
+
+
+class Blocks(NamedTuple):
+    """`Weights` of blocks: views [p, d] in place of tensors that are cut into tiles."""
+
+    params: list[Tensor]
+    buffers: list[Tensor]
+    residuals: list[Tensor]
+    skipped: Tensor  # [L]
 
 
 def precondition_(preconditioner: Preconditioner, grad: Tensor) -> Tensor:
@@ -49,19 +60,19 @@ def kron_step(
     rows, cols = gathered.grad.shape[1:]
     lists = weights.params, weights.buffers, weights.residuals
     params, buffers, residuals = tiled_blocks(lists, weights.tiles, rows, cols)
-    blocks = Weights(params, buffers, residuals, [], weights.skipped)
-    parts = cache_slices(len(gathered.grad), rows, cols, gathered.grad.device)
-    if len(parts) == 1:
-        _step_blocks(blocks, preconditioner, gathered.grad, lr, draws, found_inf, options)
-    for part in parts if len(parts) > 1 else ():
-        some, drawn = some_blocks(blocks, part), some_blocks(draws, part)
-        _step_blocks(some, some_blocks(preconditioner, part), gathered.grad[part], lr, drawn, found_inf, options)
+    blocks = Blocks(params, buffers, residuals, weights.skipped)
+    for part in cache_slices(len(gathered.grad), rows, cols, gathered.grad.device):
+        some, factors, drawn = blocks, preconditioner, draws
+        if part.stop < len(gathered.grad) or part.start:  # not all blocks at once
+            some, drawn = some_blocks(blocks, part), some_blocks(draws, part)
+            factors = some_blocks(preconditioner, part)
+        _step_blocks(some, factors, gathered.grad[part], lr, drawn, found_inf, options)
     if ranges.listened:
         ranges.end_phase()
 
 
 def _step_blocks(
-    blocks: Weights,  # views of blocks in place of parameters
+    blocks: Blocks,
     preconditioner: Preconditioner,
     grad: Tensor,
     lr: Tensor,
@@ -92,7 +103,8 @@ def _step_blocks(
     wide_buffers = buffers if buffer is None else list(buffer.load().unbind())
     direction = direction.nan_to_num_(0.0, 0.0, 0.0).to(wide_buffers[0].dtype)
     keep = finite.to(direction.dtype)
-    heavy_ball_(wide_weights, wide_buffers, list(direction.unbind()), keep, lr, *options[:3])
+    descent = options.momentum, options.weight_decay, options.decoupled
+    heavy_ball_(wide_weights, wide_buffers, list(direction.unbind()), keep, lr, *descent)
     if weight is not None:
         _store_batch(weight, wide_weights, params, residuals)
     if buffer is not None:

@@ -101,5 +101,6 @@ EAGER_WITH_CUDA_MOMENTUM = Backend(
     module="rootfree_kernels.native.cuda_with_eager_matrices",
     devices=("cuda",),
     why_not=_why_not_cuda_momentum,
+    is_selectable=False,
     is_fused=False,
 )

@@ -1,12 +1,13 @@
-"""Eager PyTorch for matrices that no kernel serves, with the momentum of the factors stepped by the CUDA kernel.
+"""Eager PyTorch for matrices that no kernel serves, with the momentum of the factors updated by the CUDA kernels.
 
-It serves FP32 factors on a GPU without Triton, for example.
+It serves factors on a GPU without Triton, for example.
 """
 
 from __future__ import annotations
 
-from functools import partial
+from torch import Tensor
 
+from rootfree_kernels.arguments import Draws, FactorOptions, Factors, Gathered
 from rootfree_kernels.eager import kron_gather, kron_products, kron_step, num_partial_sums, padded_side, rf_rmsprop
 from rootfree_kernels.eager.kron_factor import kron_factor_by
 from rootfree_kernels.native.cuda import clipped_momentum
@@ -22,4 +23,9 @@ __all__ = [
     "rf_rmsprop",
 ]
 
-kron_factor = partial(kron_factor_by, clipped_momentum)
+
+def kron_factor(
+    factors: Factors, gathered: Gathered, draws: Draws, found_inf: Tensor | None, options: FactorOptions
+) -> Tensor:
+    """Update the factors in place and return ok [L]: see `rootfree_kernels.eager.kron_factor`."""
+    return kron_factor_by(clipped_momentum, factors, gathered, draws, found_inf, options)

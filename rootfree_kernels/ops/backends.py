@@ -26,8 +26,8 @@ BACKENDS = (TRITON, CUDA, CPP, EAGER_WITH_TRITON_MOMENTUM, EAGER_WITH_CUDA_MOMEN
 """All backends, best first. On a GPU Triton comes before CUDA, which has no matrix kernels, until `make gpu` has
 measured them side by side."""
 
-NAMES = tuple(backend.name for backend in (TRITON, CUDA, CPP, EAGER))
-"""What a user may ask for with ROOTFREE_BACKEND. The others are chosen only where these cannot serve."""
+NAMES = tuple(backend.name for backend in BACKENDS if backend.is_selectable)
+"""What a user may ask for with ROOTFREE_BACKEND."""
 
 UNKNOWN = f"unknown backend: choose one of {', '.join(NAMES)}"
 
@@ -73,13 +73,13 @@ def candidates(device: torch.device) -> list[Backend]:
     return [backend for backend in BACKENDS if backend.devices is None or device.type in backend.devices]
 
 
-def fused(device: torch.device, dtype: torch.dtype, factors: FactorDtypes | None = None) -> list[Backend]:
+def fused_backends(device: torch.device, dtype: torch.dtype, factors: FactorDtypes | None = None) -> list[Backend]:
     """Return all backends with kernels that can serve, whether or not they would be chosen, best first.
 
     Raises:
         ImportError: the compiled extension was built and cannot be imported.
     """
-    return [x for x in map(named, NAMES) if x.is_fused and why_not(x.name, device, dtype, factors) is None]
+    return [x for x in BACKENDS if x.is_fused and why_not(x.name, device, dtype, factors) is None]
 
 
 def choose(
@@ -100,20 +100,24 @@ def choose(
         ImportError: the compiled extension was built and cannot be imported.
     """
     asked_for = forced(fused)
-    if favourite and not asked_for and not (fused and not named(favourite).is_fused):
-        with suppress(ImportError):  # of a broken extension: an error only if the order of preference comes to it
-            if why_not(favourite, device, dtype, factors) is None:
-                return _announced(named(favourite), device.type, dtype)
-    reasons = {}
-    for name in (asked_for,) if asked_for else [backend.name for backend in candidates(device)]:
-        reason = why_not(name, device, dtype, factors) if name in NAMES or not asked_for else UNKNOWN
-        if reason is None and fused and not named(name).is_fused:
-            reason = "it has no fused kernels"
-        if reason is None:
-            return _announced(named(name), device.type, dtype)
-        reasons[name] = reason
+    if asked_for and asked_for not in NAMES:
+        reasons = {asked_for: UNKNOWN}
+    else:
+        if favourite and not asked_for and (named(favourite).is_fused or not fused):
+            with suppress(ImportError):  # of a broken extension: an error only if the order of preference comes to it
+                if why_not(favourite, device, dtype, factors) is None:
+                    return _announced(named(favourite), device.type, dtype)
+        reasons = {}
+        for backend in [named(asked_for)] if asked_for else candidates(device):
+            reason = why_not(backend.name, device, dtype, factors)
+            if reason is None and fused and not backend.is_fused:
+                reason = "it has no fused kernels"
+            if reason is None:
+                return _announced(backend, device.type, dtype)
+            if backend.is_selectable:
+                reasons[backend.name] = reason
     asked = f"ROOTFREE_BACKEND={asked_for}" if asked_for and fused is None else f"fused={fused}"
-    why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if name in NAMES or asked_for)
+    why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     raise RuntimeError(f"{asked} cannot be served for {dtype} parameters on {device}: {why}. Leave it unset.")
 
 

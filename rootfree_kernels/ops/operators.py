@@ -11,8 +11,8 @@ by the backend. They call the backend directly, because PyTorch's dispatcher unp
 list, which takes a large part of a step's time on the host (`python -m bench.host_step`). Only compilers, dispatch
 modes and profilers need to see an operator: for them the call goes through `torch.ops.rootfree`.
 
-Schemas are flat: the fields of the named tuples one after the other, and the backend's name last. Every tensor that an
-operator changes is declared, so that `torch.compile` can capture it.
+Schemas are flat: the fields of the named tuples one after the other (those of `Preconditioner` in three places), and
+the backend's name last. Every tensor that an operator changes is declared, so that `torch.compile` can capture it.
 """
 
 from __future__ import annotations

@@ -21,22 +21,31 @@ class GroupOptions(NamedTuple):
 
 def group_options(group: Group) -> GroupOptions:
     """Return the operators' options for the present values in a group."""
-    descent = group["momentum"], group["weight_decay"], group["decoupled_weight_decay"]
-    momentum, weight_decay, decoupled = descent
-    curvature = group["batch_size"], group["beta2"]
-    factor = None
-    if "riemannian_momentum" in group:
-        damped = group["riemannian_momentum"], group["damping"], group["gamma"]
-        factor = FactorOptions(*curvature, *damped, group["clip"], group["rounding"])
-    return GroupOptions(
-        DiagonalOptions(
-            *(*curvature, group["gamma"], momentum, group["damping"], weight_decay, decoupled),
-            *(group["maximize"], group["rounding"], group["weight_rounding"]),
-        ),
-        factor,
-        StepOptions(*descent, group["weight_rounding"]),
-        group["maximize"],
+    diagonal = DiagonalOptions(
+        batch_size=group["batch_size"],
+        beta2=group["beta2"],
+        gamma=group["gamma"],
+        momentum=group["momentum"],
+        damping=group["damping"],
+        weight_decay=group["weight_decay"],
+        decoupled=group["decoupled_weight_decay"],
+        maximize=group["maximize"],
+        rounding=group["rounding"],
+        weight_rounding=group["weight_rounding"],
     )
+    step = StepOptions(diagonal.momentum, diagonal.weight_decay, diagonal.decoupled, diagonal.weight_rounding)
+    if "riemannian_momentum" not in group:
+        return GroupOptions(diagonal, None, step, diagonal.maximize)
+    factor = FactorOptions(
+        batch_size=group["batch_size"],
+        beta2=group["beta2"],
+        riemannian_momentum=group["riemannian_momentum"],
+        damping=group["damping"],
+        gamma=group["gamma"],
+        clip=group["clip"],
+        rounding=group["rounding"],
+    )
+    return GroupOptions(diagonal, factor, step, diagonal.maximize)
 
 
 class StepContext(NamedTuple):

@@ -53,8 +53,8 @@ def elementwise_batches(
     for param in rows:
         if param.numel() and param not in excluded:
             alone = id(param) if group["foreach"] is False else None
-            grad_dtype = None if param.grad is None else param.grad.dtype
-            lists[param.dtype, grad_dtype, alone].append(param)
+            assert param.grad is not None  # `rows` holds no other parameters
+            lists[param.dtype, param.grad.dtype, alone].append(param)
     return [_batch(params, rows, states, group, seed_of) for params in lists.values()]
 
 

@@ -180,6 +180,11 @@ class StepPlan:
     def _ordered(self, grads: Sequence[Tensor | None]) -> list[Any]:
         return [grads[row] for row in self._rows]
 
+    @property
+    def grad_dtypes(self) -> list[torch.dtype]:
+        """The dtypes of the gradients of `params` that the plan was made for."""
+        return self._kinds[0]
+
     def served(self, grads: Sequence[Tensor | None]) -> list[Tensor] | None:
         """Return the gradients of `params`, or None if the plan was made for gradients of another kind."""
         ordered = self._ordered(grads)

@@ -12,6 +12,7 @@ from rootfree_kernels.backend import Backend
 from rootfree_kernels.optim.base import RootFreeOptimizer
 from rootfree_kernels.optim.block_step import BlockBatchStep
 from rootfree_kernels.optim.elementwise_batch import ElementwiseBatch
+from rootfree_kernels.optim.plan import StepPlan
 
 
 class BatchReport(NamedTuple):
@@ -38,12 +39,15 @@ def step_reports(optimizer: Optimizer) -> list[list[BatchReport]]:
     if not isinstance(optimizer, RootFreeOptimizer):
         return []
     states = [state for cache in optimizer._planner.caches.values() for state in cache.device_states]
-    return [[_report(batch) for batch in plan.batches] for state in states for plan in state.plans.values()]
+    return [_reports(plan) for state in states for plan in state.plans.values()]
 
 
-def _report(batch: ElementwiseBatch | BlockBatchStep) -> BatchReport:
-    grad = batch.params[0].grad
-    grad_dtype = batch.params[0].dtype if grad is None else grad.dtype
+def _reports(plan: StepPlan) -> list[BatchReport]:
+    dtypes = plan.grad_dtypes
+    return [_report(batch, dtypes[where.start]) for batch, where in zip(plan.batches, plan.slices, strict=True)]
+
+
+def _report(batch: ElementwiseBatch | BlockBatchStep, grad_dtype: torch.dtype) -> BatchReport:
     common = batch.label, batch.backend, batch.params, grad_dtype
     if isinstance(batch, ElementwiseBatch):
         return BatchReport(*common, batch.state.buffers[0].dtype)

@@ -56,7 +56,8 @@ _constants: dict[Any, _Kept] = {}
 
 _captured: dict[int, _Kept] = {}
 """Values that CUDA graphs read, by id. They are never freed: we cannot know when a graph is gone. Capturing the same
-step again adds nothing."""
+step again adds nothing, except tables of temporary tensors: eager updates with the momentum of a kernel make one for
+each batch and capture, of a few hundred bytes."""
 
 _captured_hosts: dict[Any, Tensor] = {}
 """Pinned host memory, by content, that the replay of a graph copies to the device. Never freed, for the same reason."""

@@ -654,8 +654,8 @@ def test_a_machine_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_tree_that_is_installed_in_place_is_left_alone(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(gpu_machine, "room", lambda: str(gpu_machine.ROOT / "triton_kernels"))
+    monkeypatch.setattr(gpu_machine, "triton_folder", lambda: str(gpu_machine.ROOT / "triton_kernels"))
     assert gpu_machine.install() is None
-    monkeypatch.setattr(gpu_machine, "room", lambda: "")
+    monkeypatch.setattr(gpu_machine, "triton_folder", lambda: "")
     monkeypatch.setattr(gpu_machine, "version", lambda name: "65.5.0")
     assert gpu_machine.install() == "setuptools 65.5.0 cannot install this tree: it needs 77 or later."
