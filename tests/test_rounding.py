@@ -1,4 +1,4 @@
-"""The three rounding modes, and the counter-based bits that every backend must draw alike."""
+"""The three rounding modes, and the counter-based bits, which every backend must draw identically."""
 
 from __future__ import annotations
 

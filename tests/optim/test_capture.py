@@ -26,7 +26,7 @@ SHAPES = {"weight": (64, 48), "twin": (64, 48), "ragged": (33, 21), "conv": (16,
 """With blocks of at most 48, the first two fall into two blocks each; no side of `ragged` is a multiple of 8."""
 
 NOT_FINITE = 6
-"""The step in which a gradient has a NaN: its block, or number, is left out by graph and host alike."""
+"""The step in which a gradient has a NaN. Graph and host both leave out its block or element."""
 
 
 class Case(NamedTuple):
