@@ -2,8 +2,8 @@
 
     python -m tests.tools.file_changes [--backend eager|cpp] [--verbose]
 
-A reader who follows a step through the source turns a page that often. The step is the second one of IFShampoo, since the
-first one makes the state, on a matrix of 8 x 6 and a vector of 6.
+A reader who follows a step through the source turns a page that often. The step is the second one of IFShampoo, since
+the first one makes the state, on a matrix of 8 x 6 and a vector of 6.
 """
 
 from __future__ import annotations
