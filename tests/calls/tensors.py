@@ -58,8 +58,10 @@ def laid_out(value: Tensor, layout: str, device: torch.device | str = "cpu", shi
     shape, strides = tuple(value.shape), strides_of(tuple(value.shape), layout)
     reach = sum(max(0, size - 1) * stride for size, stride in zip(shape, strides, strict=True)) + 1
     offset = MARGIN + OFFSETS.get(layout, 0) + shift
-    memory = torch.full((offset + reach + MARGIN,), FILL, dtype=value.dtype, device=device)
-    return memory.as_strided(shape, strides, offset).copy_(value), memory
+    memory = torch.full((offset + reach + MARGIN,), FILL, dtype=value.dtype)
+    memory.as_strided(shape, strides, offset).copy_(value)
+    memory = memory.to(device)  # in one piece, which the fake GPU copies too
+    return memory.as_strided(shape, strides, offset), memory
 
 
 def sliced(x: Tensor) -> Tensor:
