@@ -30,7 +30,7 @@ class Target(NamedTuple):
 
 class Alternatives(NamedTuple):
     """Ways to do the same work that were measured in turn, of which `bench.dispatch` makes tables; operation, sizes and
-    choices are those of `rootfree_kernels.dispatch`."""
+    choices are those of `rootfree_kernels.ops.dispatch`."""
 
     operation: str
     sizes: dict[str, int]
