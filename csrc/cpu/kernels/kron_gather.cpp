@@ -31,7 +31,7 @@ float gather(const Matrix& matrix, int64_t rows, int64_t cols, float factor, con
           scaled[i] = x[i] * factor;
         }
         store(out, row * cols + col, length, scaled);
-        // The sum is that of the rounded elements, so it is computed from what was stored.
+        // Sum up the rounded elements: read back what was stored.
         x = load(out, row * cols + col, length, scaled);
       }
       Lanes sums;

@@ -116,7 +116,7 @@ static inline void store(const TypedPointer& x, int64_t start, int64_t length, c
   }
 }
 
-// Likewise, by the tensor's rounding mode. `index` is that of the first element, for the random bits.
+// Store elements by the tensor's rounding mode. `index` is the first element's, for the random bits.
 static inline void store(const Stored& x, int64_t start, int64_t length, uint32_t index, const float* buffer) {
   if (x.rounding == Rounding::nearest) {
     return store(x.value, start, length, buffer);
