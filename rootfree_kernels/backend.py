@@ -199,6 +199,15 @@ def old_gpu_problem(device: torch.device) -> str | None:
     return None
 
 
+def momentum_problem(factors: FactorDtypes | None) -> str | None:
+    """Return why eager matrices whose momentum a kernel steps cannot serve factors of these dtypes, or None."""
+    if factors is None:
+        return "it serves matrices only"
+    if not {*factors} <= {torch.float32, torch.bfloat16, None}:
+        return f"its momentum is FP32 or BF16, and factors are {' and '.join(map(str, factors))}"
+    return None
+
+
 def is_captured(device: torch.device) -> bool:
     """Return whether a CUDA graph is recording the work of `device`, to run it at every replay."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from rootfree_kernels.backend import FP64_PROBLEM, Backend, FactorDtypes, old_gpu_problem
+from rootfree_kernels.backend import FP64_PROBLEM, Backend, FactorDtypes, momentum_problem, old_gpu_problem
 from rootfree_kernels.triton_kernels.workspace import workspace
 
 if TYPE_CHECKING:
@@ -47,11 +47,7 @@ def _why_not(device: torch.device, dtype: torch.dtype, factors: FactorDtypes | N
 
 def _why_not_momentum(device: torch.device, dtype: torch.dtype, factors: FactorDtypes | None) -> str | None:
     """Return why the momentum kernels cannot serve, or None: see `Backend.why_not`."""
-    if factors is None:
-        return "it serves matrices only"
-    if not {*factors} <= {torch.float32, torch.bfloat16, None}:
-        return f"its momentum is FP32 or BF16, and factors are {' and '.join(map(str, factors))}"
-    return _why_not(device, torch.float32, None)
+    return momentum_problem(factors) or _why_not(device, torch.float32, None)
 
 
 TRITON_WITH_BMM = Backend(

@@ -37,7 +37,7 @@ struct WeightBlocks {
   std::vector<Block> blocks;
   Rounding rounding;
 
-  // Return row i of a block. `direction` is the same row of U, `key` that of the block's random bits.
+  // Return row i of a block. `direction` is the same row of U, and `key` belongs to the block's random bits.
   WeightRow row(int64_t block, int64_t i, uint32_t key, const TypedPointer& direction, int64_t cols) const {
     const Block& place = blocks[block];
     const Matrix weight = block_of(weights[place.index], place), buffer = block_of(buffers[place.index], place);

@@ -65,7 +65,7 @@ def kron_factor_by(
     found_inf: Tensor | None,
     options: FactorOptions,
 ) -> Tensor:
-    """Do the same with another way to step the momenta: the `clipped_momentum` of another backend."""
+    """Update as `kron_factor` does, with momenta stepped by the `clipped_momentum` of any backend."""
     grad = gathered.grad
     parts = cache_slices(len(grad), grad.shape[1], grad.shape[2], grad.device)
     if len(parts) == 1:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from rootfree_kernels.backend import FP64_PROBLEM, Backend, FactorDtypes, old_gpu_problem
+from rootfree_kernels.backend import FP64_PROBLEM, Backend, FactorDtypes, momentum_problem, old_gpu_problem
 from rootfree_kernels.eager import cpu_matmul_dtype
 
 
@@ -72,11 +72,7 @@ def _why_not_cuda(device: torch.device, dtype: torch.dtype, factors: FactorDtype
 
 
 def _why_not_cuda_momentum(device: torch.device, dtype: torch.dtype, factors: FactorDtypes | None) -> str | None:
-    if factors is None:
-        return "it serves matrices only"
-    if not {*factors} <= {torch.float32, torch.bfloat16, None}:
-        return f"its momentum is FP32 or BF16, and factors are {' and '.join(map(str, factors))}"
-    return _why_not_cuda(device, torch.float32, None)
+    return momentum_problem(factors) or _why_not_cuda(device, torch.float32, None)
 
 
 CPP = Backend(

@@ -44,7 +44,7 @@ def named(name: str) -> Backend:
         RuntimeError: there is none.
     """
     if name not in _BY_NAME:
-        raise RuntimeError(f"unknown backend {name!r}: choose one of {', '.join(NAMES)}")
+        raise RuntimeError(f"backend {name!r}: {UNKNOWN}")
     return _BY_NAME[name]
 
 
