@@ -58,6 +58,41 @@ class DiagonalOptions(NamedTuple):
     weight_rounding: str
 
 
+class ScaledState(NamedTuple):
+    """The state of n tensors in the scaled diagonal method, and the size of their updates.
+
+    Tensors have their parameter's shape, unless it says otherwise.
+    """
+
+    squares: list[Tensor]  # s; wide or BF16
+    buffers: list[Tensor]  # M, or the heavy-ball momentum; wide or BF16
+    skipped: list[Tensor]  # 0-d, int32: steps that left the tensor out
+    curvatures: list[Tensor]  # q, 0-d, wide; an empty list if neither damping nor start depends on it
+    square_residuals: list[Tensor]  # int16, for a compensated BF16 s; otherwise an empty list
+    weight_residuals: list[Tensor]  # int16, for compensated BF16 parameters; otherwise an empty list
+    update_norms: Tensor | None  # [n], FP32: ‖u‖ is scaled to it; None leaves u as it is
+
+
+class ScaledOptions(NamedTuple):
+    """Options of one step of the scaled diagonal method. Symbols are those of `rootfree_kernels.IFShampoo`."""
+
+    batch_size: float  # B
+    beta2: float  # β₂
+    gamma: float  # γ
+    momentum: float  # α₁
+    damping: float  # λ
+    weight_decay: float  # κ
+    decoupled: bool
+    maximize: bool
+    rounding: str  # of s
+    weight_rounding: str
+    direction: str
+    relative_damping: bool
+    factor_init: str
+    momentum_on: str
+    nesterov: bool
+
+
 # ---- the Kronecker-factored method -------------------------------------------------------------------------------
 
 
@@ -87,6 +122,7 @@ class Factors(NamedTuple):
     residual_k: Tensor | None = None  # [L, d, d], int16, for a compensated BF16 K
     product_c: Tensor | None = None  # P_C = CCᵀ [L, p, p]: written if given
     product_k: Tensor | None = None  # P_K = KKᵀ [L, d, d]: written if given
+    curvature: Tensor | None = None  # q [L], wide; None if neither damping nor start depends on it
 
 
 class FactorOptions(NamedTuple):
@@ -99,13 +135,16 @@ class FactorOptions(NamedTuple):
     gamma: float  # γ
     clip: str
     rounding: str  # of C and K
+    direction: str = "root_free"
+    relative_damping: bool = False
+    factor_init: str = "identity"
 
 
 class Preconditioner(NamedTuple):
-    """What preconditions the gradients of a batch: U = CCᵀ·G·KKᵀ."""
+    """What preconditions the gradients of a batch: U = CCᵀ·G·KKᵀ, or U = X·G·Y with two matrices as they are."""
 
-    factor_c: Tensor  # C [L, p, p], or P_C = CCᵀ where `cached`
-    factor_k: Tensor  # K [L, d, d], or P_K = KKᵀ where `cached`
+    factor_c: Tensor  # C [L, p, p]; where `cached`, X: P_C = CCᵀ, or the C of the whitened direction
+    factor_k: Tensor  # K [L, d, d]; where `cached`, Y: P_K = KKᵀ, or the K of the whitened direction
     cached: bool
     ok: Tensor | None  # [L], bool: blocks whose update succeeded; None without an update in this step
 
@@ -114,10 +153,11 @@ class Weights(NamedTuple):
     """The weights of a batch of blocks and their state."""
 
     params: list[Tensor]  # contiguous, or with two axes
-    buffers: list[Tensor]  # heavy-ball momentum, of the parameters' shapes
+    buffers: list[Tensor]  # M or the heavy-ball momentum (`StepOptions.momentum_on`), of the parameters' shapes
     residuals: list[Tensor]  # int16, for compensated BF16 parameters; otherwise an empty list
     tiles: list[int]  # as in `Tiling`
     skipped: Tensor  # [L], int32: steps that left the block out
+    update_norms: Tensor | None = None  # [L], FP32: ‖U‖_F is scaled to it; None leaves U as it is
 
 
 class StepOptions(NamedTuple):
@@ -127,3 +167,5 @@ class StepOptions(NamedTuple):
     weight_decay: float  # κ
     decoupled: bool
     rounding: str  # of the weights
+    momentum_on: str = "update"  # what the momentum averages: "update" (the paper's heavy ball) or "gradient"
+    nesterov: bool = False

@@ -25,6 +25,8 @@ from rootfree_kernels.arguments import (
     Factors,
     Gathered,
     Preconditioner,
+    ScaledOptions,
+    ScaledState,
     Scaling,
     StepOptions,
     Tiling,
@@ -42,7 +44,7 @@ FP64_PROBLEM = "its arithmetic is FP32, and parameters or state are FP64"
 class Operators(Protocol):
     """What a backend's module defines. `rootfree_kernels.eager` documents each function and gives its formula.
 
-    A backend without matrix kernels defines `rf_rmsprop` and `clipped_momentum` only; its `why_not` refuses matrices.
+    A backend without matrix kernels defines `rf_rmsprop`, `scaled_rmsprop` and `clipped_momentum` only; its `why_not` refuses matrices.
     """
 
     def rf_rmsprop(
@@ -54,6 +56,17 @@ class Operators(Protocol):
         draws: Draws,
         scaling: Scaling,
         options: DiagonalOptions,
+    ) -> None: ...
+
+    def scaled_rmsprop(
+        self,
+        params: list[Tensor],
+        state: ScaledState,
+        grads: list[Tensor],
+        lr: Tensor,
+        draws: Draws,
+        scaling: Scaling,
+        options: ScaledOptions,
     ) -> None: ...
 
     def clipped_momentum(

@@ -26,6 +26,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import isqrt
 
 import torch
 from torch import Tensor
@@ -97,8 +98,21 @@ class BlockBits:
         return _upper_half_of_mix(key.unsqueeze(1) ^ index)
 
 
+@dataclass(frozen=True)
+class SymmetricBits(BlockBits):
+    """Draw bits as `BlockBits` does for L symmetric matrices of `numel` elements: int32 [L, n, n].
+
+    Both halves of a matrix get the bits of the lower one, so that it stays symmetric.
+    """
+
+    def __call__(self) -> Tensor:
+        size = isqrt(self.numel)
+        lower = super().__call__().view(-1, size, size).tril_()
+        return lower + lower.tril(-1).mT
+
+
 @lru_cache(maxsize=256)
-def _lengths(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+def lengths_of(sizes: tuple[int, ...], device: torch.device) -> Tensor:
     """Return `sizes` as a tensor. It is cached, so that it is copied to the device only once."""
     return torch.tensor(sizes, device=device)
 
@@ -115,7 +129,7 @@ class RaggedBits:
     def __call__(self) -> Tensor:
         key = keys(self.seeds, self.steps, self.slot)
         total = sum(self.sizes)
-        lengths = _lengths(tuple(self.sizes), key.device)
+        lengths = lengths_of(tuple(self.sizes), key.device)
         owner = torch.repeat_interleave(lengths, output_size=total)
         starts = lengths.cumsum(0) - lengths
         index = (torch.arange(total, device=key.device) - starts[owner]).to(torch.int32)

@@ -1,7 +1,7 @@
 """The formulas in PyTorch: the fallback of every backend, and the ground truth of their tests.
 
-One file for each operator: `rf_rmsprop`, `clipped_momentum`, `kron_gather`, `kron_factor`, `kron_step`. `common` and
-`products` hold what they share.
+One file for each operator: `rf_rmsprop`, `scaled_rmsprop`, `clipped_momentum`, `kron_gather`, `kron_factor`,
+`kron_step`. `common`, `curvature` and `products` hold what they share.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from rootfree_kernels.eager.kron_gather import kron_gather, num_partial_sums, pa
 from rootfree_kernels.eager.kron_step import kron_step
 from rootfree_kernels.eager.products import kron_products
 from rootfree_kernels.eager.rf_rmsprop import rf_rmsprop
+from rootfree_kernels.eager.scaled_rmsprop import scaled_rmsprop
 
 __all__ = [
     "EAGER",
@@ -29,6 +30,7 @@ __all__ = [
     "num_partial_sums",
     "padded_side",
     "rf_rmsprop",
+    "scaled_rmsprop",
 ]
 
 

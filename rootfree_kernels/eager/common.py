@@ -68,6 +68,17 @@ def heavy_ball_(
     torch._foreach_addcmul_(weights, directions, rates, value=-1)
 
 
+def descend_(weights: list[Tensor], directions: list[Tensor], rates: Tensor, weight_decay: float) -> None:
+    """Step weights along u without momentum, μ ← (1 − β₁κ)μ − β₁u, in place.
+
+    All tensors are wide and finite. `rates` [number of tensors, …] is β₁, or 0 where no step is taken.
+    """
+    each = list(rates.unbind())
+    if weight_decay:
+        torch._foreach_addcmul_(weights, weights, each, value=-weight_decay)
+    torch._foreach_addcmul_(weights, directions, each, value=-1)
+
+
 def cache_slices(num_blocks: int, rows: int, cols: int, device: torch.device) -> list[slice]:
     """Return slices of L blocks of p × d that are worked through one after the other.
 

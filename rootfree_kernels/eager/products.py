@@ -7,6 +7,7 @@ from torch import Tensor
 
 from rootfree_kernels.arguments import FactorOptions
 from rootfree_kernels.eager.common import WIDE, cache_slices
+from rootfree_kernels.eager.curvature import Curvature
 
 
 def gram(x: Tensor, out: Tensor | None = None) -> Tensor:
@@ -34,17 +35,30 @@ def curvature_step(
     factor: Tensor,  # C [L, p, p]
     other: Tensor,  # K [L, d, d]
     options: FactorOptions,
+    curvature: Curvature | None,  # of L blocks
 ) -> Tensor:
-    """Return Δ_C = ½[(B/d)·AAᵀ + (λ/d)·‖K‖²_F·CᵀC − γI], wide [L, p, p].
+    """Return Δ_C, wide [L, p, p]: see `rootfree_kernels.eager.kron_factor`.
 
-    Pass Aᵀ, K and C for Δ_K. The trace in the damping is a squared norm of K, which needs no product.
+    Pass Aᵀ, K and C for Δ_K. The trace in the damping is a squared norm of K, which needs no product. The diagonal is
+    NaN where the gradient is 0, so that the block is left as it is.
     """
     cols, wide_dtype = a.shape[-1], torch.promote_types(a.dtype, torch.float32)
     delta = gram(a).to(wide_dtype).mul_(options.batch_size / (2 * cols))
     if options.damping:
-        trace = torch.linalg.vector_norm(other.to(wide_dtype), dim=(-2, -1), keepdim=True).square_()
-        delta.addcmul_(gram(factor.mT).to(wide_dtype), trace, value=options.damping / (2 * cols))
-    delta.diagonal(dim1=-2, dim2=-1).sub_(options.gamma / 2)
+        relative = curvature.new.to(wide_dtype)[:, None, None] if options.relative_damping and curvature else None
+        if options.direction == "whitened":
+            weight = other.diagonal(dim1=-2, dim2=-1).to(wide_dtype).mean(-1)[:, None, None]
+            weight = weight if relative is None else weight * relative.sqrt()
+            delta.addcmul_(factor.to(wide_dtype), weight, value=0.5 * options.damping**0.5)
+        else:
+            trace = torch.linalg.vector_norm(other.to(wide_dtype), dim=(-2, -1), keepdim=True).square_()
+            trace = trace if relative is None else trace * relative
+            delta.addcmul_(gram(factor.mT).to(wide_dtype), trace, value=options.damping / (2 * cols))
+    diagonal = delta.diagonal(dim1=-2, dim2=-1)
+    if curvature is None:
+        diagonal.sub_(options.gamma / 2)
+    else:
+        diagonal.sub_(torch.where(curvature.idle, torch.nan, options.gamma / 2).to(wide_dtype)[:, None])
     return delta
 
 

@@ -31,36 +31,36 @@ def chunks(tensors: list[Tensor]) -> Iterator[slice]:
         yield slice(start, len(tensors))
 
 
-def _flat(tensors: list[Tensor]) -> Tensor:
+def flat(tensors: list[Tensor]) -> Tensor:
     """Return all elements as one vector, each tensor's in row-major order."""
     if len(tensors) == 1:
         return tensors[0].reshape(-1)
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
-def _scatter(tensors: list[Tensor], vector: Tensor) -> None:
-    """Copy a vector back to the tensors: the inverse of `_flat`."""
+def scatter(tensors: list[Tensor], vector: Tensor) -> None:
+    """Copy a vector back to the tensors: the inverse of `flat`."""
     parts = vector.split([tensor.numel() for tensor in tensors])
     shaped = [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
     torch._foreach_copy_(tensors, shaped)
 
 
-def _gather(tensors: list[Tensor], residuals: list[Tensor], mode: str, draw_bits: rnd.RaggedBits) -> Stored:
+def gather_chunk(tensors: list[Tensor], residuals: list[Tensor], mode: str, draw_bits: rnd.RaggedBits) -> Stored:
     """Return the tensors of a chunk, with their residuals, as one vector."""
-    return Stored(_flat(tensors), _flat(residuals) if residuals else None, mode, draw_bits)
+    return Stored(flat(tensors), flat(residuals) if residuals else None, mode, draw_bits)
 
 
-def _store(stored: Stored, new: Tensor, tensors: list[Tensor], residuals: list[Tensor]) -> None:
+def store_chunk(stored: Stored, new: Tensor, tensors: list[Tensor], residuals: list[Tensor]) -> None:
     """Round the new values of a chunk and copy them to the tensors."""
     value, residual = stored.rounded(new)
-    _scatter(tensors, value)
+    scatter(tensors, value)
     if residual is not None:
-        _scatter(residuals, residual)
+        scatter(residuals, residual)
 
 
-def _descent_gradient(grads: list[Tensor], grad_scale: Tensor | None, maximize: bool) -> Tensor:
+def descent_gradient(grads: list[Tensor], grad_scale: Tensor | None, maximize: bool) -> Tensor:
     """Return the unscaled gradient to descend along as one wide vector, which is not the caller's tensor if changed."""
-    grad = _flat(grads)
+    grad = flat(grads)
     grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
     if grad_scale is not None:
         grad = grad / grad_scale.reshape(())
@@ -99,9 +99,9 @@ def rf_rmsprop(
         squares, buffers, skipped, square_residuals, weight_residuals = (x[chunk] for x in state)
         square_bits = rnd.RaggedBits(draws.seeds[chunk], draws.steps[chunk], rnd.SLOT_SQUARE, sizes)
         weight_bits = rnd.RaggedBits(draws.seeds[chunk], draws.steps[chunk], rnd.SLOT_WEIGHT, sizes)
-        square = _gather(squares, square_residuals, options.rounding, square_bits)
-        weight = _gather(params[chunk], weight_residuals, options.weight_rounding, weight_bits)
-        grad = _descent_gradient(grads[chunk], scaling.grad_scale, options.maximize)
+        square = gather_chunk(squares, square_residuals, options.rounding, square_bits)
+        weight = gather_chunk(params[chunk], weight_residuals, options.weight_rounding, weight_bits)
+        grad = descent_gradient(grads[chunk], scaling.grad_scale, options.maximize)
         old_square = square.load()
         new_square = old_square * decay
         new_square.addcmul_(grad, grad, value=growth)
@@ -110,11 +110,11 @@ def rf_rmsprop(
         keep, bad = _skips(new_square + direction, sizes, scaling.found_inf)
         torch._foreach_add_(skipped, list(bad.unbind()))
         new_square = old_square.lerp_(new_square.nan_to_num_(0.0, 0.0, 0.0), keep)
-        new_weight, buffer = weight.load(), _flat(buffers)
+        new_weight, buffer = weight.load(), flat(buffers)
         buffer = buffer.to(torch.promote_types(buffer.dtype, torch.float32))
         direction.nan_to_num_(0.0, 0.0, 0.0)
         descent = options.momentum, options.weight_decay, options.decoupled
         heavy_ball_([new_weight], [buffer], [direction], keep[None], lr, *descent)
-        _scatter(buffers, buffer)
-        _store(square, new_square, squares, square_residuals)
-        _store(weight, new_weight, params[chunk], weight_residuals)
+        scatter(buffers, buffer)
+        store_chunk(square, new_square, squares, square_residuals)
+        store_chunk(weight, new_weight, params[chunk], weight_residuals)

@@ -8,7 +8,15 @@ from __future__ import annotations
 from torch import Tensor
 
 from rootfree_kernels.arguments import Draws, FactorOptions, Factors, Gathered
-from rootfree_kernels.eager import kron_gather, kron_products, kron_step, num_partial_sums, padded_side, rf_rmsprop
+from rootfree_kernels.eager import (
+    kron_gather,
+    kron_products,
+    kron_step,
+    num_partial_sums,
+    padded_side,
+    rf_rmsprop,
+    scaled_rmsprop,
+)
 from rootfree_kernels.eager.kron_factor import kron_factor_by
 from rootfree_kernels.native.cuda import clipped_momentum
 
@@ -21,6 +29,7 @@ __all__ = [
     "num_partial_sums",
     "padded_side",
     "rf_rmsprop",
+    "scaled_rmsprop",
 ]
 
 

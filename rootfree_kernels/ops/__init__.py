@@ -1,4 +1,4 @@
-"""The five operators and the choice of the backend that runs them.
+"""The six operators and the choice of the backend that runs them.
 
     operators   the functions that the optimizers call, and their schemas in `torch.ops.rootfree`
     backends    the list of backends and the choice among them
@@ -7,6 +7,13 @@
 CONTRIBUTING.md says how to add an operator.
 """
 
-from rootfree_kernels.ops.operators import clipped_momentum, kron_factor, kron_gather, kron_step, rf_rmsprop
+from rootfree_kernels.ops.operators import (
+    clipped_momentum,
+    kron_factor,
+    kron_gather,
+    kron_step,
+    rf_rmsprop,
+    scaled_rmsprop,
+)
 
-__all__ = ["clipped_momentum", "kron_factor", "kron_gather", "kron_step", "rf_rmsprop"]
+__all__ = ["clipped_momentum", "kron_factor", "kron_gather", "kron_step", "rf_rmsprop", "scaled_rmsprop"]

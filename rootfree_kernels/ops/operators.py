@@ -1,6 +1,7 @@
 """The operators, `torch.ops.rootfree.*`: one schema and one fake (meta) version each, for all backends.
 
-    rf_rmsprop         the whole diagonal step of a list of tensors
+    rf_rmsprop         the whole diagonal step of a list of tensors, the paper's
+    scaled_rmsprop     the same with gradient momentum, relative damping or updates of a fixed size
     clipped_momentum   m ← α₂m + (1−α₂)Δ of a batch, and the clip of its step
     kron_gather        tiles of gradients → G [L, p, d]
     kron_factor        C, K, m_C, m_K of a batch ← one update
@@ -33,6 +34,8 @@ from rootfree_kernels.arguments import (
     Factors,
     Gathered,
     Preconditioner,
+    ScaledOptions,
+    ScaledState,
     Scaling,
     StepOptions,
     Tiling,
@@ -109,6 +112,44 @@ _rf_rmsprop = _define(
     "float damping, float weight_decay, bool decoupled, bool maximize, str rounding, str weight_rounding, "
     "str backend) -> ()",
     _run_rf_rmsprop,
+    _returns_nothing,
+)
+
+# ---- scaled_rmsprop ----------------------------------------------------------------------------------------------
+
+
+def scaled_rmsprop(
+    params: list[Tensor],  # n tensors of any shapes and strides
+    state: ScaledState,
+    grads: list[Tensor],
+    lr: Tensor,  # one element
+    draws: Draws,
+    scaling: Scaling,
+    options: ScaledOptions,
+    backend: Backend,
+) -> None:
+    """Step n tensors in place. See `rootfree_kernels.eager.scaled_rmsprop`."""
+    if _is_observed():
+        _scaled_rmsprop(params, *state, grads, lr, *draws, *scaling, *options, backend.name)
+    else:
+        backend.operators.scaled_rmsprop(params, state, grads, lr, draws, scaling, options)
+
+
+def _run_scaled_rmsprop(params: list[Tensor], *flat: Any) -> None:
+    state, (grads, lr), draws, scaling, options = flat[:7], flat[7:9], flat[9:11], flat[11:13], flat[13:28]
+    named(flat[28]).operators.scaled_rmsprop(
+        params, ScaledState(*state), grads, lr, Draws(*draws), Scaling(*scaling), ScaledOptions(*options)
+    )
+
+
+_scaled_rmsprop = _define(
+    "scaled_rmsprop(Tensor(a0!)[] params, Tensor(a1!)[] squares, Tensor(a2!)[] buffers, Tensor(a3!)[] skipped, "
+    "Tensor(a4!)[] curvatures, Tensor(a5!)[] square_residuals, Tensor(a6!)[] weight_residuals, "
+    "Tensor? update_norms, Tensor[] grads, Tensor lr, Tensor seeds, Tensor steps, Tensor? grad_scale, "
+    "Tensor? found_inf, float batch_size, float beta2, float gamma, float momentum, float damping, "
+    "float weight_decay, bool decoupled, bool maximize, str rounding, str weight_rounding, str direction, "
+    "bool relative_damping, str factor_init, str momentum_on, bool nesterov, str backend) -> ()",
+    _run_scaled_rmsprop,
     _returns_nothing,
 )
 
@@ -204,8 +245,8 @@ def kron_factor(
 
 
 def _run_kron_factor(*flat: Any) -> Tensor:
-    factors, gathered, draws, found_inf, options = flat[:8], flat[8:10], flat[10:12], flat[12], flat[13:20]
-    return named(flat[20]).operators.kron_factor(
+    factors, gathered, draws, found_inf, options = flat[:9], flat[9:11], flat[11:13], flat[13], flat[14:24]
+    return named(flat[24]).operators.kron_factor(
         Factors(*factors), Gathered(*gathered), Draws(*draws), found_inf, FactorOptions(*options)
     )
 
@@ -216,9 +257,10 @@ def _fake_ok(factor_c: Tensor, *flat: Any) -> Tensor:
 
 _kron_factor = _define(
     "kron_factor(Tensor(a0!) factor_c, Tensor(a1!) factor_k, Tensor(a2!) momentum_c, Tensor(a3!) momentum_k, "
-    "Tensor(a4!)? residual_c, Tensor(a5!)? residual_k, Tensor(a6!)? product_c, Tensor(a7!)? product_k, Tensor grad, "
-    "Tensor squares, Tensor seeds, Tensor steps, Tensor? found_inf, float batch_size, float beta2, "
-    "float riemannian_momentum, float damping, float gamma, str clip, str rounding, str backend) -> Tensor",
+    "Tensor(a4!)? residual_c, Tensor(a5!)? residual_k, Tensor(a6!)? product_c, Tensor(a7!)? product_k, "
+    "Tensor(a8!)? curvature, Tensor grad, Tensor squares, Tensor seeds, Tensor steps, Tensor? found_inf, "
+    "float batch_size, float beta2, float riemannian_momentum, float damping, float gamma, str clip, str rounding, "
+    "str direction, bool relative_damping, str factor_init, str backend) -> Tensor",
     _run_kron_factor,
     _fake_ok,
 )
@@ -236,7 +278,7 @@ def kron_step(
     options: StepOptions,
     backend: Backend,
 ) -> None:
-    """Step the weights of a batch in place along U = CCᵀ·G·KKᵀ. See `rootfree_kernels.eager.kron_step`."""
+    """Step the weights of a batch in place along their preconditioned gradients. See `rootfree_kernels.eager.kron_step`."""
     if _is_observed():
         factor_c, factor_k, cached, ok = preconditioner
         last = *draws, found_inf, cached, *options, backend.name
@@ -246,19 +288,19 @@ def kron_step(
 
 
 def _run_kron_step(*flat: Any) -> None:
-    (factor_c, factor_k), gathered, (lr, ok), draws = flat[5:7], flat[7:9], flat[9:11], flat[11:13]
-    found_inf, cached, options = flat[13], flat[14], flat[15:19]
+    (factor_c, factor_k), gathered, (lr, ok), draws = flat[6:8], flat[8:10], flat[10:12], flat[12:14]
+    found_inf, cached, options = flat[14], flat[15], flat[16:22]
     preconditioner = Preconditioner(factor_c, factor_k, cached, ok)
-    named(flat[19]).operators.kron_step(
-        Weights(*flat[:5]), preconditioner, Gathered(*gathered), lr, Draws(*draws), found_inf, StepOptions(*options)
+    named(flat[22]).operators.kron_step(
+        Weights(*flat[:6]), preconditioner, Gathered(*gathered), lr, Draws(*draws), found_inf, StepOptions(*options)
     )
 
 
 _kron_step = _define(
     "kron_step(Tensor(a0!)[] params, Tensor(a1!)[] buffers, Tensor(a2!)[] residuals, SymInt[] tiles, "
-    "Tensor(a4!) skipped, Tensor factor_c, Tensor factor_k, Tensor(a7!) grad, Tensor squares, Tensor lr, Tensor? ok, "
-    "Tensor seeds, Tensor steps, Tensor? found_inf, bool cached, float momentum, float weight_decay, bool decoupled, "
-    "str rounding, str backend) -> ()",
+    "Tensor(a4!) skipped, Tensor? update_norms, Tensor factor_c, Tensor factor_k, Tensor(a8!) grad, Tensor squares, "
+    "Tensor lr, Tensor? ok, Tensor seeds, Tensor steps, Tensor? found_inf, bool cached, float momentum, "
+    "float weight_decay, bool decoupled, str rounding, str momentum_on, bool nesterov, str backend) -> ()",
     _run_kron_step,
     _returns_nothing,
 )

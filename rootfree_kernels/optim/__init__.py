@@ -1,6 +1,7 @@
 """The optimizers.
 
     if_shampoo          IFShampoo
+    recipe              the options of the paper's rule and of the recipe, and the groups of a model
     rf_rmsprop          RFRMSProp and RFAdaGrad
     schedules           GrowingInterval: when factors are updated
     base                the step, and the conventions of torch.optim
@@ -19,7 +20,8 @@
 """
 
 from rootfree_kernels.optim.if_shampoo import IFShampoo
+from rootfree_kernels.optim.recipe import PAPER_RULE, RECIPE
 from rootfree_kernels.optim.rf_rmsprop import RFAdaGrad, RFRMSProp
 from rootfree_kernels.optim.schedules import GrowingInterval
 
-__all__ = ["GrowingInterval", "IFShampoo", "RFAdaGrad", "RFRMSProp"]
+__all__ = ["PAPER_RULE", "RECIPE", "GrowingInterval", "IFShampoo", "RFAdaGrad", "RFRMSProp"]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,7 +14,13 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from rootfree_kernels import ranges
 from rootfree_kernels.arguments import Scaling
 from rootfree_kernels.backend import is_captured
-from rootfree_kernels.optim.checkpoint import check_state_dict, restore_callables, restore_tensors, without_callables
+from rootfree_kernels.optim.checkpoint import (
+    check_state_dict,
+    restore_callables,
+    restore_tensors,
+    with_newer_options,
+    without_callables,
+)
 from rootfree_kernels.optim.context import GroupOptions, StepContext, group_options
 from rootfree_kernels.optim.options import check_options, check_param
 from rootfree_kernels.optim.plan import StepPlan, reserve
@@ -43,6 +50,9 @@ class RootFreeOptimizer(Optimizer):
 
     _step_supports_amp_scaling = True  # GradScaler then sets grad_scale and found_inf, which stay on the device
 
+    _newer_options: Mapping[str, Any] = MappingProxyType({})
+    """Options that older checkpoints and pickles lack, with the values that they had before they were options."""
+
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         self._planner = Planner()
         super().__init__(params, defaults)
@@ -50,6 +60,7 @@ class RootFreeOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._planner = Planner()
+        self.defaults = {**self._newer_options, **self.defaults}
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
@@ -99,10 +110,11 @@ class RootFreeOptimizer(Optimizer):
         final: dict[str, Any] = {}
         own_groups = [dict(group) for group in self.param_groups]
 
-        def check(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+        def check(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             """Runs as the last hook before the load, and so sees what will be loaded."""
-            check_state_dict(self, state_dict)
-            final.update(state_dict)
+            final.update(with_newer_options(state_dict, self._newer_options))
+            check_state_dict(self, final)
+            return final
 
         def restore(optimizer: Optimizer) -> None:
             """Runs as the first hook after the load."""

@@ -63,6 +63,7 @@ class BlockBatch:
         default = self.backend.matmul_dtype(group["factor_dtype"], param.device)
         self.matmul_dtype: torch.dtype = group["matmul_dtype"] or default
         self.packs_momenta: bool = group["packed_momentum"]
+        self.is_whitened = group["direction"] == "whitened"
         self.storage: dict[str, Tensor] = {}
         self.products: dict[str, Tensor] = {}
         self.seeds = torch.tensor(seeds, dtype=torch.int32, device=self.device)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from math import prod
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from rootfree_kernels import ops, ranges
 from rootfree_kernels.arguments import Draws, Factors, Gathered, Preconditioner, Tiling, Weights
 from rootfree_kernels.backend import Backend, BlockWork
-from rootfree_kernels.optim.block_batch import BlockBatch
+from rootfree_kernels.optim.block_batch import BatchEntry, BlockBatch
 from rootfree_kernels.optim.context import StepContext
-from rootfree_kernels.optim.state_spec import Group, is_pair, needs_bits
+from rootfree_kernels.optim.state_spec import Group, is_pair, needs_bits, norms_dtype, update_norm
 
 
 class BlockBatchStep(NamedTuple):
@@ -52,19 +54,22 @@ class BlockBatchStep(NamedTuple):
             ranges.phase("gather")
         part = batch.part(self.blocks)
         factors, draws = part.factors, Draws(part.seeds, steps)
-        damped = [factors.factor_c, factors.factor_k] if update is not None and update.damping else []
+        damped = []  # the factors whose squared norms an update needs
+        if update is not None and update.damping and update.direction == "root_free":
+            damped = [factors.factor_c, factors.factor_k]
         dtype, maximize = batch.matmul_dtype, context.options.maximize
         gathered = ops.kron_gather(grads, self.tiling, damped, scaling.grad_scale, dtype, maximize, batch.backend)
         ok = None
         if update is not None:
             if context.is_profiled:
                 ranges.phase("factor update")
-            if batch.backend.makes_products and factors.product_c is None:
-                factors = Factors(*factors[:6], *batch.empty_products(factors))
+            if batch.backend.makes_products and factors.product_c is None and not batch.is_whitened:
+                product_c, product_k = batch.empty_products(factors)
+                factors = factors._replace(product_c=product_c, product_k=product_k)
             ok = ops.kron_factor(factors, gathered, draws, scaling.found_inf, update, batch.backend)
         if context.is_profiled:
             ranges.end_phase()  # kron_step has two phases of its own
-        self._step_weights(part.skipped, _preconditioner(factors, ok), gathered, draws, context)
+        self._step_weights(part.skipped, self._preconditioner(factors, ok), gathered, draws, context)
         if self.blocks is not None:
             batch.put_back(self.blocks, part, self.update)
 
@@ -87,6 +92,11 @@ class BlockBatchStep(NamedTuple):
                 if matrix is not param:
                     param.copy_(matrix)
 
+    def _preconditioner(self, factors: Factors, ok: Tensor | None) -> Preconditioner:
+        if factors.product_c is not None and factors.product_k is not None:
+            return Preconditioner(factors.product_c, factors.product_k, True, ok)
+        return Preconditioner(factors.factor_c, factors.factor_k, self.batch.is_whitened, ok)
+
     def workspace(self) -> list[int]:
         """Return the bytes of each piece of memory that a step holds at once, if the backend says so, else nothing."""
         batch = self.batch
@@ -104,10 +114,13 @@ def _num_bytes(x: Tensor) -> int:
     return x.numel() * x.element_size()
 
 
-def _preconditioner(factors: Factors, ok: Tensor | None) -> Preconditioner:
-    if factors.product_c is not None and factors.product_k is not None:
-        return Preconditioner(factors.product_c, factors.product_k, True, ok)
-    return Preconditioner(factors.factor_c, factors.factor_k, False, ok)
+def _norms(batch: BlockBatch, entries: Sequence[BatchEntry], group: Group) -> Tensor | None:
+    """Return the norms of the updates of the entries' blocks, or None if updates keep their size."""
+    if group["update_norm"] is None:
+        return None
+    numel = prod(batch.block_shape)
+    norms = [update_norm(x.param.shape, numel, group) for x in entries for _ in range(x.tile.num_blocks)]
+    return torch.tensor(norms, dtype=norms_dtype(entries[0].param, group), device=batch.device)
 
 
 def block_steps(
@@ -133,7 +146,7 @@ def block_steps(
                 residuals = [states[param]["weight_residual"] for param in params] if is_pair(*stored[1]) else []
                 tiling = Tiling([x for entry in entries for x in entry.tile.as_ints], *batch.block_shape)
                 step = BlockBatchStep(
-                    Weights(params, buffers, residuals, tiling.tiles, batch.storage["skipped"]),
+                    Weights(params, buffers, residuals, tiling.tiles, batch.storage["skipped"], _norms(batch, entries, group)),
                     tiling,
                     batch,
                     batch.index(entries),

@@ -36,6 +36,13 @@ def restore_callables(groups: Sequence[Group], before: Sequence[Group]) -> None:
                     warnings.warn(f"{name} was saved as a {value}; {own[name]!r} is kept.", stacklevel=4)
 
 
+def with_newer_options(state_dict: Mapping[str, Any], newer: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state dict whose groups have the `newer` options that did not exist when it was saved."""
+    if "param_groups" not in state_dict:
+        return dict(state_dict)
+    return {**state_dict, "param_groups": [{**newer, **group} for group in state_dict["param_groups"]]}
+
+
 def _saved_states(
     groups: Sequence[Group], state_dict: Mapping[str, Any]
 ) -> Iterable[tuple[Tensor, Group, dict[str, Any]]]:

@@ -6,14 +6,15 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from rootfree_kernels.arguments import DiagonalOptions, FactorOptions, Scaling, StepOptions
-from rootfree_kernels.optim.state_spec import Group
+from rootfree_kernels.arguments import DiagonalOptions, FactorOptions, ScaledOptions, Scaling, StepOptions
+from rootfree_kernels.optim.state_spec import Group, takes_scaled_step
 
 
 class GroupOptions(NamedTuple):
     """The options of a group as the operators take them."""
 
     diagonal: DiagonalOptions
+    scaled: ScaledOptions | None  # of the diagonal step, unless the group follows the paper's rule
     factor: FactorOptions | None  # None for an optimizer without matrices
     step: StepOptions
     maximize: bool
@@ -22,7 +23,7 @@ class GroupOptions(NamedTuple):
 def group_options(group: Group) -> GroupOptions:
     """Return the operators' options for the present values in a group."""
     diagonal = DiagonalOptions(
-        batch_size=group["batch_size"],
+        batch_size=1.0 if group["batch_size"] is None else group["batch_size"],  # None: it cancels
         beta2=group["beta2"],
         gamma=group["gamma"],
         momentum=group["momentum"],
@@ -35,17 +36,22 @@ def group_options(group: Group) -> GroupOptions:
     )
     step = StepOptions(diagonal.momentum, diagonal.weight_decay, diagonal.decoupled, diagonal.weight_rounding)
     if "riemannian_momentum" not in group:
-        return GroupOptions(diagonal, None, step, diagonal.maximize)
+        return GroupOptions(diagonal, None, None, step, diagonal.maximize)
+    curvature = group["direction"], group["relative_damping"], group["factor_init"]
+    average = group["momentum_on"], group["nesterov"]
     factor = FactorOptions(
-        batch_size=group["batch_size"],
-        beta2=group["beta2"],
-        riemannian_momentum=group["riemannian_momentum"],
-        damping=group["damping"],
-        gamma=group["gamma"],
-        clip=group["clip"],
-        rounding=group["rounding"],
+        diagonal.batch_size,
+        diagonal.beta2,
+        group["riemannian_momentum"],
+        diagonal.damping,
+        diagonal.gamma,
+        group["clip"],
+        diagonal.rounding,
+        *curvature,
     )
-    return GroupOptions(diagonal, factor, step, diagonal.maximize)
+    scaled = ScaledOptions(*diagonal, *curvature, *average) if takes_scaled_step(group) else None
+    step = step._replace(momentum_on=average[0], nesterov=average[1])
+    return GroupOptions(diagonal, scaled, factor, step, diagonal.maximize)
 
 
 class StepContext(NamedTuple):

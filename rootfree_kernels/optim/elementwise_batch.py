@@ -10,18 +10,28 @@ import torch
 from torch import Tensor
 
 from rootfree_kernels import ops, ranges
-from rootfree_kernels.arguments import DiagonalState, Draws
+from rootfree_kernels.arguments import DiagonalState, Draws, ScaledState
 from rootfree_kernels.backend import Backend
 from rootfree_kernels.ops.dispatch import for_diagonal
 from rootfree_kernels.optim.context import StepContext
-from rootfree_kernels.optim.state_spec import Group, arithmetic_dtype, is_pair, needs_bits, state_dtype
+from rootfree_kernels.optim.state_spec import (
+    Group,
+    arithmetic_dtype,
+    follows_curvature,
+    is_pair,
+    needs_bits,
+    norms_dtype,
+    state_dtype,
+    takes_scaled_step,
+    update_norm,
+)
 
 
 class ElementwiseBatch(NamedTuple):
-    """Parameters of one dtype, with gradients of one dtype, that one `rf_rmsprop` steps."""
+    """Parameters of one dtype, with gradients of one dtype, that one `rf_rmsprop` or `scaled_rmsprop` steps."""
 
     params: list[Tensor]
-    state: DiagonalState
+    state: DiagonalState | ScaledState
     seeds: Tensor  # [n], int32
     backend: Backend
     owners: list[int]  # the row of each tensor's parameter in the counts of steps; empty if no random bits are drawn
@@ -35,9 +45,17 @@ class ElementwiseBatch(NamedTuple):
         """Step the parameters along their gradients. `steps` [n] are the counts that the random bits depend on."""
         if context.is_profiled:
             ranges.phase("apply")
-        draws = Draws(self.seeds, steps)
-        options, backend = context.options.diagonal, self.backend
-        ops.rf_rmsprop(self.params, self.state, grads, context.lr, draws, context.scaling, options, backend)
+        params, state, draws, backend = self.params, self.state, Draws(self.seeds, steps), self.backend
+        lr, scaling, options = context.lr, context.scaling, context.options
+        if isinstance(state, DiagonalState):
+            ops.rf_rmsprop(params, state, grads, lr, draws, scaling, options.diagonal, backend)
+        elif options.scaled is not None:  # as it is whenever the state is one for it
+            ops.scaled_rmsprop(params, state, grads, lr, draws, scaling, options.scaled, backend)
+
+    def own_tensors(self) -> list[Tensor]:
+        """Return all tensors that no state of a parameter holds."""
+        norms = self.state.update_norms if isinstance(self.state, ScaledState) else None
+        return [self.seeds] if norms is None else [self.seeds, norms]
 
 
 def elementwise_batches(
@@ -70,13 +88,18 @@ def _batch(
 
     first = params[0]
     stored = (state_dtype(first, group), group["rounding"]), (first.dtype, group["weight_rounding"])
-    state = DiagonalState(
-        every("square"),
-        every("momentum_buffer"),
-        every("skipped"),
+    kept = every("square"), every("momentum_buffer"), every("skipped")
+    residuals = (
         every("square_residual") if is_pair(*stored[0]) else [],
         every("weight_residual") if is_pair(*stored[1]) else [],
     )
+    state: DiagonalState | ScaledState = DiagonalState(*kept, *residuals)
+    if takes_scaled_step(group):
+        norms = None
+        if group["update_norm"] is not None:
+            sizes = [update_norm(param.shape, param.numel(), group) for param in params]
+            norms = torch.tensor(sizes, dtype=norms_dtype(first, group), device=first.device)
+        state = ScaledState(*kept, every("curvature") if follows_curvature(group) else [], *residuals, norms)
     return ElementwiseBatch(
         params,
         state,

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT, required
+from torch.nn import Module
+from torch.optim.optimizer import ParamsT
 
 from rootfree_kernels.optim.base import RootFreeOptimizer
+from rootfree_kernels.optim.recipe import PAPER_RULE, RECIPE, model_groups
+from rootfree_kernels.param_split import split_params
 
 
 class IFShampoo(RootFreeOptimizer):
@@ -33,8 +37,8 @@ class IFShampoo(RootFreeOptimizer):
         params: parameters, named parameters or groups; FP32, BF16, FP16 or FP64, of any shape and strides.
         lr: β₁, a number or a one-element Tensor (which the host never reads).
         batch_size: B, the number of terms that the loss averages over (sequences worked well for language models);
-            1 for a summed loss. It is required, since a wrong B silently changes the method. A training loop can set
-            it in the group at every step.
+            1 for a summed loss. It is required, since a wrong B silently changes the method, unless it cancels (see
+            below). A training loop can set it in the group at every step.
         beta2: β₂, the step size of the factors: below 1, so that with a clip CCᵀ and KKᵀ stay positive definite.
         momentum: α₁ of the heavy ball. There is no factor 1 − α₁, so the step grows by 1/(1 − α₁).
         riemannian_momentum: α₂, the momentum of the factors.
@@ -85,18 +89,27 @@ class IFShampoo(RootFreeOptimizer):
         ValueError: an option or a parameter cannot be served. The message names it, its value and the remedy.
     """
 
+    _newer_options = PAPER_RULE
+
     def __init__(
         self,
         params: ParamsT,
         lr: float | Tensor = 3e-4,
         *,
-        batch_size: float = required,  # type: ignore[assignment]
+        batch_size: float | None = None,
         beta2: float = 0.2,
         momentum: float = 0.9,
         riemannian_momentum: float = 0.5,
         damping: float = 1e-4,
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = False,
+        direction: str = "root_free",
+        momentum_on: str = "update",
+        nesterov: bool = False,
+        update_norm: str | None = None,
+        update_scale: float = 1.0,
+        relative_damping: bool = False,
+        factor_init: str = "identity",
         gamma: float = 1.0,
         precondition_frequency: int | Callable[[int], bool] = 1,
         clip: str = "frobenius",
@@ -117,3 +130,32 @@ class IFShampoo(RootFreeOptimizer):
     ) -> None:
         options = {k: v for k, v in locals().items() if k not in ("self", "params", "__class__")}
         super().__init__(params, options)
+
+    @classmethod
+    def for_model(
+        cls,
+        model: Module,
+        lr: float | Tensor = 0.045,
+        weight_decay: float = 0.2,
+        *,
+        heads: Collection[str] = (),
+        **options: Any,
+    ) -> IFShampoo:
+        """Return an optimizer of all trainable parameters of a model, with the options of `RECIPE`.
+
+        Matrices take the whitened step of the recipe. Embeddings, output heads and vectors take its diagonal step
+        (`structure="elementwise"`). `split_params` decides which is which. Tune lr and weight_decay: the settings of
+        all parts follow from them, and no `batch_size` is needed.
+
+        Args:
+            model: any module. Frozen parameters are left out.
+            lr: β₁, that of Muon, the same in all groups.
+            weight_decay: κ of the matrices, W ← (1 − β₁κ)W.
+            heads: names of further modules to count as output heads (see `split_params`).
+            options: further options of `IFShampoo`, for all groups, in the place of those of the recipe.
+
+        Raises:
+            ValueError: `heads` names a module that the model does not have, or an option cannot be served.
+        """
+        groups = model_groups(split_params(model, heads), weight_decay)
+        return cls(groups, lr, **{**RECIPE, "weight_decay": weight_decay, **options})

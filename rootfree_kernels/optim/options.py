@@ -14,6 +14,7 @@ from rootfree_kernels.ops.backends import DTYPES
 from rootfree_kernels.rounding import ROUNDINGS
 
 CLIPS = ("frobenius", "row_sum", "none")
+DIRECTIONS = ("root_free", "whitened")
 STRUCTURES = ("dense", "elementwise")
 FACTOR_DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 
@@ -53,13 +54,22 @@ _FRACTION = Rule(lambda value: _is_number(value) and 0 <= value < 1, "pass a num
 _FLAG = Rule(lambda value: isinstance(value, bool), "pass True or False")
 _MAYBE_FLAG = _none_or(_FLAG, "to leave the choice to the library")
 
+_BATCH_SIZE = Rule(
+    lambda value: _is_number(value) and value > 0,
+    "pass the number of terms that the loss averages over, a Python number (1 for a summed loss; times the world size "
+    "if gradients are averaged over ranks)",
+)
+
 RULES: dict[str, Rule] = {
     "lr": Rule(_is_lr, "pass a finite number, 0 or more, or a floating-point Tensor with one element"),
-    "batch_size": Rule(
-        lambda value: _is_number(value) and value > 0,
-        "pass the number of terms that the loss averages over, a Python number (1 for a summed loss; times the world "
-        "size if gradients are averaged over ranks)",
-    ),
+    "batch_size": Rule(lambda value: value is None or _BATCH_SIZE.allows(value), _BATCH_SIZE.remedy),
+    "direction": _one_of(DIRECTIONS),
+    "momentum_on": _one_of(("update", "gradient")),
+    "nesterov": _FLAG,
+    "update_norm": _none_or(_one_of(("muon", "rms")), "to leave the update as it is"),
+    "update_scale": Rule(lambda value: _is_number(value) and value > 0, "pass a finite number above 0"),
+    "relative_damping": _FLAG,
+    "factor_init": _one_of(("identity", "gradient")),
     "beta2": _NON_NEGATIVE,
     "momentum": _FRACTION,
     "riemannian_momentum": _FRACTION,
@@ -91,6 +101,15 @@ RULES: dict[str, Rule] = {
 }
 
 
+def batch_size_cancels(options: Mapping[str, Any]) -> bool:
+    """Return whether steps are the same for every batch size B, and for every constant factor on the loss.
+
+    The start and the damping are then relative to the gradients, and the update has a fixed size.
+    """
+    relative = options.get("relative_damping") and options.get("factor_init") == "gradient"
+    return bool(relative and options.get("update_norm"))
+
+
 def check_lr(options: Mapping[str, Any]) -> None:
     """Raise ValueError if the learning rate breaks its rule. Schedules change it at every step, so it is cheap."""
     if not _is_lr(options["lr"]):
@@ -104,6 +123,26 @@ def check_options(options: Mapping[str, Any]) -> None:
             value = options[name]
             if value is required or not rule.allows(value):
                 raise ValueError(f"{name}={value!r}: {rule.remedy}.")
+    if options.get("batch_size", 1) is None and not batch_size_cancels(options):
+        raise ValueError(
+            f"batch_size=None: {_BATCH_SIZE.remedy}. It cancels only with factor_init='gradient', "
+            "relative_damping=True and an update_norm, as in RECIPE."
+        )
+    if options.get("nesterov") and options["momentum_on"] == "update":
+        raise ValueError(
+            "nesterov=True with momentum_on='update': Nesterov's average is one of gradients; pass "
+            "momentum_on='gradient', or nesterov=False."
+        )
+    if options.get("update_norm", "") is None and options["update_scale"] != 1:
+        raise ValueError(
+            f"update_scale={options['update_scale']!r} with update_norm=None: it scales updates of a fixed norm; pass "
+            "an update_norm, or scale lr."
+        )
+    if options.get("direction") == "whitened" and options["cache_products"]:
+        raise ValueError(
+            "cache_products=True with direction='whitened': it multiplies by C and K themselves, and has no products "
+            "to keep; pass cache_products=None."
+        )
     if options.get("beta2", 0) >= 1 and (options.get("gamma") or "clip" in options):
         raise ValueError(f"beta2={options['beta2']!r}: pass a number below 1 (1 minus what Adam calls beta2).")
     if options.get("foreach") and options.get("fused"):

@@ -217,10 +217,10 @@ class StepPlan:
         own = [self._counts, self._owners, self._increment, *(self._no_steps or ())]
         for batch in self.batches:
             if isinstance(batch, ElementwiseBatch):
-                own.append(batch.seeds)
+                own.extend(batch.own_tensors())
             else:
                 own.extend(batch.batch.tensors())
-                own.extend([] if batch.blocks is None else [batch.blocks])
+                own.extend(x for x in (batch.blocks, batch.weights.update_norms) if x is not None)
         return own
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rootfree_kernels.backend import FactorDtypes
-from rootfree_kernels.blocks import Tile, tiles
+from rootfree_kernels.blocks import Tile, matrix_shape, tiles
+from rootfree_kernels.optim.recipe import PAPER_RULE
 from rootfree_kernels.packing import packed_shape
 
 Group = dict[str, Any]
@@ -29,6 +30,7 @@ class StateSpec(NamedTuple):
 LAYOUT_OPTIONS = (
     *("structure", "max_preconditioner_dim", "factor_dtype", "packed_momentum", "state_dtype"),
     *("rounding", "weight_rounding", "seed", "foreach"),
+    *PAPER_RULE,
 )
 """Options that decide about the state or about the batches."""
 
@@ -71,8 +73,35 @@ def factor_dtypes(group: Group) -> FactorDtypes:
 
 def caches_products(group: Group) -> bool:
     """Return whether CCᵀ and KKᵀ are kept: as the group says, or else if an update serves more than one step."""
+    if group.get("direction") == "whitened":
+        return False  # it multiplies by C and K themselves
     chosen: bool | None = group.get("cache_products", False)
     return group["precondition_frequency"] != 1 if chosen is None else chosen
+
+
+def follows_curvature(group: Group) -> bool:
+    """Return whether the state has the mean curvature q of each block or tensor."""
+    return bool(group.get("relative_damping")) or group.get("factor_init", "identity") == "gradient"
+
+
+def takes_scaled_step(group: Group) -> bool:
+    """Return whether the diagonal step of a group is `scaled_rmsprop` instead of the paper's `rf_rmsprop`."""
+    return any(group.get(name, paper) != paper for name, paper in PAPER_RULE.items())
+
+
+def update_norm(shape: Sequence[int], num_elements: int, group: Group) -> float:
+    """Return the norm of the update of a block (or a whole parameter) of `num_elements`, of a parameter of `shape`.
+
+    "muon" is the norm of Muon's update of a p × d matrix, √p, of which a block has its share by area. A parameter that
+    is no matrix counts as one column. "rms" is 1 for each element.
+    """
+    cols = (matrix_shape(shape) or (1, 1))[1] if group["update_norm"] == "muon" else 1
+    return float(group["update_scale"] * (num_elements / cols) ** 0.5)
+
+
+def norms_dtype(param: Tensor, group: Group) -> torch.dtype:
+    """Return the dtype of the norms of updates: FP32, or FP64 where parameters or state are FP64."""
+    return torch.promote_types(torch.float32, arithmetic_dtype(param, group))
 
 
 def suffix(tile_number: int) -> str:
@@ -96,6 +125,8 @@ def _diagonal_spec(param: Tensor, group: Group) -> dict[str, StateSpec]:
         "momentum_buffer": StateSpec(shape, kept, like_param=True),
         "skipped": StateSpec((), torch.int32),
     }
+    if follows_curvature(group):
+        spec["curvature"] = StateSpec((), torch.promote_types(kept, torch.float32))
     if is_pair(kept, group["rounding"]):
         spec["square_residual"] = StateSpec(shape, torch.int16, like_param=True)
     if is_pair(param.dtype, group["weight_rounding"]):
@@ -117,6 +148,8 @@ def tile_spec(tile: Tile, group: Group) -> dict[str, StateSpec]:
     """Return the state of the blocks of one tile."""
     dtype, count = group["factor_dtype"], tile.num_blocks
     spec = {"skipped": StateSpec((count,), torch.int32)}
+    if follows_curvature(group):
+        spec["curvature"] = StateSpec((count,), torch.promote_types(dtype, torch.float32))
     for side, size in zip("ck", tile.block_shape, strict=True):
         shape = (count, size, size)
         packed = (count, *packed_shape(size)) if group["packed_momentum"] else shape

@@ -1,0 +1,133 @@
+"""The diagonal step with what surrounds the recipe's matrices: each tensor has a scale of its own.
+
+    g   the gradient of a tensor of N elements;    q its mean curvature (see `curvature`)
+    s ← (1 − β₂γ)s + β₂·B·g²                       s starts at 1, or with `factor_init="gradient"` at q
+    M ← α₁M + (1−α₁)g,    M' = (1−α₁)g + α₁M       momentum_on="gradient"; M' is for `nesterov`, otherwise it is M
+    u = M'/(s + λ)                                 direction="root_free"; with `relative_damping` λq replaces λ
+    u = M'/(√s + √λ)                               direction="whitened"
+    u ← u·norm/‖u‖                                 if `update_norms` are given
+    μ ← (1 − β₁κ)μ − β₁u
+
+With momentum_on="update", M' is g, and u takes a heavy-ball step as in `rf_rmsprop`. u is computed from s as it is
+stored.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rootfree_kernels import rounding as rnd
+from rootfree_kernels.arguments import Draws, ScaledOptions, ScaledState, Scaling
+from rootfree_kernels.eager.common import WIDE, descend_, heavy_ball_
+from rootfree_kernels.eager.curvature import follow
+from rootfree_kernels.eager.rf_rmsprop import (
+    chunks,
+    descent_gradient,
+    flat,
+    gather_chunk,
+    scatter,
+    store_chunk,
+)
+
+
+def scaled_rmsprop(
+    params: list[Tensor],  # n tensors of any shapes and strides
+    state: ScaledState,
+    grads: list[Tensor],  # of the parameters' shapes, any dtype and strides
+    lr: Tensor,  # 0-d, or one element
+    draws: Draws,
+    scaling: Scaling,
+    options: ScaledOptions,
+) -> None:
+    """Step n tensors in place.
+
+    A tensor keeps its weights and its state, and its `skipped` grows by one, if the mean of its squared gradient is not
+    finite. If `state.curvatures` are given, s and q also stay while a gradient is 0. An element of u that is not finite
+    counts as 0.
+    """
+    for chunk in chunks(params):
+        some = ScaledState(*[x if x is None else x[chunk] for x in state])
+        _step_chunk(params[chunk], some, grads[chunk], lr, Draws(*[x[chunk] for x in draws]), scaling, options)
+
+
+def _step_chunk(
+    params: list[Tensor],
+    state: ScaledState,
+    grads: list[Tensor],
+    lr: Tensor,
+    draws: Draws,
+    scaling: Scaling,
+    options: ScaledOptions,
+) -> None:
+    """Step as many tensors as are worked on at a time."""
+    sizes = [param.numel() for param in params]
+    square_bits = rnd.RaggedBits(draws.seeds, draws.steps, rnd.SLOT_SQUARE, sizes)
+    weight_bits = rnd.RaggedBits(draws.seeds, draws.steps, rnd.SLOT_WEIGHT, sizes)
+    square = gather_chunk(state.squares, state.square_residuals, options.rounding, square_bits)
+    weight = gather_chunk(params, state.weight_residuals, options.weight_rounding, weight_bits)
+    grad = descent_gradient(grads, scaling.grad_scale, options.maximize)
+
+    old_square = square.load()
+    dtype = old_square.dtype
+    lengths = rnd.lengths_of(tuple(sizes), grad.device)
+    mean_square = _norms(grad.to(dtype), sizes).square() * (options.batch_size / lengths)
+    ok = mean_square < torch.inf
+    if scaling.found_inf is not None:
+        ok = ok & (scaling.found_inf.reshape(()) == 0)
+    torch._foreach_add_(state.skipped, list((~ok).to(torch.int32).unbind()))
+    keep = _spread(ok.to(dtype), lengths, len(grad))
+    grad = grad.to(dtype).nan_to_num(0.0, 0.0, 0.0)
+
+    damping = torch.as_tensor(options.damping, dtype=dtype, device=grad.device)
+    moves = keep  # where s moves
+    if state.curvatures:
+        curvatures = torch.stack(state.curvatures)
+        curvature = follow(curvatures, mean_square.to(curvatures.dtype), scaling.found_inf)
+        kept = ok & ~curvature.idle
+        torch._foreach_copy_(state.curvatures, list(torch.where(kept, curvature.new, curvatures).unbind()))
+        if options.factor_init == "gradient":
+            start = _spread(curvature.new.to(dtype), lengths, len(grad))
+            old_square = torch.where(_spread(curvature.starts, lengths, len(grad)), start, old_square)
+        if options.relative_damping:
+            damping = damping * _spread(torch.where(ok, curvature.new, 0.0).to(dtype), lengths, len(grad))
+        moves = _spread(kept.to(dtype), lengths, len(grad))
+
+    new_square = old_square * (1 - options.beta2 * options.gamma)
+    new_square.addcmul_(grad, grad, value=options.beta2 * options.batch_size)
+    stored = old_square.lerp(new_square, moves)
+    store_chunk(square, stored, state.squares, state.square_residuals)
+    if square.value.dtype not in WIDE:
+        stored = gather_chunk(state.squares, state.square_residuals, options.rounding, square_bits).load()
+
+    buffer = flat(state.buffers)
+    buffer = buffer.to(torch.promote_types(buffer.dtype, dtype))
+    averages = options.momentum_on == "gradient"
+    if averages:
+        buffer = buffer.lerp(grad.to(buffer.dtype), keep * (1 - options.momentum))
+        grad = grad.lerp(buffer.to(dtype), options.momentum) if options.nesterov else buffer.to(dtype)
+    is_whitened = options.direction == "whitened"
+    direction = grad / (stored.sqrt() + damping.sqrt() if is_whitened else stored + damping)
+    direction = direction.nan_to_num_(0.0, 0.0, 0.0).to(buffer.dtype)
+    if state.update_norms is not None:
+        norms = _norms(direction, sizes)
+        direction *= _spread(torch.where(norms > 0, state.update_norms / norms, 0.0), lengths, len(grad))
+
+    new_weight = weight.load()
+    if averages:
+        descend_([new_weight], [direction], (keep * lr)[None], options.weight_decay)
+    else:
+        descent = options.momentum, options.weight_decay, options.decoupled
+        heavy_ball_([new_weight], [buffer], [direction], keep[None], lr, *descent)
+    scatter(state.buffers, buffer)
+    store_chunk(weight, new_weight, params, state.weight_residuals)
+
+
+def _norms(vector: Tensor, sizes: list[int]) -> Tensor:
+    """Return the norms [n] of n tensors that are concatenated."""
+    return torch.stack(torch._foreach_norm(list(vector.split(sizes))))
+
+
+def _spread(values: Tensor, lengths: Tensor, total: int) -> Tensor:
+    """Return the values [n] of n concatenated tensors, repeated for their elements: [N]."""
+    return values.repeat_interleave(lengths, output_size=total)

@@ -1,0 +1,59 @@
+"""Two sets of options of `IFShampoo`: the paper's rule, and the recipe, which trains better.
+
+Pass one as `IFShampoo(params, **RECIPE)`. `IFShampoo.for_model` also splits a model and gives each part its options.
+"""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+from typing import Any
+
+from rootfree_kernels.param_split import ParamSplit
+
+PAPER_RULE = MappingProxyType(
+    {
+        "direction": "root_free",
+        "momentum_on": "update",
+        "nesterov": False,
+        "update_norm": None,
+        "update_scale": 1.0,
+        "relative_damping": False,
+        "factor_init": "identity",
+    }
+)
+"""The options that make the rule of Lin et al., ICML 2024. They are the defaults."""
+
+RECIPE: MappingProxyType[str, Any] = MappingProxyType(
+    {
+        "direction": "whitened",
+        "momentum_on": "gradient",
+        "nesterov": True,
+        "update_norm": "muon",
+        "relative_damping": True,
+        "factor_init": "gradient",
+        "beta2": 0.95,
+        "riemannian_momentum": 0.0,
+        "damping": 1e-8,
+        "clip": "row_sum",
+        "decoupled_weight_decay": True,
+    }
+)
+"""What surrounds Muon's direction, around the whitened one: nothing depends on the scale of the loss."""
+
+REST_SCALE = 0.02
+"""The size of an element's update in embeddings, heads and vectors, relative to lr."""
+
+REST_BETA2 = 0.05
+"""β₂ of embeddings, heads and vectors."""
+
+
+def model_groups(split: ParamSplit, weight_decay: float) -> list[dict[str, Any]]:
+    """Return the groups of a model, with the options by which embeddings, heads and vectors differ from RECIPE."""
+    rest = {
+        "structure": "elementwise",
+        "update_norm": "rms",
+        "update_scale": REST_SCALE,
+        "beta2": REST_BETA2,
+        "weight_decay": REST_SCALE * weight_decay,
+    }
+    return split.groups(embeddings_and_heads=rest, vectors=rest)
