@@ -2,7 +2,7 @@
 //
 //     q <- 0.95 q + 0.05 B mean(G^2),    and q = B mean(G^2) when the first gradient comes that is not 0
 //
-// q = 0 means that no such gradient has come yet (rootfree_kernels/eager/curvature.py).
+// q stays while the gradient is 0. q = 0 means that no other gradient has come yet (rootfree_kernels/eager/curvature.py).
 
 #pragma once
 
@@ -22,7 +22,8 @@ struct Curvature {
 // `overflow`.
 inline Curvature follow(float old, float mean_square, bool overflow) {
   const bool starts = old == 0 && mean_square > 0 && is_finite(mean_square) && !overflow;
-  return {starts ? mean_square : old + curvature_step * (mean_square - old), starts, mean_square == 0};
+  const bool idle = mean_square == 0;
+  return {starts ? mean_square : idle ? old : old + curvature_step * (mean_square - old), starts, idle};
 }
 
 }  // namespace rootfree::cpu
