@@ -162,4 +162,6 @@ def test_what_is_preconditioned_is_the_average_before_it_is_rounded(buffer):
     batch.step(t, None, True)
     average = 0.9 * was.buffers[0].double() + 0.1 * was.grads[0].double()
     assert_near([fp64(t.buffers[0])], [fp64(average)], one_step(buffer))
-    assert_near([fp64(t.params[0])], [fp64(was.params[0].double() - 0.1 * was.grads[0] - 0.9 * average)], one_step(FP32))
+    assert_near(
+        [fp64(t.params[0])], [fp64(was.params[0].double() - 0.1 * was.grads[0] - 0.9 * average)], one_step(FP32)
+    )

@@ -49,7 +49,9 @@ def test_inference_tensors_are_stepped_like_others():
     assert t.c.is_inference() and t.bytes() == batch.run().bytes()
 
 
-@pytest.mark.parametrize("stem", ["rf_rmsprop", "scaled_rmsprop", "kron_gather", "kron_factor", "kron_products", "kron_step"])
+@pytest.mark.parametrize(
+    "stem", ["rf_rmsprop", "scaled_rmsprop", "kron_gather", "kron_factor", "kron_products", "kron_step"]
+)
 def test_the_extension_s_schemas_are_those_of_the_public_operators(stem):
     """Names, order and types of arguments, and which of them are changed."""
     native = getattr(torch.ops.rootfree_native, stem).default._schema
