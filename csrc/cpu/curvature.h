@@ -2,7 +2,8 @@
 //
 //     q <- 0.95 q + 0.05 B mean(G^2),    and q = B mean(G^2) when the first gradient comes that is not 0
 //
-// q stays while the gradient is 0. q = 0 means that no other gradient has come yet (rootfree_kernels/eager/curvature.py).
+// q stays while the gradient is 0. q = 0 means that no other gradient has come yet. See
+// rootfree_kernels/eager/curvature.py.
 
 #pragma once
 

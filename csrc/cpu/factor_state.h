@@ -1,10 +1,10 @@
-// C (or K) of the blocks of a batch with the state that belongs to it, as kron_factor updates it.
+// The arguments of kron_factor: C and K of a batch with the state that belongs to them, and its options.
 
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
-#include <cstring>
+#include <vector>
 
 #include "curvature.h"
 #include "tensors.h"
@@ -56,28 +56,29 @@ class StoredFactors {
   const Draws& draws_;
 };
 
-// Set C of a block to value * I, rounded to nearest, and return its squared norm. A compensated pair is exact.
-inline float start_factor(const FactorState& state, int64_t block, float value) {
-  const int64_t n = state.factor.size(-1), start = block * n * n;
-  const TypedPointer matrix = pointer_to(state.factor).offset(start);
-  int16_t* residual = state.residual ? state.residual->mutable_data_ptr<int16_t>() + start : nullptr;
-  std::memset(matrix.data, 0, n * n * state.factor.element_size());
-  if (residual) {
-    std::memset(residual, 0, n * n * sizeof(int16_t));
-  }
-  const uint16_t narrow = residual ? compensated_high(value) : bf16_nearest(value);
-  for (int64_t i = 0; i < n * n; i += n + 1) {
-    if (matrix.dtype == Dtype::f32) {
-      static_cast<float*>(matrix.data)[i] = value;
-    } else {
-      static_cast<uint16_t*>(matrix.data)[i] = narrow;
-    }
-    if (residual) {
-      residual[i] = compensated_low(value);
-    }
-  }
-  const float stored = matrix.dtype == Dtype::f32 ? value : bf16_to_float(narrow);
-  return static_cast<float>(n) * stored * stored;
-}
+// The options of the operator, in FP32. `clips` and `row_sum` say which norm clips m, `overflow` skips every block.
+struct FactorOptions {
+  float batch_size, beta2, riemannian_momentum, damping, gamma;
+  bool clips, row_sum, overflow;
+  c10::string_view rounding;
+  bool whitened, relative_damping, starts_from_gradient;
+};
+
+// What the blocks of a batch have besides their tensors, and the operator's result.
+struct BatchValues {
+  std::vector<float> squares_c, squares_k;  // squared norms of C and K
+  std::vector<float> dampings;              // lambda
+  std::vector<Curvature> curvatures;
+  bool* ok;
+};
+
+// Return what the blocks have besides their tensors. Start C and K of blocks whose first gradient has come.
+BatchValues start_blocks(const FactorState& c, const FactorState& k,
+                         const std::optional<at::Tensor>& curvature,  // q [L]
+                         const at::Tensor& squares,                   // [1 or 3, L, shares], of G, and of C and K
+                         const FactorOptions& o);
+
+// Store q of the blocks that were updated. Blocks whose gradient is 0 stay as they are, and are ok.
+void store_curvatures(const std::optional<at::Tensor>& curvature, const BatchValues& values);
 
 }  // namespace rootfree::cpu

@@ -30,14 +30,6 @@ namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-// The options of the operator, in FP32. `clips` and `row_sum` say which norm clips m, `overflow` skips every block.
-struct Options {
-  float batch_size, beta2, riemannian_momentum, damping, gamma;
-  bool clips, row_sum, overflow;
-  c10::string_view rounding;
-  bool whitened, relative_damping, starts_from_gradient;
-};
-
 // Call f(block, tile, row, col) for the tiles of the lower triangles of a batch of n x n matrices, in parallel. `tile`
 // counts the tiles of a block row by row; (row, col) is its place, in tiles.
 template <typename F>
@@ -77,7 +69,7 @@ float largest_row(const float* parts, int64_t tiles, int64_t n) {
 std::vector<float> damping_factors(const float* dampings,       // [L], lambda
                                    const float* other_squares,  // [L], squared norms of K
                                    const at::Tensor& other,     // K [L, d, d], in the dtype of products
-                                   const Options& o) {
+                                   const FactorOptions& o) {
   const int64_t num_blocks = other.size(0), cols = other.size(1);
   std::vector<float> factors(num_blocks);
   if (o.damping != 0 && o.whitened) {
@@ -99,7 +91,7 @@ at::Tensor new_momentum(const FactorState& state,
                         const at::Tensor& a,       // A [L, p, d], or A' [L, d, p] for K
                         const at::Tensor& factor,  // [L, n, n], in the dtype of products
                         const std::vector<float>& damping_factors,  // [L]
-                        const Options& o, std::vector<float>& norms) {
+                        const FactorOptions& o, std::vector<float>& norms) {
   const Kernels& k = kernels();
   const int64_t num_blocks = a.size(0), n = a.size(1), tiles = num_tiles(n), per_block = tiles * (tiles + 1) / 2;
   const auto cols = static_cast<float>(a.size(2));
@@ -134,6 +126,20 @@ at::Tensor new_momentum(const FactorState& state,
   return result;
 }
 
+// Call f(block, first, length) for shares of the elements of a batch of blocks, in parallel. `first` is the index of
+// the share's first element in its block.
+template <typename F>
+void for_shares(int64_t num_blocks, int64_t size, const F& f) {
+  constexpr int64_t share_size = 1 << 14;  // elements of a block that one thread takes at a time
+  const int64_t shares = (size + share_size - 1) / share_size;
+  at::parallel_for(0, num_blocks * shares, 2, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i % shares * share_size;
+      f(i / shares, first, std::min(share_size, size - first));
+    }
+  });
+}
+
 // Update C <- C - scale C m of the chosen blocks, with Y = C m.
 void move_factors(const at::Tensor& y,               // [L, n, n]
                   const std::vector<float>& scales,  // [L]
@@ -142,16 +148,10 @@ void move_factors(const at::Tensor& y,               // [L, n, n]
   const Kernels& k = kernels();
   const int64_t size = y.size(-1) * y.size(-1);
   const TypedPointer products = pointer_to(y);
-  constexpr int64_t share_size = 1 << 14;  // elements of a block that one thread takes at a time
-  const int64_t shares = (size + share_size - 1) / share_size;
-  at::parallel_for(0, y.size(0) * shares, 2, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t block = i / shares, first = i % shares * share_size, length = std::min(share_size, size - first);
-      if (chosen[block]) {
-        const Stored part = factors.at(block, first);
-        const TypedPointer product = products.offset(block * size + first);
-        k.update_factor(part, product, static_cast<uint32_t>(first), length, scales[block]);
-      }
+  for_shares(y.size(0), size, [&](int64_t block, int64_t first, int64_t length) {
+    if (chosen[block]) {
+      const TypedPointer product = products.offset(block * size + first);
+      k.update_factor(factors.at(block, first), product, static_cast<uint32_t>(first), length, scales[block]);
     }
   });
 }
@@ -181,11 +181,12 @@ void store_momentum(const FactorState& state,
   }
   const int64_t size = momentum.size(-1) * momentum.size(-1);
   const TypedPointer target = pointer_to(state.momentum), source = pointer_to(momentum);
-  for (int64_t block = 0; block < momentum.size(0); ++block) {
+  for_shares(momentum.size(0), size, [&](int64_t block, int64_t first, int64_t length) {
     if (chosen[block]) {
-      std::memcpy(target.offset(block * size).data, source.offset(block * size).data, size * momentum.element_size());
+      const int64_t start = block * size + first;
+      std::memcpy(target.offset(start).data, source.offset(start).data, length * momentum.element_size());
     }
-  }
+  });
 }
 
 // Update C and m of the blocks that are not skipped, then compute CC' of all of them.
@@ -193,7 +194,7 @@ void update_factors(const FactorState& state,
                     const at::Tensor& momentum,        // new m [L, n, n]
                     const std::vector<float>& scales,  // [L]
                     const bool* ok,                    // [L], false for blocks that are skipped
-                    const Draws& draws, int64_t first_block, at::ScalarType dtype, const Options& o) {
+                    const Draws& draws, int64_t first_block, at::ScalarType dtype, const FactorOptions& o) {
   const at::Tensor y = product(state.factor.to(dtype), momentum.to(dtype));
   const StoredFactors factors(state, draws, first_block, o.rounding);
   if (o.whitened) {
@@ -207,18 +208,10 @@ void update_factors(const FactorState& state,
   }
 }
 
-// What the blocks of a batch have besides their tensors, and the operator's result.
-struct BatchValues {
-  std::vector<float> squares_c, squares_k;  // squared norms of C and K
-  std::vector<float> dampings;              // lambda
-  std::vector<Curvature> curvatures;
-  bool* ok;
-};
-
 // Update the factors of a slice of a batch, whose first block is `first`.
 void update_slice(const FactorState& c, const FactorState& k,
                   const at::Tensor& grad,  // [L, p, d]
-                  const BatchValues& values, const Draws& draws, int64_t first, const Options& o) {
+                  const BatchValues& values, const Draws& draws, int64_t first, const FactorOptions& o) {
   const at::ScalarType dtype = grad.scalar_type();
   const at::Tensor factor_c = c.factor.to(dtype), factor_k = k.factor.to(dtype);
   const at::Tensor a = product(product(factor_c.mT(), grad), factor_k);
@@ -241,64 +234,6 @@ void update_slice(const FactorState& c, const FactorState& k,
   };
   update_factors(c, momentum_c, scales(norms_c), ok, draws, first, dtype, o);
   update_factors(k, momentum_k, scales(norms_k), ok, draws, first, dtype, o);
-}
-
-// Return the sums [L] of partial sums [L, shares].
-std::vector<float> sum_rows(const at::Tensor& partial_sums) {
-  std::vector<float> sums;
-  const int64_t shares = partial_sums.size(1);
-  for (int64_t block = 0; block < partial_sums.size(0); ++block) {
-    sums.push_back(sum_of(partial_sums.const_data_ptr<float>() + block * shares, shares));
-  }
-  return sums;
-}
-
-// Return the curvatures [L] after a gradient. Without `old` ones no block starts or is idle.
-std::vector<Curvature> follow_all(const OptionalTensor& old,          // [L]
-                                  const std::vector<float>& squares,  // [L], sums of squares of G
-                                  int64_t numel, const Options& o) {
-  std::vector<Curvature> curvatures(squares.size());
-  for (size_t block = 0; old && block < squares.size(); ++block) {
-    const float mean_square = squares[block] * (o.batch_size / static_cast<float>(numel));
-    curvatures[block] = follow(old->const_data_ptr<float>()[block], mean_square, o.overflow);
-  }
-  return curvatures;
-}
-
-// Return what the blocks have besides their tensors. Start the factors of blocks whose first gradient has come.
-BatchValues start(const FactorState& c, const FactorState& k, const OptionalTensor& curvature, const at::Tensor& squares,
-                  const Options& o) {
-  const int64_t num_blocks = c.factor.size(0), numel = c.factor.size(-1) * k.factor.size(-1);
-  const bool has_squares = o.damping != 0 && !o.whitened;
-  const std::vector<float> zeros(num_blocks);
-  BatchValues values{has_squares ? sum_rows(squares[1]) : zeros,
-                     has_squares ? sum_rows(squares[2]) : zeros,
-                     std::vector<float>(num_blocks, o.damping),
-                     follow_all(curvature, curvature ? sum_rows(squares[0]) : zeros, numel, o),
-                     nullptr};
-  for (int64_t block = 0; curvature && block < num_blocks; ++block) {
-    const Curvature& q = values.curvatures[block];
-    if (o.relative_damping) {
-      values.dampings[block] *= q.value;
-    }
-    if (q.starts && o.starts_from_gradient) {
-      const auto value = static_cast<float>(std::pow(static_cast<double>(q.value) * (1.0 + o.damping), -0.25));
-      values.squares_c[block] = start_factor(c, block, value);
-      values.squares_k[block] = start_factor(k, block, value);
-    }
-  }
-  return values;
-}
-
-// Store q of the blocks that were updated. Blocks whose gradient is 0 stay as they are, and are ok.
-void store_curvatures(const OptionalTensor& curvature, const BatchValues& values) {
-  for (size_t block = 0; curvature && block < values.curvatures.size(); ++block) {
-    const Curvature& q = values.curvatures[block];
-    if (values.ok[block]) {
-      curvature->mutable_data_ptr<float>()[block] = q.value;
-    }
-    values.ok[block] = values.ok[block] || q.idle;
-  }
 }
 
 // Update C, K, their momenta and residuals and q in place, and write P_C and P_K if they are there. Return ok [L]:
@@ -329,7 +264,7 @@ at::Tensor kron_factor(const at::Tensor& factor_c,        // [L, p, p]
   is_packed(momentum_c, factor_c);  // called for its error, which must come before anything changes
   is_packed(momentum_k, factor_k);
   const int64_t num_blocks = grad.size(0);
-  const Options options{static_cast<float>(batch_size),
+  const FactorOptions options{static_cast<float>(batch_size),
                         static_cast<float>(beta2),
                         static_cast<float>(riemannian_momentum),
                         static_cast<float>(damping),
@@ -345,7 +280,7 @@ at::Tensor kron_factor(const at::Tensor& factor_c,        // [L, p, p]
   const FactorState k{factor_k, momentum_k, residual_k, product_k, slot_factor_k};
   const Draws draws(seeds, steps);
   const at::Tensor ok = at::empty({num_blocks}, grad.options().dtype(at::kBool));
-  BatchValues values = start(c, k, curvature, squares, options);
+  BatchValues values = start_blocks(c, k, curvature, squares, options);
   values.ok = ok.mutable_data_ptr<bool>();
 
   for_slices(num_blocks, grad.size(1), grad.size(2), [&](int64_t first, int64_t length) {

@@ -49,7 +49,8 @@ struct Step {
 
 // Return the step of a tensor, from the sum of its squared gradient. `curvature` is its q, which is updated, or null.
 Step step_of(double squares, int64_t numel, float* curvature, ScaledScalars scalars, const CurvatureOptions& o) {
-  const float mean_square = static_cast<float>(squares) * (o.batch_size / static_cast<float>(std::max<int64_t>(numel, 1)));
+  const auto count = static_cast<float>(std::max<int64_t>(numel, 1));
+  const float mean_square = static_cast<float>(squares) * (o.batch_size / count);
   const bool ok = is_finite(mean_square) && !o.overflow;
   scalars.damping = o.damping;
   if (curvature && ok) {

@@ -1,7 +1,8 @@
 """The C++ operators for CPUs (csrc/cpu), with the signatures of `rootfree_kernels.eager`.
 
 The diagonal step, the gather, the epilogues of an update and the step of the weights are one pass over memory each, in
-the widest instructions of the processor. Matrix products are left to PyTorch's libraries.
+the widest instructions of the processor. A norm that scales an update takes one more. Matrix products are left to
+PyTorch's libraries.
 """
 
 from __future__ import annotations
