@@ -45,8 +45,8 @@ from rootfree_kernels.triton_kernels.configuration import Configuration, Kind
 from rootfree_kernels.triton_kernels.launch import kernel, launch
 
 CHUNK, MAX_SHARES, NUM_WARPS = 1024, 1024, 4
-"""A share is one chunk of elements, or as many as leave a tensor MAX_SHARES programs. Each of these reads the partial sums
-of all of them."""
+"""A share is one chunk of elements, or as many as leave a tensor MAX_SHARES programs. Each of these reads the partial
+sums of all of them."""
 
 _CHUNK, _PART = tl.constexpr(CHUNK), tl.constexpr(CHUNK // 4)  # masked chunks take more registers, so in parts
 _MAX_SHARES = tl.constexpr(MAX_SHARES)
