@@ -32,5 +32,6 @@ def follow(old: Tensor, mean_square: Tensor, found_inf: Tensor | None) -> Curvat
     starts = (old == 0) & (mean_square > 0) & (mean_square < torch.inf)
     if found_inf is not None:
         starts = starts & (found_inf.reshape(()) == 0)
-    new = torch.where(starts, mean_square, old.lerp(mean_square, CURVATURE_STEP))
-    return Curvature(new, starts, mean_square == 0)
+    idle = mean_square == 0
+    new = torch.where(starts, mean_square, torch.where(idle, old, old.lerp(mean_square, CURVATURE_STEP)))
+    return Curvature(new, starts, idle)

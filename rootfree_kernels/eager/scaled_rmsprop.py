@@ -71,13 +71,13 @@ def _step_chunk(
     old_square = square.load()
     dtype = old_square.dtype
     lengths = rnd.lengths_of(tuple(sizes), grad.device)
-    mean_square = _norms(grad.to(dtype), sizes).square() * (options.batch_size / lengths)
+    mean_square = _norms(grad.to(dtype), sizes).square() * (options.batch_size / lengths.clamp(min=1).to(dtype))
     ok = mean_square < torch.inf
     if scaling.found_inf is not None:
         ok = ok & (scaling.found_inf.reshape(()) == 0)
     torch._foreach_add_(state.skipped, list((~ok).to(torch.int32).unbind()))
     keep = _spread(ok.to(dtype), lengths, len(grad))
-    grad = grad.to(dtype).nan_to_num(0.0, 0.0, 0.0)
+    grad = torch.where(keep > 0, grad.to(dtype), 0.0)
 
     damping = torch.as_tensor(options.damping, dtype=dtype, device=grad.device)
     moves = keep  # where s moves

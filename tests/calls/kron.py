@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rootfree_kernels.rounding import join_compensated
+from tests.calls import recipe_reference as recipe
 from tests.calls import reference as ref
 from tests.calls.operators import Call, through
 from tests.calls.tensors import BF16, FP32, FP64, drawn, drawn_residual, fp64, laid_out, same_bits
@@ -34,7 +35,27 @@ THREE = ((0, 1, 0, 1), (1, 1, 0, 1), (0, 1, 8, 1))
 PLACES = (ONE, TWO, FIVE, THREE)
 
 STATE = ("c", "k", "m_c", "m_k", "lo_c", "lo_k")
-KEPT = (*STATE, "params", "buffers", "residuals")
+KEPT = (*STATE, "curvature", "params", "buffers", "residuals")
+
+RULE = {**recipe.PAPER, "scales": False}
+"""The paper's rule. `scales` says whether the updates have norms of their own."""
+WHITENED = {
+    "direction": "whitened",
+    "relative_damping": True,
+    "factor_init": "gradient",
+    "momentum_on": "gradient",
+    "nesterov": True,
+    "scales": True,
+}
+"""The rule of the recipe."""
+ROOT_FREE = {**WHITENED, "direction": "root_free"}
+MIXED = (
+    {"direction": "whitened"},
+    {"direction": "whitened", "scales": True, "factor_init": "gradient"},
+    {"relative_damping": True, "momentum_on": "gradient"},
+    {"momentum_on": "gradient", "nesterov": True, "scales": True},
+)
+"""Rules in which only some options differ from the paper's."""
 
 
 class Tensors(SimpleNamespace):
@@ -90,6 +111,8 @@ class Batch:
     maximize: bool = False
     options: dict = field(default_factory=dict)
     descent: dict = field(default_factory=dict)
+    rule: dict = field(default_factory=dict)
+    """What differs from RULE."""
     lr: Any = 0.05
     grad_scale: float | None = None
     found_inf: float | None = None
@@ -120,6 +143,18 @@ class Batch:
     @property
     def all_descent(self) -> dict[str, Any]:
         return {**DESCENT, **(ROUNDING_DESCENT if self.exact == "rounding" else {}), **self.descent}
+
+    @property
+    def all_rule(self) -> dict[str, Any]:
+        return {**RULE, **self.rule}
+
+    @property
+    def is_whitened(self) -> bool:
+        return self.all_rule["direction"] == "whitened"
+
+    @property
+    def follows_curvature(self) -> bool:
+        return self.all_rule["relative_damping"] or self.all_rule["factor_init"] == "gradient"
 
     @property
     def reference_clip(self) -> str | None:
@@ -160,6 +195,11 @@ class Batch:
         t.skipped = torch.arange(count, dtype=torch.int32, device=self.device)
         t.seeds = (torch.arange(count) * 0x1234567 - 3).to(self.device, torch.int32)
         t.steps = torch.arange(3.0, 3.0 + count)
+        wide = torch.promote_types(self.dtype, FP32)
+        known = torch.tensor([(0.0, 0.7, 0.2)[(block + self.seed) % 3] for block in range(count)], dtype=wide)
+        t.curvature = known.to(self.device) if self.follows_curvature else None
+        norms = torch.linspace(0.5, 2.0, count, dtype=FP64 if FP64 in (self.matmul, self.param, self.buffer) else FP32)
+        t.update_norms = norms.to(self.device) if self.all_rule["scales"] else None
         return t
 
     def place(self, t: Tensors, name: str, values: list[Tensor], layouts: Iterator[str]) -> None:
@@ -179,12 +219,14 @@ class Batch:
             m = torch.zeros(shape)
         else:
             factor = torch.eye(size) + factor
+        if self.is_whitened:  # symmetric, in any of these ways
+            factor = torch.diag_embed(factor.abs().amax(-1)) if self.exact else (factor + factor.mT) / 2
         setattr(t, side, factor.to(self.device, self.dtype))
         setattr(t, f"m_{side}", (m + m.mT).to(self.device, self.dtype))
         paired = self.dtype == BF16 and self.rounding == "compensated"
         setattr(t, f"lo_{side}", drawn_residual(shape, generator).to(self.device) if paired else None)
         product = torch.full(shape, torch.nan, dtype=self.matmul, device=self.device)
-        setattr(t, f"p_{side}", product if self.keeps_products else None)
+        setattr(t, f"p_{side}", product if self.keeps_products and not self.is_whitened else None)
 
     def scalar(self, value: float | None) -> Tensor | None:
         return None if value is None else torch.tensor(value, device=self.device)
@@ -193,7 +235,7 @@ class Batch:
 
     def gather(self, t: Tensors, run: Call | None = None) -> tuple[Tensor, Tensor]:
         """Gather G and its sums into `t`, and return them."""
-        factors = [t.c, t.k] if self.all_options["damping"] else []
+        factors = [t.c, t.k] if self.all_options["damping"] and not self.is_whitened else []
         arguments = (self.tiles, *self.sides, factors, self.scalar(self.grad_scale), self.matmul, self.maximize)
         t.grad, t.squares = (run or through(self.backend))("kron_gather", t.grads, *arguments)
         return t.grad, t.squares
@@ -202,9 +244,11 @@ class Batch:
         """Gather, and update the factors; return ok [L]."""
         run = run or through(self.backend)
         self.gather(t, run)
-        tensors = [getattr(t, name) for name in (*STATE, "p_c", "p_k", "grad", "squares", "seeds", "steps")]
+        names = (*STATE, "p_c", "p_k", "curvature", "grad", "squares", "seeds", "steps")
         numbers = map(float, self.all_options.values())
-        t.ok = run("kron_factor", *tensors, self.scalar(self.found_inf), *numbers, self.clip, self.rounding)
+        rule = [self.all_rule[name] for name in ("direction", "relative_damping", "factor_init")]
+        options = (self.scalar(self.found_inf), *numbers, self.clip, self.rounding, *rule)
+        t.ok = run("kron_factor", *[getattr(t, name) for name in names], *options)
         return t.ok
 
     def make_products(self, t: Tensors, run: Call | None = None) -> list[Tensor]:
@@ -212,16 +256,17 @@ class Batch:
         return [*(run or through(self.backend))("kron_products", t.c, t.k, self.matmul)]
 
     def step(self, t: Tensors, ok: Tensor | None, cached: bool, run: Call | None = None) -> None:
-        """Step the weights by the gradient that was gathered last."""
+        """Step the weights by the gradient that was gathered last. `cached` is ignored in the whitened direction."""
         lr = self.lr if isinstance(self.lr, Tensor) else torch.tensor(self.lr, dtype=FP64)
-        factors = (t.p_c, t.p_k) if cached else (t.c, t.k)
-        descent = self.all_descent
+        factors = (t.p_c, t.p_k) if cached and not self.is_whitened else (t.c, t.k)
+        descent, rule = self.all_descent, self.all_rule
         (run or through(self.backend))(
             "kron_step",
-            *(t.params, t.buffers, t.residuals, self.tiles, t.skipped, *factors, t.grad.clone(), t.squares),
-            *(lr, ok, t.seeds, t.steps, self.scalar(self.found_inf), cached),
+            *(t.params, t.buffers, t.residuals, self.tiles, t.skipped, t.update_norms),
+            *(*factors, t.grad.clone(), t.squares, lr, ok, t.seeds, t.steps, self.scalar(self.found_inf)),
+            cached or self.is_whitened,
             *(float(descent["momentum"]), float(descent["weight_decay"]), bool(descent["decoupled"])),
-            self.weight_rounding,
+            *(self.weight_rounding, rule["momentum_on"], rule["nesterov"]),
         )
 
     def run(self, t: Tensors | None = None, run: Call | None = None) -> Tensors:
@@ -237,14 +282,23 @@ class Batch:
         factor = (-1 if self.maximize else 1) / (self.grad_scale or 1)
         return [fp64(x) * factor for x in self.blocks(t.grads)]
 
-    def reference_states(self, t: Tensors) -> list[ref.KronState]:
-        sides = (t.factor("c"), t.factor("k"), fp64(t.m_c), fp64(t.m_k), map(fp64, self.blocks(t.buffers)))
-        return [ref.KronState(*state) for state in zip(*sides, strict=True)]
+    def reference_states(self, t: Tensors) -> list[recipe.RecipeState]:
+        curvature = np.zeros(len(t.seeds)) if t.curvature is None else fp64(t.curvature)
+        sides = (t.factor("c"), t.factor("k"), fp64(t.m_c), fp64(t.m_k), map(fp64, self.blocks(t.buffers)), curvature)
+        return [recipe.RecipeState(*state) for state in zip(*sides, strict=True)]
 
-    def reference_update(self, t: Tensors) -> list[ref.KronState]:
+    @property
+    def reference_rule(self) -> dict[str, Any]:
+        """The options of the rule that an update of the factors knows."""
+        return {name: self.all_rule[name] for name in ("direction", "relative_damping", "factor_init")}
+
+    def reference_update(self, t: Tensors) -> list[Any]:
         """Return the states after an update."""
         pairs = zip(self.reference_states(t), self.reference_grads(t), strict=True)
-        return [ref.kron_update(*pair, clip=self.reference_clip, **self.all_options) for pair in pairs]
+        if not self.rule:
+            return [ref.kron_update(*pair, clip=self.reference_clip, **self.all_options) for pair in pairs]
+        options = {"clip": self.reference_clip, **self.all_options, **self.reference_rule}
+        return [recipe.recipe_update(*pair, **options) for pair in pairs]
 
     def reference_step(self, t: Tensors) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Return the weights and the momentum buffers after a step without an update.
@@ -254,9 +308,15 @@ class Batch:
         found = []
         weights = map(fp64, self.blocks(t.weights()))
         blocks = zip(weights, self.reference_grads(t), self.reference_states(t), strict=True)
-        for (weight, grad, state), c, k in zip(blocks, fp64(t.c), fp64(t.k), strict=True):
+        norms = [None] * len(t.seeds) if t.update_norms is None else fp64(t.update_norms).tolist()
+        for (weight, grad, state), c, k, norm in zip(blocks, fp64(t.c), fp64(t.k), norms, strict=True):
             state.C, state.K = c, k
-            found.append(ref.kron_step(weight, grad, state, update=False, lr=self.lr, **self.all_descent))
+            options = {"update": False, "lr": self.lr, **self.all_descent}
+            if self.rule:
+                rule = {name: value for name, value in self.all_rule.items() if name != "scales"}
+                found.append(recipe.recipe_step(weight, grad, state, norm=norm, **options, **rule))
+            else:
+                found.append(ref.kron_step(weight, grad, state, **options))
         return [weight for weight, _ in found], [state.buffer for _, state in found]
 
 

@@ -18,7 +18,7 @@ from rootfree_kernels.ops.operators import run_flat
 Call = Callable[..., Any]
 """A function (stem, *flat arguments) that runs an operator."""
 
-STEMS = ("rf_rmsprop", "clipped_momentum", "kron_gather", "kron_factor", "kron_step")
+STEMS = ("rf_rmsprop", "scaled_rmsprop", "clipped_momentum", "kron_gather", "kron_factor", "kron_step")
 """The operators of `torch.ops.rootfree`. Beside them, backends have `kron_products`."""
 
 

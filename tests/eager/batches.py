@@ -20,7 +20,8 @@ def wide_batch(num_blocks: int, rows: int, cols: int, dtype: torch.dtype, **rest
 
 
 def assert_factors_are(t: Tensors, expected: Sequence[KronState], allowed: float) -> None:
-    """Check C, K and their momenta."""
+    """Check C, K and their momenta, which are differences of terms that may all but cancel."""
     for side, name in (("c", "C"), ("k", "K")):
+        terms = [0.5 * len(getattr(state, name)) ** 0.5 for state in expected]  # the norm of I/2
         assert_near(t.factor(side), [getattr(state, name) for state in expected], allowed)
-        assert_near(fp64(getattr(t, f"m_{side}")), [getattr(state, f"m_{name}") for state in expected], allowed)
+        assert_near(fp64(getattr(t, f"m_{side}")), [getattr(state, f"m_{name}") for state in expected], allowed, terms)
