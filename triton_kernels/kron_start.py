@@ -33,7 +33,7 @@ from rootfree_kernels.triton_kernels.common import (
 from rootfree_kernels.triton_kernels.configuration import Configuration
 from rootfree_kernels.triton_kernels.factor_workspace import FactorWorkspace
 from rootfree_kernels.triton_kernels.launch import kernel, launch
-from rootfree_kernels.triton_kernels.sizes import ELEMENTS_PER_PROGRAM, MAX_PARTIAL_SUMS, PADDING
+from rootfree_kernels.triton_kernels.sizes import PADDING, num_start_programs
 
 ROWS, COLS, NUM_WARPS = 8, 256, 4
 
@@ -100,7 +100,8 @@ def kron_start_kernel(
     mean_square = square * (batch_size / (p.to(tl.float32) * d.to(tl.float32)))
     begins = (follows != 0) & (old_q == 0.0) & (mean_square > 0.0) & is_finite(mean_square)
     begins = begins & (tl.load(found_inf_ptr) == 0.0)
-    q = tl.where(begins, mean_square, old_q + _STEP * (mean_square - old_q))
+    is_idle = mean_square == 0.0
+    q = tl.where(begins, mean_square, tl.where(is_idle, old_q, old_q + _STEP * (mean_square - old_q)))
     starts = begins & (may_start != 0)
     scale = 1.0 / tl.sqrt(tl.sqrt(q * (1.0 + damping)))
     rows, cols = p8 * 8, d8 * 8
@@ -124,10 +125,10 @@ def kron_start_kernel(
             square_k = sum_of_parts(squares_ptr + (2 * num_blocks + block) * num_parts, count)
             weight_c = size * tl.where(starts, d * stored * stored, square_k)
             weight_k = size * tl.where(starts, p * stored * stored, square_c)
-        is_idle = (follows != 0) & (mean_square == 0.0)
+        is_left = is_idle & (follows != 0)
         tl.store(weights_ptr + 4 * block, weight_c)
         tl.store(weights_ptr + 4 * block + 1, weight_k)
-        tl.store(weights_ptr + 4 * block + 2, tl.where(is_idle, float("nan"), 0.5 * gamma))
+        tl.store(weights_ptr + 4 * block + 2, tl.where(is_left, float("nan"), 0.5 * gamma))
         tl.store(weights_ptr + 4 * block + 3, q)
     if starts:
         residual_c_ptr += block * rows * rows
@@ -169,10 +170,7 @@ def make_start(
     """Write `work.weights`, and the factors of the blocks that start now."""
     (c, k), follows = work.factors, work.curvature is not None
     may_start = follows and options.factor_init == "gradient"
-    num_blocks, num_programs = len(c), 1
-    if may_start:
-        elements = c[0].numel() + k[0].numel()
-        num_programs = min(MAX_PARTIAL_SUMS, max(1, elements // ELEMENTS_PER_PROGRAM))
+    num_blocks, num_programs = len(c), num_start_programs(*sides) if may_start else 1
     rounding = "nearest" if work.residuals is None else effective_rounding(c.dtype, "compensated")
     launch(
         kron_start_kernel,

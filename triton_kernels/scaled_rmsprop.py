@@ -196,13 +196,15 @@ def scaled_average_kernel(
     tensor, row_table, size, first_program, num_programs, start, length = _share(tensor_table, owner_table)
     grad, square, buffer = tl.load(grad_table + tensor), tl.load(row_table + 1), tl.load(row_table + 2)
     residual = tl.load(row_table + 3)
-    mean_square = batch_size * (sum_of_parts(sums_ptr + first_program, num_programs) / size.to(tl.float32))
+    total = sum_of_parts(sums_ptr + first_program, num_programs)
+    mean_square = total * (batch_size / tl.maximum(size, 1).to(tl.float32))
     ok = is_finite(mean_square) & (tl.load(found_inf_ptr) == 0.0)
     q_ptr = tl.load(row_table + 6).to(tl.pointer_type(tl.float32))
     old_q = tl.load(q_ptr, mask=follows != 0, other=0.0)
     begins = (old_q == 0.0) & (mean_square > 0.0) & ok & (follows != 0)
-    q = tl.where(begins, mean_square, old_q + _STEP * (mean_square - old_q))
-    moves = ok & ((follows == 0) | (mean_square != 0.0))
+    is_idle = mean_square == 0.0
+    q = tl.where(begins, mean_square, tl.where(is_idle, old_q, old_q + _STEP * (mean_square - old_q)))
+    moves = tl.where(follows != 0, ok & (mean_square != 0.0), ok)
     damping = tl.where(damping > 0.0, damping * tl.where(is_relative != 0, q, 1.0), 0.0)
     damping = tl.where(whitened != 0, tl.sqrt(damping), damping)
     if tl.program_id(0) == first_program:

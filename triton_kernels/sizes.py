@@ -23,6 +23,11 @@ def num_partial_sums(rows: int, cols: int) -> int:
     return min(MAX_PARTIAL_SUMS, max(1, rows * cols // ELEMENTS_PER_PROGRAM))
 
 
+def num_start_programs(rows: int, cols: int) -> int:
+    """Return how many programs of `kron_start` write the factors of a block of rows × cols."""
+    return min(MAX_PARTIAL_SUMS, max(1, (rows * rows + cols * cols) // ELEMENTS_PER_PROGRAM))
+
+
 STEP_ROWS, STEP_COLS = 8, 128
 """Rows and columns of a tile of `kron_apply`."""
 
