@@ -18,7 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from rootfree_kernels import IFShampoo, RFRMSProp
+from rootfree_kernels import RECIPE, IFShampoo, RFRMSProp
 from rootfree_kernels.ops import operators
 from rootfree_kernels.optim import base, block_batch, plan, planner
 from tests.calls.backends import functions_of, idle_functions, stand_in

@@ -73,10 +73,9 @@ def test_bf16_moves_the_factors_of_wide_blocks_as_the_reference_does(clip, optio
 
 
 @pytest.mark.parametrize("rule", [WHITENED, ROOT_FREE, *MIXED], ids=str)
-@pytest.mark.parametrize("clip", ["row_sum", "frobenius"])
-def test_updates_of_every_rule_are_the_reference_s(rule, clip):
+def test_updates_of_every_rule_are_the_reference_s(rule):
     """Of the three blocks, one gets its first gradient. With 256 elements a program, several start it."""
-    batch = triton_batch(13, 16, THREE, dtype=FACTOR_DTYPES[0], clip=clip, rule=rule)
+    batch = triton_batch(13, 16, THREE, dtype=FACTOR_DTYPES[0], rule=rule)
     t = batch.tensors()
     expected = batch.reference_update(t)
     with numbers_per_program(256):
@@ -131,9 +130,9 @@ def test_whitened_factors_are_rounded_as_in_eager_pytorch_and_stay_symmetric(sid
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_whitened_factors_stay_symmetric_through_several_updates(rounding):
-    batch = triton_batch(19, 12, STACKED, rounding=rounding, clip="row_sum", rule=WHITENED)
+    batch = triton_batch(11, 8, STACKED, rounding=rounding, clip="row_sum", rule=WHITENED)
     t = with_symmetric_residuals(batch.tensors())
-    for _ in range(3):
+    for _ in range(2):
         batch.update(t)
     for factor in (t.c, t.k, t.m_c, t.m_k, t.lo_c, t.lo_k):
         assert factor is None or same_bits(factor, factor.mT)
