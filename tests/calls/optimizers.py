@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rootfree_kernels import IFShampoo, RFAdaGrad, RFRMSProp
+from rootfree_kernels import RECIPE, IFShampoo, RFAdaGrad, RFRMSProp
 
 SHAPES = {"weight": (7, 5), "twin": (7, 5), "conv": (4, 3, 1, 2), "bias": (6,), "scale": ()}
 """One of every kind, two of one shape.
@@ -58,6 +58,7 @@ CASES = [
         {"rounding": "compensated", "weight_rounding": "compensated"},
         torch.bfloat16,
     ),
+    Case("IFShampoo-recipe", IFShampoo, dict(RECIPE)),
 ]
 
 

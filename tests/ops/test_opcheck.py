@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from importlib.util import find_spec
 from itertools import product
 from typing import Any
@@ -13,9 +14,10 @@ from torch import Tensor
 from torch.library import opcheck
 from torch.utils._pytree import tree_map_only
 
+from rootfree_kernels import RECIPE as RECIPE_OPTIONS
 from rootfree_kernels import IFShampoo, RFRMSProp
 from tests.calls.operators import call, operator
-from tests.calls.optimizers import OPTIONS, SHAPES, Model, gradients
+from tests.calls.optimizers import SHAPES, Model, gradients
 
 BLOCKS, ROWS, COLS = 2, 5, 4
 f32, f64, bf16 = torch.float32, torch.float64, torch.bfloat16
@@ -138,12 +140,21 @@ def gathered(backend: str, dtype: torch.dtype, factors: list[Tensor]) -> tuple[T
     return call(backend, "kron_gather", grads, [0, 1, 0, BLOCKS], ROWS, COLS, factors, None, dtype, False)
 
 
+PAPER, RECIPE = ("root_free", False, "identity"), ("whitened", True, "gradient")
+
+
 @backends(
-    "storage, cached, amp",
-    product(STORAGE, FLAGS, FLAGS),
-    [((bf16, "stochastic"), True, False), ((bf16, "compensated"), False, True)],
+    "storage, cached, amp, rule",
+    [*product(STORAGE, FLAGS, FLAGS, [PAPER]), *product(STORAGE, [False], FLAGS, [RECIPE])],
+    [
+        ((bf16, "stochastic"), True, False, PAPER),
+        ((bf16, "compensated"), False, True, PAPER),
+        ((bf16, "stochastic"), False, True, RECIPE),
+    ],
 )
-def test_kron_factor_operator(backend: str, storage: tuple[torch.dtype, str], cached: bool, amp: bool) -> None:
+def test_kron_factor_operator(
+    backend: str, storage: tuple[torch.dtype, str], cached: bool, amp: bool, rule: tuple[str, bool, str]
+) -> None:
     dtype, rounding = storage
 
     def square_matrices(seed: int) -> list[Tensor]:
@@ -156,20 +167,29 @@ def test_kron_factor_operator(backend: str, storage: tuple[torch.dtype, str], ca
         *square_matrices(1),
         *([residual(BLOCKS, n, n) for n in (ROWS, COLS)] if paired else (None, None)),
         *(square_matrices(2) if cached else (None, None)),
-        *gathered(backend, dtype, square_matrices(0)),
+        None if rule == PAPER else torch.zeros(BLOCKS, dtype=torch.promote_types(dtype, f32)),
+        *gathered(backend, dtype, square_matrices(0) if rule == PAPER else []),
         *seeds_and_steps(BLOCKS),
         scaler(amp)[1],
-        *(4.0, 0.2, 0.5, 0.01, 1.0, "frobenius", rounding, backend),
+        *(4.0, 0.2, 0.5, 0.01, 1.0, "frobenius", rounding, *rule, backend),
     )
 
 
 @backends(
-    "storage, updated, amp",
-    product(STORAGE, FLAGS, FLAGS),
-    [((f32, "nearest"), True, False), ((bf16, "stochastic"), False, True), ((bf16, "compensated"), True, True)],
+    "storage, updated, amp, momentum_on",
+    product(STORAGE, FLAGS, FLAGS, ["update", "gradient"]),
+    [
+        ((f32, "nearest"), True, False, "update"),
+        ((bf16, "stochastic"), False, True, "update"),
+        ((bf16, "compensated"), True, True, "update"),
+        ((bf16, "compensated"), True, True, "gradient"),
+    ],
 )
-def test_kron_step_operator(backend: str, storage: tuple[torch.dtype, str], updated: bool, amp: bool) -> None:
+def test_kron_step_operator(
+    backend: str, storage: tuple[torch.dtype, str], updated: bool, amp: bool, momentum_on: str
+) -> None:
     dtype, rounding = storage
+    averages = momentum_on == "gradient"
     check(
         "kron_step",
         [numbers(ROWS, BLOCKS * COLS, dtype=dtype)],
@@ -177,22 +197,51 @@ def test_kron_step_operator(backend: str, storage: tuple[torch.dtype, str], upda
         [residual(ROWS, BLOCKS * COLS)] if rounding == "compensated" else [],
         [0, 1, 0, BLOCKS],
         torch.zeros(BLOCKS, dtype=torch.int32),
+        torch.ones(BLOCKS, dtype=f64 if dtype == f64 else f32) if averages else None,
         *(numbers(BLOCKS, n, n, dtype=bf16) for n in (ROWS, COLS)),
         *gathered(backend, f32 if backend == "eager" else bf16, []),
         torch.tensor(0.01),
         torch.tensor([True, False]) if updated else None,
         *seeds_and_steps(BLOCKS),
         scaler(amp)[1],
-        *(not updated, 0.9, 0.1, amp, rounding, backend),
+        *(not updated, 0.9, 0.1, amp, rounding, momentum_on, averages and amp, backend),
     )
 
 
-@pytest.mark.parametrize("optimizer", [RFRMSProp, IFShampoo])
+@backends(
+    "storage, momentum_on, amp",
+    product(STORAGE, ["update", "gradient"], FLAGS),
+    [((bf16, "stochastic"), "gradient", False), ((bf16, "compensated"), "gradient", True)],
+)
+def test_scaled_rmsprop_operator(backend: str, storage: tuple[torch.dtype, str], momentum_on: str, amp: bool) -> None:
+    shapes, (dtype, rounding) = [(6,), (), (4, 3)], storage
+    state_dtype = f64 if dtype == f64 else f32
+    averages = momentum_on == "gradient"
+    check(
+        "scaled_rmsprop",
+        [numbers(*shape, dtype=dtype) for shape in shapes],
+        [torch.ones(shape, dtype=state_dtype) for shape in shapes],
+        [torch.zeros(shape, dtype=state_dtype) for shape in shapes],
+        [torch.zeros((), dtype=torch.int32) for _ in shapes],
+        [torch.zeros((), dtype=state_dtype) for _ in shapes] if averages else [],
+        [],
+        [residual(*shape) for shape in shapes] if rounding == "compensated" else [],
+        torch.ones(len(shapes), dtype=state_dtype) if averages else None,
+        [numbers(*shape, dtype=dtype, seed=1) for shape in shapes],
+        torch.tensor(0.01),
+        *seeds_and_steps(len(shapes)),
+        *scaler(amp),
+        *(4.0, 0.1, 1.0, 0.9, 0.01, 0.1, amp, amp, "stochastic", rounding),
+        *("whitened", averages, "gradient" if averages else "identity", momentum_on, averages, backend),
+    )
+
+
+@pytest.mark.parametrize("optimizer", [RFRMSProp, IFShampoo, partial(IFShampoo, **RECIPE_OPTIONS)])
 def test_every_operator_of_a_step_is_checked_above(optimizer: Any) -> None:
     """A step calls no operator of this library but these."""
-    checked = {"rf_rmsprop", "clipped_momentum", "kron_gather", "kron_factor", "kron_step"}
+    checked = {"rf_rmsprop", "scaled_rmsprop", "clipped_momentum", "kron_gather", "kron_factor", "kron_step"}
     model = Model()
-    opt = optimizer(model.parameters(), **OPTIONS)
+    opt = optimizer(model.parameters(), lr=0.01, batch_size=4)
     model(0).backward()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         opt.step()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from rootfree_kernels import GrowingInterval, IFShampoo, RFRMSProp
+from rootfree_kernels import RECIPE, GrowingInterval, IFShampoo, RFRMSProp
 from tests.calls.optimizers import CASES, Case, Model, snapshot, train
 
 FIRST, SECOND = range(5), range(5, 10)
@@ -28,6 +28,17 @@ RESUMED = [
     Case("IFShampoo-packed", IFShampoo, {"packed_momentum": True, "state_dtype": bf16, "cache_products": False}),
     Case("IFShampoo-fp64-factors", IFShampoo, {"factor_dtype": torch.float64}),
     Case("IFShampoo-capturable", IFShampoo, {"capturable": True}),
+    Case(
+        "IFShampoo-recipe-compensated-bf16",
+        IFShampoo,
+        {**RECIPE, "rounding": "compensated", "weight_rounding": "compensated", "state_dtype": bf16},
+        bf16,
+    ),
+    Case(
+        "IFShampoo-recipe-root-free-T2-tiles",
+        IFShampoo,
+        {**RECIPE, "direction": "root_free", "precondition_frequency": 2, "max_preconditioner_dim": 3},
+    ),
     Case("RFRMSProp-stochastic-bf16-state", RFRMSProp, {"state_dtype": bf16}, bf16),
     Case(
         "RFRMSProp-compensated-bf16-state",

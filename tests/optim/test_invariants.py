@@ -230,9 +230,9 @@ def distance_to_root_free_shampoo(beta2, steps):
         grad = random(1, P, D, seed=100 + step * 64 // steps)  # a function of the time step·β₂
         dispatched("eager")(
             "kron_factor",
-            *(c, k, m_c, m_k, None, None, None, None, grad),
+            *(c, k, m_c, m_k, None, None, None, None, None, grad),
             *(torch.zeros(3, 1, 0), torch.zeros(1, dtype=torch.int32), torch.zeros(1), None),
-            *(1.0, beta2, 0.0, 0.1, 1.0, "none", "nearest"),
+            *(1.0, beta2, 0.0, 0.1, 1.0, "none", "nearest", "root_free", False, "identity"),
         )
         s_c, s_k = ref.root_free_shampoo_update(
             s_c, s_k, grad[0].numpy(), batch_size=1.0, beta2=beta2, damping=0.1, gamma=1.0
