@@ -67,7 +67,7 @@ class ScaledState(NamedTuple):
     squares: list[Tensor]  # s; wide or BF16
     buffers: list[Tensor]  # M, or the heavy-ball momentum; wide or BF16
     skipped: list[Tensor]  # 0-d, int32: steps that left the tensor out
-    curvatures: list[Tensor]  # q, 0-d, wide; an empty list if neither damping nor start depends on it
+    curvatures: list[Tensor]  # q, 0-d, wide, for relative damping; otherwise an empty list
     square_residuals: list[Tensor]  # int16, for a compensated BF16 s; otherwise an empty list
     weight_residuals: list[Tensor]  # int16, for compensated BF16 parameters; otherwise an empty list
     update_norms: Tensor | None  # [n], FP32: ‖u‖ is scaled to it; None leaves u as it is
@@ -88,7 +88,6 @@ class ScaledOptions(NamedTuple):
     weight_rounding: str
     direction: str
     relative_damping: bool
-    factor_init: str
     momentum_on: str
     nesterov: bool
 

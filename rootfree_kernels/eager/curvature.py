@@ -1,4 +1,4 @@
-"""The mean curvature q of a block or a tensor: a scale for its damping, and for the start of its preconditioner.
+"""The mean curvature q of a block: a scale for its damping, and for the start of its factors.
 
     q ← 0.95·q + 0.05·B·mean(G²),    and q = B·mean(G²) when the first gradient comes that is not 0
 
@@ -17,7 +17,7 @@ CURVATURE_STEP = 0.05
 
 
 class Curvature(NamedTuple):
-    """q of L blocks or n tensors before it is stored, and what follows from it."""
+    """q of L blocks before it is stored, and what follows from it."""
 
     new: Tensor  # q, wide
     starts: Tensor  # bool: where the first gradient has come that is not 0

@@ -1,7 +1,7 @@
 """The diagonal step with what surrounds the recipe's matrices: each tensor has a scale of its own.
 
-    g   the gradient of a tensor of N elements;    q its mean curvature (see `curvature`)
-    s ← (1 − β₂γ)s + β₂·B·g²                       s starts at 1, or with `factor_init="gradient"` at q
+    s ← (1 − β₂γ)s + β₂·B·g²                       s starts at 1, or at 0 with `factor_init="gradient"`
+    q ← (1 − β₂γ)q + β₂·B·mean(g²)                 the mean of s; for `relative_damping`
     M ← α₁M + (1−α₁)g,    M' = (1−α₁)g + α₁M       momentum_on="gradient"; M' is for `nesterov`, otherwise it is M
     u = M'/(s + λ)                                 direction="root_free"; with `relative_damping` λq replaces λ
     u = M'/(√s + √λ)                               direction="whitened"
@@ -20,7 +20,6 @@ from torch import Tensor
 from rootfree_kernels import rounding as rnd
 from rootfree_kernels.arguments import Draws, ScaledOptions, ScaledState, Scaling
 from rootfree_kernels.eager.common import WIDE, descend_, heavy_ball_
-from rootfree_kernels.eager.curvature import follow
 from rootfree_kernels.eager.rf_rmsprop import (
     chunks,
     descent_gradient,
@@ -43,7 +42,7 @@ def scaled_rmsprop(
     """Step n tensors in place.
 
     A tensor keeps its weights and its state, and its `skipped` grows by one, if the mean of its squared gradient is not
-    finite. If `state.curvatures` are given, s and q also stay while a gradient is 0. An element of u that is not finite
+    finite. With relative damping s and q also stay while a gradient is 0. An element of u that is not finite
     counts as 0.
     """
     for chunk in chunks(params):
@@ -79,21 +78,17 @@ def _step_chunk(
     keep = _spread(ok.to(dtype), lengths, len(grad))
     grad = torch.where(keep > 0, grad.to(dtype), 0.0)
 
+    decay = 1 - options.beta2 * options.gamma
     damping = torch.as_tensor(options.damping, dtype=dtype, device=grad.device)
     moves = keep  # where s moves
-    if state.curvatures:
-        curvatures = torch.stack(state.curvatures)
-        curvature = follow(curvatures, mean_square.to(curvatures.dtype), scaling.found_inf)
-        kept = ok & ~curvature.idle
-        torch._foreach_copy_(state.curvatures, list(torch.where(kept, curvature.new, curvatures).unbind()))
-        if options.factor_init == "gradient":
-            start = _spread(curvature.new.to(dtype), lengths, len(grad))
-            old_square = torch.where(_spread(curvature.starts, lengths, len(grad)), start, old_square)
-        if options.relative_damping:
-            damping = damping * _spread(torch.where(ok, curvature.new, 0.0).to(dtype), lengths, len(grad))
+    if options.relative_damping:
+        curvatures, kept = torch.stack(state.curvatures), ok & (mean_square > 0)
+        curvatures = torch.where(kept, curvatures * decay + options.beta2 * mean_square, curvatures)
+        torch._foreach_copy_(state.curvatures, list(curvatures.unbind()))
+        damping = damping * _spread(curvatures.to(dtype), lengths, len(grad))
         moves = _spread(kept.to(dtype), lengths, len(grad))
 
-    new_square = old_square * (1 - options.beta2 * options.gamma)
+    new_square = old_square * decay
     new_square.addcmul_(grad, grad, value=options.beta2 * options.batch_size)
     stored = old_square.lerp(new_square, moves)
     store_chunk(square, stored, state.squares, state.square_residuals)

@@ -136,8 +136,8 @@ def scaled_rmsprop(
 
 
 def _run_scaled_rmsprop(params: list[Tensor], *flat: Any) -> None:
-    state, (grads, lr), draws, scaling, options = flat[:7], flat[7:9], flat[9:11], flat[11:13], flat[13:28]
-    named(flat[28]).operators.scaled_rmsprop(
+    state, (grads, lr), draws, scaling, options = flat[:7], flat[7:9], flat[9:11], flat[11:13], flat[13:27]
+    named(flat[27]).operators.scaled_rmsprop(
         params, ScaledState(*state), grads, lr, Draws(*draws), Scaling(*scaling), ScaledOptions(*options)
     )
 
@@ -148,7 +148,7 @@ _scaled_rmsprop = _define(
     "Tensor? update_norms, Tensor[] grads, Tensor lr, Tensor seeds, Tensor steps, Tensor? grad_scale, "
     "Tensor? found_inf, float batch_size, float beta2, float gamma, float momentum, float damping, "
     "float weight_decay, bool decoupled, bool maximize, str rounding, str weight_rounding, str direction, "
-    "bool relative_damping, str factor_init, str momentum_on, bool nesterov, str backend) -> ()",
+    "bool relative_damping, str momentum_on, bool nesterov, str backend) -> ()",
     _run_scaled_rmsprop,
     _returns_nothing,
 )

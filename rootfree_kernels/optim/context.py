@@ -49,7 +49,7 @@ def group_options(group: Group) -> GroupOptions:
         diagonal.rounding,
         *curvature,
     )
-    scaled = ScaledOptions(*diagonal, *curvature, *average) if takes_scaled_step(group) else None
+    scaled = ScaledOptions(*diagonal, *curvature[:2], *average) if takes_scaled_step(group) else None
     step = step._replace(momentum_on=average[0], nesterov=average[1])
     return GroupOptions(diagonal, scaled, factor, step, diagonal.maximize)
 

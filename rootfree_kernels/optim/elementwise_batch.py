@@ -17,7 +17,6 @@ from rootfree_kernels.optim.context import StepContext
 from rootfree_kernels.optim.state_spec import (
     Group,
     arithmetic_dtype,
-    follows_curvature,
     is_pair,
     needs_bits,
     norms_dtype,
@@ -99,7 +98,7 @@ def _batch(
         if group["update_norm"] is not None:
             sizes = [update_norm(param.shape, param.numel(), group) for param in params]
             norms = torch.tensor(sizes, dtype=norms_dtype(first, group), device=first.device)
-        state = ScaledState(*kept, every("curvature") if follows_curvature(group) else [], *residuals, norms)
+        state = ScaledState(*kept, every("curvature") if group["relative_damping"] else [], *residuals, norms)
     return ElementwiseBatch(
         params,
         state,

@@ -80,7 +80,7 @@ def caches_products(group: Group) -> bool:
 
 
 def follows_curvature(group: Group) -> bool:
-    """Return whether the state has the mean curvature q of each block or tensor."""
+    """Return whether the state has the mean curvature q of each block."""
     return bool(group.get("relative_damping")) or group.get("factor_init", "identity") == "gradient"
 
 
@@ -120,13 +120,14 @@ def state_spec(param: Tensor, group: Group) -> dict[str, StateSpec]:
 
 def _diagonal_spec(param: Tensor, group: Group) -> dict[str, StateSpec]:
     shape, kept = tuple(param.shape), state_dtype(param, group)
+    start = 0.0 if group.get("factor_init") == "gradient" else 1.0
     spec = {
-        "square": StateSpec(shape, kept, fill=1.0, like_param=True),
+        "square": StateSpec(shape, kept, fill=start, like_param=True),
         "momentum_buffer": StateSpec(shape, kept, like_param=True),
         "skipped": StateSpec((), torch.int32),
     }
-    if follows_curvature(group):
-        spec["curvature"] = StateSpec((), torch.promote_types(kept, torch.float32))
+    if group.get("relative_damping"):
+        spec["curvature"] = StateSpec((), torch.promote_types(kept, torch.float32), fill=start)
     if is_pair(kept, group["rounding"]):
         spec["square_residual"] = StateSpec(shape, torch.int16, like_param=True)
     if is_pair(param.dtype, group["weight_rounding"]):

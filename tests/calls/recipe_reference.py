@@ -136,19 +136,15 @@ def scaled_diagonal_step(
     weight: Any, grad: Any, state: ScaledState, *, norm: float | None = None, **options: Any
 ) -> tuple[Any, ScaledState]:
     """s <- (1 - beta2 gamma) s + beta2 B g^2;  U = g / (s + lambda), or g / (sqrt(s) + sqrt(lambda));  W as for matrices.
-    0/0 counts as 0. s and q stay where the gradient is 0 and q is followed.
+    For relative damping q <- (1 - beta2 gamma) q + beta2 B mean(g^2), and s and q stay where the gradient is 0. 0/0
+    counts as 0.
     """
     o = {**PAPER, "decoupled": False, "maximize": False, **options}
     weight, grad = np.asarray(weight, np.float64), (-1 if o["maximize"] else 1) * np.asarray(grad, np.float64)
-    follows = o["relative_damping"] or o["factor_init"] == "gradient"
-    q, square = float(state.curvature), state.square
-    mean_square = o["batch_size"] * np.mean(grad**2)
-    if not follows or mean_square > 0:
-        if follows:
-            if q == 0 and o["factor_init"] == "gradient":
-                square = np.full_like(square, mean_square)
-            q = new_curvature(q, mean_square)
-        square = (1 - o["beta2"] * o["gamma"]) * square + o["beta2"] * o["batch_size"] * grad**2
+    q, square, decay = float(state.curvature), state.square, 1 - o["beta2"] * o["gamma"]
+    if not o["relative_damping"] or np.any(grad):
+        square = decay * square + o["beta2"] * o["batch_size"] * grad**2
+        q = decay * q + o["beta2"] * o["batch_size"] * np.mean(grad**2)
     damping = o["damping"] * (q if o["relative_damping"] else 1)
 
     def precondition(x: Any) -> Any:

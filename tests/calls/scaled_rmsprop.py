@@ -31,7 +31,7 @@ class ScaledCall(Call):
 
     @property
     def follows_curvature(self) -> bool:
-        return self.all_rule["relative_damping"] or self.all_rule["factor_init"] == "gradient"
+        return self.all_rule["relative_damping"]
 
     def tensors(self) -> tuple[Lists, list[tuple[Tensor, Tensor]]]:
         lists, memory = super().tensors()
@@ -51,7 +51,7 @@ class ScaledCall(Call):
 
     def arguments(self, lists: Lists) -> tuple[Any, ...]:
         params, squares, buffers, skipped, *rest = super().arguments(lists)
-        rule = [value for name, value in self.all_rule.items() if name != "scales"]
+        rule = [value for name, value in self.all_rule.items() if name not in ("scales", "factor_init")]
         return params, squares, buffers, skipped, lists["curvature"], *rest[:2], self.norms, *rest[2:], *rule
 
     def run(self, lists: Lists | None = None, run: Run | None = None) -> Lists:

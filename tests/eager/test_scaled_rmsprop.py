@@ -20,7 +20,6 @@ RULES = st.fixed_dictionaries(
     {
         "direction": st.sampled_from(["root_free", "whitened"]),
         "relative_damping": st.booleans(),
-        "factor_init": st.sampled_from(["identity", "gradient"]),
         "momentum_on": st.sampled_from(["update", "gradient"]),
         "scales": st.booleans(),
     }

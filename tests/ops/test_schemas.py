@@ -21,7 +21,7 @@ SCHEMAS = {
         "Tensor? update_norms, Tensor[] grads, Tensor lr, Tensor seeds, Tensor steps, Tensor? grad_scale, Tensor? "
         "found_inf, float batch_size, float beta2, float gamma, float momentum, float damping, float "
         "weight_decay, bool decoupled, bool maximize, str rounding, str weight_rounding, str direction, bool "
-        "relative_damping, str factor_init, str momentum_on, bool nesterov, str backend) -> ()"
+        "relative_damping, str momentum_on, bool nesterov, str backend) -> ()"
     ),
     "clipped_momentum": (
         "clipped_momentum(Tensor(a0!)[] momenta, Tensor(a1!)[] deltas, Tensor? found_inf, float "

@@ -90,7 +90,7 @@ def test_vectors_of_a_group_take_the_scaled_diagonal_step(rule: dict[str, Any]) 
     torch.manual_seed(0)
     bias = nn.Parameter(torch.randn(6, dtype=FP64))
     optimizer = IFShampoo([bias], lr=0.1, fused=False, **{**rule, "factor_dtype": FP64})
-    expected, state = fp64(bias.detach().clone()), recipe.ScaledState(np.ones(6), np.zeros(6), 0.0)
+    expected, state = fp64(bias.detach().clone()), recipe.ScaledState(np.zeros(6), np.zeros(6), 0.0)
     chosen = ("direction", "relative_damping", "factor_init", "momentum_on", "nesterov", "beta2", "damping")
     for _ in range(4):
         bias.grad = torch.randn(6, dtype=FP64)
