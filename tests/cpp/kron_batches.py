@@ -135,7 +135,8 @@ def reference_of_products(batch: Batch, t: Tensors) -> list[recipe.RecipeState]:
 def assert_an_update_is_the_reference_s(batch: Batch, run: Call) -> None:
     """Run an update of a new batch, and check it."""
     t, allowed = batch.tensors(), one_step(batch.dtype, products=batch.matmul)
-    states, expected, of_products = batch.reference_states(t), batch.reference_update(t), reference_of_products(batch, t)
+    states, expected = batch.reference_states(t), batch.reference_update(t)
+    of_products = reference_of_products(batch, t)
     batch.update(t, run)
     assert t.ok.all() and t.ok.shape == (len(expected),)
     if batch.follows_curvature:
