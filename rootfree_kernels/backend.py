@@ -128,6 +128,7 @@ class BlockWork(NamedTuple):
     updates_factors: bool
     keeps_products: bool
     packs_momenta: bool
+    is_whitened: bool  # its updates have no products CCᵀ and KKᵀ
 
 
 @dataclass(frozen=True, eq=False, repr=False)

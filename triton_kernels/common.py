@@ -1,4 +1,4 @@
-"""Helpers of all kernels: random bits, rounding, loads and stores, tiles of a triangle, sums of partial sums.
+"""Helpers of all kernels: random bits, rounding, loads and stores, tiles of a triangle, partial sums, blocks.
 
 Arithmetic is FP32. Every rounding to BF16 is done here, by integer operations. Compiled kernels, Triton's interpreter
 and `rootfree_kernels.rounding` then agree bitwise, although the interpreter truncates where a GPU rounds.
@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+
+from rootfree_kernels.triton_kernels.sizes import MAX_PARTIAL_SUMS
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """Whether `TRITON_INTERPRET=1` was set when this module was imported. Kernels then run on CPU tensors, slowly."""
@@ -106,6 +108,12 @@ def pointer_to(address, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
 
 
 @triton.jit
+def element_of(address, start, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
+    """Return the pointer to element `start` of the tensor at an address: see `pointer_to`."""
+    return pointer_to(address + start * (DTYPE.primitive_bitwidth // 8), DTYPE, VECTOR)
+
+
+@triton.jit
 def load_masked(ptr, mask):
     """Return `tl.load(ptr)`, with 0 where `mask` is False. None means no mask, which would prevent 128-bit accesses."""
     if mask is None:
@@ -196,3 +204,30 @@ def sum_of_parts(x_ptr, count):
     for start in range(0, count, _PIECE):
         total += tl.load(x_ptr + start + index, mask=start + index < count, other=0.0)
     return tl.sum(total)
+
+
+# ---- blocks of weights -------------------------------------------------------------------------------------------
+
+_MAX_PARTS = tl.constexpr(MAX_PARTIAL_SUMS)
+
+
+@triton.jit
+def block_pointers(entry_ptr, row, col, i, j, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Return pointers to (row + i, col + j) of the block whose address and strides are at `entry_ptr`."""
+    ptr = tl.load(entry_ptr).to(tl.pointer_type(DTYPE))
+    row_stride, col_stride = tl.load(entry_ptr + 1), tl.load(entry_ptr + 2)
+    if ALIGNED:  # the compiler knows nothing about the alignment of values that are loaded from a table
+        ptr = tl.multiple_of(ptr, 16) + tl.multiple_of(row * row_stride, 8) + col
+        return ptr + (i * tl.multiple_of(row_stride.to(tl.int32), 8) + j)
+    return ptr + (row + i).to(tl.int64) * row_stride + (col + j).to(tl.int64) * col_stride
+
+
+@triton.jit
+def block_is_stepped(squares_ptr, ok_ptr, found_inf_ptr, block, ok_stride, num_parts):
+    """Return whether a block takes a step: ‖G‖ is finite, its factors were updated, and no overflow was found.
+
+    `squares_ptr` holds the partial sums of G² [L, num_parts].
+    """
+    part = tl.arange(0, _MAX_PARTS)
+    square = tl.sum(tl.load(squares_ptr + block * num_parts + part, mask=part < num_parts, other=0.0))
+    return is_finite(square) & tl.load(ok_ptr + block * ok_stride) & (tl.load(found_inf_ptr) == 0.0)

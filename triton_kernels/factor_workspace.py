@@ -29,11 +29,20 @@ class FactorWorkspace(NamedTuple):
     a: Tensor  # A = CᵀGK [L, p, d]
     norms: Tensor  # [L, 2] if the norm is a row sum, otherwise [L, num_tiles]: partial sums of squares
     row_sums: tuple[Tensor, Tensor]  # partial row sums [L, tiles, p] and [L, tiles, d]; unused for other norms
-    products: tuple[Tensor, Tensor]  # P_C and P_K
+    products: tuple[Tensor, Tensor] | None  # P_C and P_K; none for the whitened direction
+    curvature: Tensor | None  # q [L], FP32
+    weights: Tensor  # [L, 4], FP32, of `kron_start`; a stand-in for the paper's rule
     ok: Tensor  # [L], bool
 
+    @property
+    def is_weighted(self) -> bool:
+        """Whether `weights` are written and read."""
+        return self.weights.dim() == 2
 
-def allocate(factors: Factors, momenta: tuple[Tensor, Tensor], gathered: Gathered, row_sum: bool) -> FactorWorkspace:
+
+def allocate(
+    factors: Factors, momenta: tuple[Tensor, Tensor], gathered: Gathered, row_sum: bool, is_whitened: bool
+) -> FactorWorkspace:
     """Return the memory of an update. `momenta` are m_C [L, p, p] and m_K [L, d, d], not packed."""
     grad, squares = gathered
     num_blocks, *sides = grad.shape
@@ -51,17 +60,27 @@ def allocate(factors: Factors, momenta: tuple[Tensor, Tensor], gathered: Gathere
         sums_c, sums_k = (squares.new_empty((num_blocks, config.tiles(n), n)) for n in sides)
         row_sums = sums_c, sums_k
     ok = squares.new_empty(num_blocks, dtype=torch.bool)
+    curvature, weights = factors.curvature, squares
+    if is_whitened or curvature is not None:
+        weights = squares.new_empty((num_blocks, 4))
+    state, new = ((c, k), (m_c, m_k), residuals), ((new_c, new_k), (new_m_c, new_m_k))
+    last = None if is_whitened else _products(factors, c, k), curvature, weights, ok
+    return FactorWorkspace(config, num_tiles, *state, *new, x, a, norms, row_sums, *last)
+
+
+def _products(factors: Factors, c: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Return where P_C and P_K are written: into those that are kept if they need no padding."""
     product_c, product_k = factors.product_c, factors.product_k
     if product_c is None or product_k is None or product_c.shape != c.shape or product_k.shape != k.shape:
-        product_c, product_k = torch.empty_like(c), torch.empty_like(k)
-    state, new = ((c, k), (m_c, m_k), residuals), ((new_c, new_k), (new_m_c, new_m_k))
-    return FactorWorkspace(config, num_tiles, *state, *new, x, a, norms, row_sums, (product_c, product_k), ok)
+        return torch.empty_like(c), torch.empty_like(k)
+    return product_c, product_k
 
 
 def write_back(factors: Factors, momenta: tuple[Tensor, Tensor], work: FactorWorkspace) -> None:
     """Copy padded or unpacked copies back to the state, and tell autograd which tensors were changed."""
     kept = (*factors[:2], *momenta, *factors[4:])
-    worked_on = (*work.factors, *work.momenta, *(work.residuals or (None, None)), *work.products)
+    residuals, products = work.residuals or (None, None), work.products or (None, None)
+    worked_on = (*work.factors, *work.momenta, *residuals, *products, work.curvature)
     for x, worked in zip(kept, worked_on, strict=True):
         if x is not None and worked is not None and x is not worked:
             n = x.shape[-1]

@@ -9,6 +9,12 @@ It takes five launches for any number of blocks. Launches 3 to 5 compute m_K, K'
 
 With `clip="row_sum"`, a small launch between 3 and 4 computes ‖m'‖ from partial row sums (see `kron_norms`).
 
+A curvature, or the whitened direction, takes a small launch first (see `kron_start`). For the whitened direction the
+damping of 3 is ½√λ·(tr K/d)·C, which takes no product. In the place of 4 and 5,
+
+    4     C' = C − ½β₂/max(1, ‖m'‖)·(C·m' + m'·C),  m ← m'                                      see `kron_whiten`
+    5     C ← C'                                                                                torch._foreach_copy_
+
 m' and C' wait in temporary memory until it is known whether the block is finite on both sides, so that only finite
 values enter the state. No launch depends on the order in which programs run, so results repeat bitwise.
 """
@@ -39,6 +45,8 @@ from rootfree_kernels.triton_kernels.common import (
 from rootfree_kernels.triton_kernels.configuration import Configuration
 from rootfree_kernels.triton_kernels.factor_workspace import allocate, write_back
 from rootfree_kernels.triton_kernels.kron_norms import both_norms, make_norms
+from rootfree_kernels.triton_kernels.kron_start import commit_block, make_start
+from rootfree_kernels.triton_kernels.kron_whiten import move_whitened
 from rootfree_kernels.triton_kernels.launch import kernel, launch
 from rootfree_kernels.triton_kernels.products import (
     TILE_CONFIGS,
@@ -70,8 +78,10 @@ def kron_momentum_kernel(
     norms_ptr,  # [L, tiles of both sides], FP32: sums of squares of m', written unless ROW_SUM
     row_sums_c_ptr,  # [L, tiles, p8*8], FP32: partial row sums of m', written if ROW_SUM
     row_sums_k_ptr,  # [L, tiles, d8*8], FP32
+    weights_ptr,  # [L, 4], FP32: what `kron_start_kernel` wrote, or a stand-in
     num_blocks,  # L
     num_parts,  # partial sums of a block
+    is_weighted,  # 0 or 1: whether damping and γ come from there
     p,  # sides without padding
     d,
     p8,  # padded sides / 8: from p8 * 8 the compiler sees that every row begins on 16 bytes
@@ -83,6 +93,7 @@ def kron_momentum_kernel(
     BLOCK: tl.constexpr,  # rows and columns of a tile
     DEPTH: tl.constexpr,  # of a step of the inner product
     ROW_SUM: tl.constexpr,  # whether the norm is the largest row sum
+    WHITENED: tl.constexpr,  # whether the damping is that of the whitened direction
 ):
     """Write m' and partial sums of its norm. A program computes one tile of the lower triangle of one side."""
     block, is_c, t = side_and_tile(p8 * 8, d8 * 8, BLOCK)
@@ -95,10 +106,16 @@ def kron_momentum_kernel(
     # First λ·‖K‖²_F·CᵀC, divided by B, since the sum is multiplied by B/(2d) below. No product if λ is 0.
     acc = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
     x_ptr = tl.where(is_c, c_ptr, k_ptr) + start
-    acc = product_tn(x_ptr, row, col, n, tl.where(damping > 0.0, n, 0), acc, BLOCK, DEPTH)
-    side = tl.where(is_c, 2, 1)  # where the other factor's squares are
-    parts_ptr = squares_ptr + (side * num_blocks + block) * num_parts
-    acc *= damping / batch_size * sum_of_parts(parts_ptr, tl.where(damping > 0.0, num_parts, 0))
+    weights_ptr += 4 * block * is_weighted
+    weight = tl.load(weights_ptr + tl.where(is_c, 0, 1) * is_weighted)
+    half_gamma = tl.where(is_weighted != 0, tl.load(weights_ptr + 2 * is_weighted), 0.5 * gamma)
+    if not WHITENED:
+        acc = product_tn(x_ptr, row, col, n, tl.where(damping > 0.0, n, 0), acc, BLOCK, DEPTH)
+        side = tl.where(is_c, 2, 1)  # where the other factor's squares are
+        parts_ptr = squares_ptr + (side * num_blocks + block) * num_parts
+        num_parts = tl.where((damping > 0.0) & (is_weighted == 0), num_parts, 0)
+        from_parts = damping / batch_size * sum_of_parts(parts_ptr, num_parts)
+        acc *= tl.where(is_weighted != 0, weight / batch_size, from_parts)
 
     # Then AAᵀ or AᵀA: one of the loops runs zero times. With a branch, each loop would take shared memory of its own.
     a_ptr += block * n * inner
@@ -120,7 +137,9 @@ def kron_momentum_kernel(
         on_diagonal = (row + a == col + b) & (row + a < size)
         delta = quarter(acc, part) * scale
         if i == j:
-            delta -= tl.where(on_diagonal, 0.5 * gamma, 0.0)
+            delta -= tl.where(on_diagonal, half_gamma, 0.0)
+        if WHITENED:
+            delta += 0.5 * weight * tl.load(x_ptr + tile + offsets, mask=mask, other=0.0).to(tl.float32)
         if whole:
             m = tl.load(m_ptr + tile + offsets).to(tl.float32)
         else:
@@ -153,6 +172,8 @@ def kron_factor_kernel(
     residual_c_ptr,  # int16, as C and K: updated if ROUNDING is "compensated", otherwise unused
     residual_k_ptr,
     norms_ptr,  # [L, 2] if ROW_SUM, otherwise [L, tiles of both sides], FP32: see `both_norms`
+    weights_ptr,  # [L, 4], FP32: what `kron_start_kernel` wrote, or a stand-in
+    curvature_ptr,  # q [L], FP32: written, or one element
     seeds_ptr,  # [L] or one element, int32
     steps_ptr,  # [L] or one element, FP32: added to `step_value`
     found_inf_ptr,  # one element, FP32
@@ -163,6 +184,7 @@ def kron_factor_kernel(
     d,
     p8,  # padded sides / 8
     d8,
+    follows,  # 0 or 1: whether there is a curvature
     step_value,
     beta2,  # β₂
     clipped,  # 0 or 1: whether the step is divided by max(1, ‖m'‖)
@@ -171,7 +193,7 @@ def kron_factor_kernel(
     ROW_SUM: tl.constexpr,  # whether the norm is the largest row sum
     ROUNDING: tl.constexpr,  # of C and K
 ):
-    """Write C', K' and `ok`, and m ← m' of finite blocks. A program computes one tile of one side."""
+    """Write C', K', q and `ok`, and m ← m' of finite blocks. A program computes one tile of one side."""
     tiles_p, tiles_d = tl.cdiv(p8 * 8, BLOCK), tl.cdiv(d8 * 8, BLOCK)
     per_block = tiles_p * tiles_p + tiles_d * tiles_d
     block = (tl.program_id(0) // per_block).to(tl.int64)
@@ -192,7 +214,7 @@ def kron_factor_kernel(
     norm = tl.where(is_c, norm_c, norm_k)
     scale = beta2 / tl.where(clipped != 0, tl.maximum(norm, 1.0), 1.0)
     if t == 0:
-        tl.store(ok_ptr + block, ok)
+        commit_block(ok, block, ok_ptr, curvature_ptr, weights_ptr, follows)
 
     seed, step = tl.load(seeds_ptr + block * seed_stride), step_value + tl.load(steps_ptr + block * step_stride)
     key = tl.where(is_c, random_key(seed, step, _SLOT_C), random_key(seed, step, _SLOT_K))
@@ -217,21 +239,22 @@ def configurations() -> Iterator[Configuration]:
     for config in TILE_CONFIGS:
         block, depth, num_warps, num_stages, max_registers = config
         for row_sum in (False, True):
-            yield Configuration(
-                kron_momentum_kernel,
-                (*("*bf16",) * 7, *("*fp32",) * 4, *("i32",) * 6, *("fp32",) * 4),
-                (block, depth, row_sum),
-                num_warps,
-                num_stages,
-                kind="matrix",
-                max_registers=max_registers,
-            )
+            for whitened in (False, True):
+                yield Configuration(
+                    kron_momentum_kernel,
+                    (*("*bf16",) * 7, *("*fp32",) * 5, *("i32",) * 7, *("fp32",) * 4),
+                    (block, depth, row_sum, whitened),
+                    num_warps,
+                    num_stages,
+                    kind="matrix",
+                    max_registers=max_registers,
+                )
             for rounding in ("stochastic", "compensated", "nearest"):
                 yield Configuration(
                     kron_factor_kernel,
                     (
-                        *(*("*bf16",) * 8, "*i16", "*i16", "*fp32"),
-                        *("*i32", "*fp32", "*fp32", "*i1", *("i32",) * 6, "fp32", "fp32", "i32"),
+                        *(*("*bf16",) * 8, "*i16", "*i16", *("*fp32",) * 3),
+                        *("*i32", "*fp32", "*fp32", "*i1", *("i32",) * 7, "fp32", "fp32", "i32"),
                     ),
                     (block, depth, row_sum, rounding),
                     num_warps,
@@ -253,14 +276,16 @@ def kron_factor_by(
 ) -> Tensor:
     """Update as `kron_factor` does, with P_C and P_K from `make_products` or a function with its signature."""
     grad, squares = gathered
-    device, row_sum = grad.device, options.clip == "row_sum"
+    device, row_sum, is_whitened = grad.device, options.clip == "row_sum", options.direction == "whitened"
     num_blocks, p_pad, d_pad = grad.shape
     p, d = factors.factor_c.shape[-1], factors.factor_k.shape[-1]
     momenta = as_matrices(factors.momentum_c, factors.factor_c), as_matrices(factors.momentum_k, factors.factor_k)
-    work = allocate(factors, momenta, gathered, row_sum)
+    work = allocate(factors, momenta, gathered, row_sum, is_whitened)
     config, (c, k) = work.config, work.factors
     bits = random_bits(draws, device)
 
+    if work.is_weighted:
+        make_start(work, squares, (p, d), found_inf, options)
     torch.bmm(c.mT, grad, out=work.x)
     torch.bmm(work.x, k, out=work.a)
     sizes = (p, d, p_pad // PADDING, d_pad // PADDING)
@@ -268,29 +293,36 @@ def kron_factor_by(
     launch(
         kron_momentum_kernel,
         num_blocks * work.num_tiles,
-        (work.a, c, k, *work.momenta, *work.new_momenta, squares, work.norms, *work.row_sums),
-        (num_blocks, squares.shape[-1], *sizes, *map(float, scalars)),
-        (config.block, config.depth, row_sum),
+        (work.a, c, k, *work.momenta, *work.new_momenta, squares, work.norms, *work.row_sums, work.weights),
+        (num_blocks, squares.shape[-1], int(work.is_weighted), *sizes, *map(float, scalars)),
+        (config.block, config.depth, row_sum, is_whitened),
         config.num_warps,
         config.num_stages,
         config.max_registers,
     )
     if row_sum:
         make_norms(*work.row_sums, work.norms, config.block)
-    launch(
-        kron_factor_kernel,
-        num_blocks * (config.tiles(p_pad) ** 2 + config.tiles(d_pad) ** 2),
-        (
-            *(c, k, *work.new_momenta, *work.new_factors, *work.momenta),
-            *(work.residuals or work.new_factors),  # the kernel takes residuals, but reads them only if there are any
-            *(work.norms, bits.seeds, bits.steps, on_device(device, found_inf, 0.0), work.ok),
-        ),
-        (bits.stride, bits.step_stride, *sizes, bits.step, float(options.beta2), int(options.clip != "none")),
-        (config.block, config.depth, row_sum, effective_rounding(c.dtype, options.rounding)),
-        config.num_warps,
-        config.num_stages,
-    )
-    make_products(*work.new_factors, *work.products, kept=(c, k))
+    if work.products is None:
+        move_whitened(work, (p, d), bits, found_inf, options)
+    else:
+        launch(
+            kron_factor_kernel,
+            num_blocks * (config.tiles(p_pad) ** 2 + config.tiles(d_pad) ** 2),
+            (
+                *(c, k, *work.new_momenta, *work.new_factors, *work.momenta),
+                *(work.residuals or work.new_factors),  # the kernel takes residuals, but reads only those that exist
+                *(work.norms, work.weights, work.weights if work.curvature is None else work.curvature),
+                *(bits.seeds, bits.steps, on_device(device, found_inf, 0.0), work.ok),
+            ),
+            (
+                *(bits.stride, bits.step_stride, *sizes, int(work.curvature is not None)),
+                *(bits.step, float(options.beta2), int(options.clip != "none")),
+            ),
+            (config.block, config.depth, row_sum, effective_rounding(c.dtype, options.rounding)),
+            config.num_warps,
+            config.num_stages,
+        )
+        make_products(*work.new_factors, *work.products, kept=(c, k))
     write_back(factors, momenta, work)
     return work.ok
 
@@ -304,7 +336,8 @@ def kron_factor(
 ) -> Tensor:
     """Update the factors in place and return ok [L], bool: see `rootfree_kernels.eager.kron_factor`.
 
-    `gathered` is the result of this backend's `kron_gather`, including the squares of C and K if λ is not 0. G is not
+    `gathered` is the result of this backend's `kron_gather`, including the squares of C and K if λ is not 0, unless the
+    direction is whitened. q is FP32, and C and K of the whitened direction are bitwise symmetric. G is not
     changed. C, K, m_C and m_K have the dtype of G: BF16, or FP32 in Triton's interpreter.
     """
     return kron_factor_by(make_products, factors, gathered, draws, found_inf, options)

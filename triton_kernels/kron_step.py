@@ -3,6 +3,9 @@
 1  P_C = CCᵀ,  P_K = KKᵀ                                   one launch (see `products`), unless they are cached
 2  X = P_C·G                                               cuBLAS, batched
 3  U = X·P_K,  buf ← α₁buf + U + κW,  W ← W − β₁buf        one launch
+
+The whitened direction has C and K in the place of P_C and P_K. With gradient momentum, or an update of a fixed size, 2
+and 3 are those of `kron_apply`.
 """
 
 from __future__ import annotations
@@ -10,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -28,6 +30,8 @@ from rootfree_kernels.pointer_tables.tables import (
 from rootfree_kernels.rounding import SLOT_WEIGHT
 from rootfree_kernels.triton_kernels.common import (
     TRITON_DTYPES,
+    block_is_stepped,
+    block_pointers,
     effective_rounding,
     is_finite,
     load_stored,
@@ -36,6 +40,7 @@ from rootfree_kernels.triton_kernels.common import (
     store_rounded,
 )
 from rootfree_kernels.triton_kernels.configuration import Configuration
+from rootfree_kernels.triton_kernels.kron_apply import StepCall, step_in_parts
 from rootfree_kernels.triton_kernels.launch import kernel, launch
 from rootfree_kernels.triton_kernels.products import (
     SMALL,
@@ -47,21 +52,9 @@ from rootfree_kernels.triton_kernels.products import (
     product_nn,
     tile_config,
 )
-from rootfree_kernels.triton_kernels.sizes import MAX_PARTIAL_SUMS, PADDING
+from rootfree_kernels.triton_kernels.sizes import PADDING
 
 _SLOT = tl.constexpr(SLOT_WEIGHT)
-_PARTS = tl.constexpr(MAX_PARTIAL_SUMS)
-
-
-@triton.jit
-def block_pointers(entry_ptr, row, col, i, j, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Return pointers to (row + i, col + j) of the block whose address and strides are at `entry_ptr`."""
-    ptr = tl.load(entry_ptr).to(tl.pointer_type(DTYPE))
-    row_stride, col_stride = tl.load(entry_ptr + 1), tl.load(entry_ptr + 2)
-    if ALIGNED:  # the compiler knows nothing about the alignment of values that are loaded from a table
-        ptr = tl.multiple_of(ptr, 16) + tl.multiple_of(row * row_stride, 8) + col
-        return ptr + (i * tl.multiple_of(row_stride.to(tl.int32), 8) + j)
-    return ptr + (row + i).to(tl.int64) * row_stride + (col + j).to(tl.int64) * col_stride
 
 
 @kernel
@@ -109,9 +102,7 @@ def kron_step_kernel(
     direction = product_nn(x_ptr, product_k_ptr, row, col, rows, cols, cols, direction, BLOCK, DEPTH)
     direction = tl.where(is_finite(direction), direction, 0.0)
 
-    part = tl.arange(0, _PARTS)
-    square = tl.sum(tl.load(squares_ptr + block * num_parts + part, mask=part < num_parts, other=0.0))
-    ok = is_finite(square) & tl.load(ok_ptr + block * ok_stride) & (tl.load(found_inf_ptr) == 0.0)
+    ok = block_is_stepped(squares_ptr, ok_ptr, found_inf_ptr, block, ok_stride, num_parts)
     if t == 0:
         tl.store(skipped_ptr + block, tl.load(skipped_ptr + block) + tl.where(ok, 0, 1))
 
@@ -167,8 +158,8 @@ def configurations() -> Iterator[Configuration]:
 # ---- launcher ----------------------------------------------------------------------------------------------------
 
 
-def _products(make_products: MakeProducts, preconditioner: Preconditioner, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return P_C and P_K in `dtype`, padded. Compute them unless they are cached."""
+def _matrices(make_products: MakeProducts, preconditioner: Preconditioner, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return X and Y of U = X·G·Y in `dtype`, padded. P_C and P_K are computed unless they are cached."""
     c, k = pad_square(preconditioner.factor_c.to(dtype)), pad_square(preconditioner.factor_k.to(dtype))
     if preconditioner.cached:
         return c, k
@@ -188,47 +179,56 @@ def kron_step_by(
     options: StepOptions,
 ) -> None:
     """Step the weights as `kron_step` does, with P_C and P_K from `make_products` or a function with its signature."""
-    params, buffers, residuals, tiles, skipped = weights
-    grad, squares = gathered
-    device, num_blocks, ok = grad.device, grad.shape[0], preconditioner.ok
-    p, d = preconditioner.factor_c.shape[-1], preconditioner.factor_k.shape[-1]
+    grad, device, ok = gathered.grad, gathered.grad.device, preconditioner.ok
+    sides = preconditioner.factor_c.shape[-1], preconditioner.factor_k.shape[-1]
     ranges.phase("precondition")
     # All memory is allocated before the weights change.
     x = torch.empty_like(grad)
-    lists = [matrix_views(tensors) for tensors in (params, buffers, residuals) if tensors]
-    table = block_table([*lists, *lists[1:]][:3], tiles, (p, d), device)  # without residuals, buffers take their place
-    aligned = table.aligned and d % PADDING == 0
-    config = tile_config(p, d) if aligned else SMALL
-    written = effective_rounding(params[0].dtype, options.rounding)
+    lists = [matrix_views(tensors) for tensors in weights[:3] if tensors]
+    table = block_table([*lists, *lists[1:]][:3], weights.tiles, sides, device)  # without residuals, buffers instead
+    written = effective_rounding(weights.params[0].dtype, options.rounding)
     bits = random_bits(draws, device) if written == "stochastic" else no_random_bits(device)
     lr_value, lr = split_lr(lr, device)
-    product_c, product_k = _products(make_products, preconditioner, grad.dtype)
-    torch.bmm(product_c, grad, out=x)
+    left, right = _matrices(make_products, preconditioner, grad.dtype)
+    call = StepCall(
+        *(*gathered, x, sides, table, table.aligned and sides[1] % PADDING == 0, written),
+        *(constant(1.0, device, torch.bool) if ok is None else ok, int(ok is not None)),
+        *(on_device(device, found_inf, 0.0), bits, lr, lr_value),
+    )
+    in_parts = options.momentum_on == "gradient" or weights.update_norms is not None
+    (step_in_parts if in_parts else _step_at_once)(call, weights, left, right, options)
+    ranges.end_phase()
+    changed = [*weights.params, *weights.buffers, *weights.residuals, weights.skipped]
+    torch.autograd.graph.increment_version([*changed, grad] if in_parts else changed)
 
-    ranges.phase("apply")  # includes U = X·P_K, which is in the same launch
+
+def _step_at_once(call: StepCall, weights: Weights, left: Tensor, right: Tensor, options: StepOptions) -> None:
+    """Step the weights with the heavy ball along U = X·G·Y, in one launch after X·G: see `step_in_parts`."""
+    grad, (p, d), bits = call.grad, call.sides, call.bits
+    config = tile_config(p, d) if call.aligned else SMALL
+    torch.bmm(left, grad, out=call.x)
+
+    ranges.phase("apply")  # includes the last product, which is in the same launch
     launch(
         kron_step_kernel,
-        num_blocks * config.tiles(p) * config.tiles(d),
+        len(grad) * config.tiles(p) * config.tiles(d),
         (
-            *(x, product_k, table.rows, skipped, squares),
-            constant(1.0, device, torch.bool) if ok is None else ok,
-            *(on_device(device, found_inf, 0.0), bits.seeds, bits.steps, lr),
+            *(call.x, right, call.table.rows, weights.skipped, call.squares, call.ok),
+            *(call.found_inf, bits.seeds, bits.steps, call.lr),
         ),
         (
-            *(lr_value, bits.step, int(ok is not None), bits.stride, bits.step_stride, squares.shape[-1]),
+            *(call.lr_value, bits.step, call.ok_stride, bits.stride, bits.step_stride, call.squares.shape[-1]),
             *(p, d, grad.shape[1] // PADDING, grad.shape[2] // PADDING),
             *(float(options.momentum), float(options.weight_decay), int(options.decoupled)),
         ),
         (
-            *(TRITON_DTYPES[params[0].dtype], TRITON_DTYPES[buffers[0].dtype]),
-            *(written, aligned, config.block, config.depth),
+            *(TRITON_DTYPES[weights.params[0].dtype], TRITON_DTYPES[weights.buffers[0].dtype]),
+            *(call.rounding, call.aligned, config.block, config.depth),
         ),
         config.num_warps,
         config.num_stages,
         config.max_registers,
     )
-    ranges.end_phase()
-    torch.autograd.graph.increment_version([*params, *buffers, *residuals, skipped])
 
 
 def kron_step(
@@ -243,7 +243,7 @@ def kron_step(
     """Step the weights in place: see `rootfree_kernels.eager.kron_step`.
 
     Parameters are FP32, BF16 or FP16, buffers FP32 or BF16, each list of one dtype. `gathered` is the result of this
-    backend's `kron_gather`, and G is not changed. C and K are converted to the dtype of G: BF16, or FP32 in Triton's
-    interpreter.
+    backend's `kron_gather`. G is changed only with gradient momentum or an update of a fixed size. C and K are
+    converted to the dtype of G: BF16, or FP32 in Triton's interpreter.
     """
     kron_step_by(make_products, weights, preconditioner, gathered, lr, draws, found_inf, options)

@@ -25,10 +25,10 @@ from rootfree_kernels.arguments import DiagonalOptions, DiagonalState, Draws, Sc
 from rootfree_kernels.pointer_tables.rf_rmsprop import GRAD_DTYPES, STATE_DTYPES, diagonal_call
 from rootfree_kernels.triton_kernels.common import (
     TRITON_DTYPES,
+    element_of,
     is_finite,
     load_masked,
     load_stored,
-    pointer_to,
     random_key,
     store_rounded,
 )
@@ -41,12 +41,6 @@ CHUNK, NUM_WARPS = 1024, 4
 _CHUNK, _PART = tl.constexpr(CHUNK), tl.constexpr(CHUNK // 4)  # masked chunks take more registers, so in parts
 _COLUMNS = tl.constexpr(8)  # of the table of tensors
 _SLOT_SQUARE, _SLOT_WEIGHT = tl.constexpr(rnd.SLOT_SQUARE), tl.constexpr(rnd.SLOT_WEIGHT)
-
-
-@triton.jit
-def _element(address, start, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
-    """Return the pointer to element `start` of the tensor at an address."""
-    return pointer_to(address + start * (DTYPE.primitive_bitwidth // 8), DTYPE, VECTOR)
 
 
 @triton.jit
@@ -68,10 +62,13 @@ def _step(
     """Step the elements at `start + offsets` of one tensor. Return 1 if an element was left out, otherwise 0."""
     param, grad, square, buffer, square_residual, weight_residual = addresses
     grad_factor, lr, decay, growth, momentum, damping, weight_decay, shrinkage = scalars
-    param_ptr, grad_ptr = _element(param, start, PARAM, VECTOR), _element(grad, start, GRAD, VECTOR)
-    square_ptr, buffer_ptr = _element(square, start, SQUARE, VECTOR), _element(buffer, start, BUFFER, VECTOR)
-    square_residual_ptr = _element(square_residual, start, tl.int16, VECTOR)
-    weight_residual_ptr = _element(weight_residual, start, tl.int16, VECTOR)
+    param_ptr, grad_ptr = element_of(param, start, PARAM, VECTOR), element_of(grad, start, GRAD, VECTOR)
+    square_ptr, buffer_ptr = (
+        element_of(square, start, SQUARE, VECTOR),
+        element_of(buffer, start, BUFFER, VECTOR),
+    )
+    square_residual_ptr = element_of(square_residual, start, tl.int16, VECTOR)
+    weight_residual_ptr = element_of(weight_residual, start, tl.int16, VECTOR)
     g = load_masked(grad_ptr + offsets, mask).to(tl.float32) * grad_factor
     old_s = load_stored(square_ptr, square_residual_ptr, offsets, mask, ROUNDING)
     old_m = load_masked(buffer_ptr + offsets, mask).to(tl.float32)

@@ -21,3 +21,21 @@ def padded(size: int) -> int:
 def num_partial_sums(rows: int, cols: int) -> int:
     """Return how many partial sums of squares `kron_gather` writes for a block of rows × cols."""
     return min(MAX_PARTIAL_SUMS, max(1, rows * cols // ELEMENTS_PER_PROGRAM))
+
+
+def num_start_programs(rows: int, cols: int) -> int:
+    """Return how many programs of `kron_start` write the factors of a block of rows × cols."""
+    return min(MAX_PARTIAL_SUMS, max(1, (rows * rows + cols * cols) // ELEMENTS_PER_PROGRAM))
+
+
+STEP_ROWS, STEP_COLS = 8, 128
+"""Rows and columns of a tile of `kron_apply`."""
+
+TILES_PER_PROGRAM = 8
+"""Tiles that one program of `kron_apply` works on, or more if MAX_PARTIAL_SUMS programs are too few."""
+
+
+def num_step_programs(rows: int, cols: int) -> int:
+    """Return how many programs of `kron_apply` work on a block of rows × cols."""
+    tiles = -(-rows // STEP_ROWS) * -(-cols // STEP_COLS)
+    return min(MAX_PARTIAL_SUMS, -(-tiles // TILES_PER_PROGRAM))

@@ -24,6 +24,7 @@ from rootfree_kernels.triton_kernels.kron_gather import kron_gather
 from rootfree_kernels.triton_kernels.kron_step import kron_step_by
 from rootfree_kernels.triton_kernels.products import kron_products_by, products_by_bmm
 from rootfree_kernels.triton_kernels.rf_rmsprop import rf_rmsprop
+from rootfree_kernels.triton_kernels.scaled_rmsprop import scaled_rmsprop
 from rootfree_kernels.triton_kernels.sizes import num_partial_sums
 from rootfree_kernels.triton_kernels.sizes import padded as padded_side
 
@@ -36,6 +37,7 @@ __all__ = [
     "num_partial_sums",
     "padded_side",
     "rf_rmsprop",
+    "scaled_rmsprop",
 ]
 
 

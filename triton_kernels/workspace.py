@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rootfree_kernels.backend import BlockWork
-from rootfree_kernels.triton_kernels.sizes import num_partial_sums, padded
+from rootfree_kernels.triton_kernels.sizes import num_partial_sums, num_step_programs, padded
 
 
 def workspace(work: BlockWork) -> list[int]:
@@ -14,13 +14,14 @@ def workspace(work: BlockWork) -> list[int]:
     factors = [count * p8 * p8, count * d8 * d8]
     copies = [count * n8 * n8 for n, n8 in ((p, p8), (d, d8)) if n != n8]  # padded factors
 
-    elements = [grad, grad]  # G and X
+    elements = [grad, grad]  # G and X; U of its own takes the memory of G
     if work.updates_factors:
         elements += [grad, *factors * 2, *copies * 4]  # A; new factors and momenta; the old ones
         if work.packs_momenta:
             elements += [count * p * p, count * d * d, (max(p8, d8) // 2) ** 2]  # unpacked; masks of one byte each
-    if not work.keeps_products:
+    if not (work.keeps_products or work.is_whitened):
         elements += factors
     elements += copies  # the products
     sizes = [x * work.matmul_dtype.itemsize for x in elements]
-    return [*sizes, sum(factors) // 8 + 72 * count, 12 * count * num_partial_sums(p, d)]  # norms, row sums; squares
+    squares = 12 * num_partial_sums(p, d) + 4 * num_step_programs(p, d)  # of G, C and K; of U
+    return [*sizes, sum(factors) // 8 + 88 * count, count * squares]  # norms, row sums and weights; squares

@@ -102,7 +102,7 @@ class BlockBatchStep(NamedTuple):
         batch = self.batch
         if batch.backend.workspace is None:
             return []
-        options = self.update, bool(batch.products), batch.packs_momenta
+        options = self.update, bool(batch.products), batch.packs_momenta, batch.is_whitened
         work = BlockWork(self.num_blocks, batch.block_shape, batch.matmul_dtype, *options)
         sizes = batch.backend.workspace(work)
         if self.blocks is not None:

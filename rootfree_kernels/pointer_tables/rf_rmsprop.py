@@ -1,5 +1,7 @@
 """What the kernels of `rf_rmsprop` on a GPU are handed, Triton's and CUDA's: a table of tensors and some scalars.
 
+The kernels of `scaled_rmsprop` are handed the same, with one more column.
+
 (The C++ kernels take the tensors themselves.)
 """
 
@@ -13,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rootfree_kernels.arguments import DiagonalOptions, DiagonalState, Draws, Scaling
+from rootfree_kernels.arguments import DiagonalOptions, DiagonalState, Draws, ScaledOptions, ScaledState, Scaling
 from rootfree_kernels.pointer_tables.memory_order import match_layout, without_negation, write_back
 from rootfree_kernels.pointer_tables.tables import (
     RandomBits,
@@ -49,7 +51,8 @@ class Lists(NamedTuple):
 class DiagonalCall(NamedTuple):
     """The arguments of a kernel, and what has to be done after its launch."""
 
-    where: TensorTable  # columns: addresses of μ, s, m, both residuals and `skipped`; size; first program
+    # Columns: addresses of μ, s, m, both residuals and `skipped`, and q or 0 of `ScaledState`; size; first program
+    where: TensorTable
     grads: Tensor  # [n]: addresses
     bits: RandomBits
     lr: Tensor  # the learning rate is the sum of this and `lr_value`
@@ -61,26 +64,27 @@ class DiagonalCall(NamedTuple):
     modes: tuple[str, str]  # roundings of squares and params
     lists: Lists
     copies: Lists  # what the kernel works on: the same tensors, or copies of those with another layout
-    skipped: Sequence[Tensor]
+    singles: Sequence[Tensor]  # 0-d: `skipped`, and q
 
     def finish(self) -> None:
         """Tell autograd what was changed, and write copies back."""
         state = self.copies[:-1]  # all but the gradients
-        torch.autograd.graph.increment_version([*chain(*state, self.skipped)])
+        torch.autograd.graph.increment_version([*chain(*state, self.singles)])
         write_back(self.lists[:-1], state)
 
 
 def diagonal_call(
     programs_of: Callable[[tuple[int, ...]], int],
     params: list[Tensor],
-    state: DiagonalState,
+    state: DiagonalState | ScaledState,
     grads: Sequence[Tensor],
     lr: Tensor,
     draws: Draws,
     scaling: Scaling,
-    options: DiagonalOptions,
+    options: DiagonalOptions | ScaledOptions,
 ) -> DiagonalCall:
-    """Return the call of a kernel with the arguments of `rootfree_kernels.eager.rf_rmsprop`, for at least one tensor.
+    """Return the call of a kernel, with the arguments of the eager `rf_rmsprop` or `scaled_rmsprop`, for
+    at least one tensor.
 
     The tensors of a list have one dtype: parameters FP32, BF16 or FP16, s and m FP32 or BF16. Gradients may have any;
     those that no kernel reads, and lists of mixed dtypes, are copied to FP32. `lr`, `grad_scale` and `found_inf` have
@@ -105,7 +109,8 @@ def diagonal_call(
     lists = Lists(params, state.squares, state.buffers, *residuals, without_negation(grads))
     copies = Lists._make(match_layout(lists, in_any_order="stochastic" not in modes))
     nothing = (0,) * len(params)
-    addresses = [tuple(map(Tensor.data_ptr, x)) or nothing for x in (*copies[:-1], state.skipped)]
+    singles = [state.skipped, state.curvatures] if isinstance(state, ScaledState) else [state.skipped]
+    addresses = [tuple(map(Tensor.data_ptr, x)) or nothing for x in (*copies[:-1], *singles)]
     lr_value, lr = split_lr(lr, device)
     return DiagonalCall(
         tensor_table((*addresses, tuple(map(Tensor.numel, params))), programs_of, device),
@@ -120,13 +125,15 @@ def diagonal_call(
         modes,
         lists,
         copies,
-        state.skipped,
+        [*chain(*singles)],
     )
 
 
-def _scalars(options: DiagonalOptions) -> tuple[float, ...]:
-    """Return `DiagonalCall.scalars`."""
+def _scalars(options: DiagonalOptions | ScaledOptions) -> tuple[float, ...]:
+    """Return `DiagonalCall.scalars`. With gradient momentum, weight decay is always decoupled."""
     batch_size, beta2, gamma, momentum, damping, weight_decay, decoupled, maximize, *_ = options
+    if isinstance(options, ScaledOptions) and options.momentum_on == "gradient":
+        decoupled = True
     decays = (0.0, weight_decay) if decoupled else (weight_decay, 0.0)
     scalars = (-1 if maximize else 1, 1 - beta2 * gamma, beta2 * batch_size, momentum, damping, *decays)
     return tuple(map(float, scalars))

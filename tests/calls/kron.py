@@ -225,7 +225,10 @@ class Batch:
         setattr(t, side, factor.to(self.device, self.dtype))
         setattr(t, f"m_{side}", (m + m.mT).to(self.device, self.dtype))
         paired = self.dtype == BF16 and self.rounding == "compensated"
-        setattr(t, f"lo_{side}", drawn_residual(shape, generator).to(self.device) if paired else None)
+        residual = drawn_residual(shape, generator) if paired else None
+        if residual is not None and self.is_whitened:
+            residual = residual.tril() + residual.tril(-1).mT
+        setattr(t, f"lo_{side}", None if residual is None else residual.to(self.device))
         product = torch.full(shape, torch.nan, dtype=self.matmul, device=self.device)
         setattr(t, f"p_{side}", product if self.keeps_products and not self.is_whitened else None)
 

@@ -128,9 +128,7 @@ def recipe_step(
     if update:
         names = ("batch_size", "beta2", "riemannian_momentum", "damping", "gamma", "clip", *list(PAPER)[:3])
         state = recipe_update(state, grad, **{name: o[name] for name in names})
-    weight, buffer = descended(
-        weight, grad, state.buffer, lambda x: preconditioned(state, x, o["direction"]), norm, o
-    )
+    weight, buffer = descended(weight, grad, state.buffer, lambda x: preconditioned(state, x, o["direction"]), norm, o)
     return weight, replace(state, buffer=buffer)
 
 

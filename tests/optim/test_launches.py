@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rootfree_kernels import IFShampoo, RFRMSProp
+from rootfree_kernels import RECIPE, IFShampoo, RFRMSProp
 from tests.calls.backends import functions_of, modules_that_launch, stand_in
 from tests.calls.device import DEVICE, kernel_test, launches
 from tests.calls.optimizers import OPTIONS, snapshot
@@ -73,6 +73,10 @@ def noted_work() -> Iterator[list[str]]:
 GATHER = ["kron_gather_kernel"]
 UPDATE = ["bmm", "bmm", "kron_momentum_kernel", "kron_factor_kernel", "kron_products_kernel"]
 STEP = ["bmm", "kron_step_kernel"]
+WHITENED_UPDATE = ["kron_start_kernel", "bmm", "bmm", "kron_momentum_kernel", "kron_norms_kernel", "kron_whiten_kernel"]
+WHITENED_UPDATE += ["_foreach_copy_"]
+STEP_IN_PARTS = ["kron_average_kernel", "bmm", "bmm", "kron_size_kernel", "kron_apply_kernel"]
+SCALED = ["scaled_squares_kernel", "scaled_average_kernel", "scaled_step_kernel"]
 
 
 @pytest.mark.parametrize(("num_layers", "frequency", "dtype"), [(1, 1, FP32), (1, 3, BF16), (5, 3, FP32)], ids=str)
@@ -102,6 +106,21 @@ def test_clipping_by_row_sums_is_one_launch_more() -> None:
     by_row_sums = [*UPDATE]
     by_row_sums.insert(UPDATE.index("kron_factor_kernel"), "kron_norms_kernel")
     assert notes == [*GATHER, *by_row_sums, *STEP]
+
+
+@pytest.mark.parametrize("num_layers", [1, 3])
+def test_the_recipe_is_twelve_launches_beside_the_gather_and_three_for_vectors(num_layers: int) -> None:
+    params = parameters(start([(16, 24)] * num_layers + [(24,)] * num_layers, FP32))
+    options = {**OPTIONS, **RECIPE, "lr": torch.tensor(0.01, device=DEVICE)}
+    optimizer = IFShampoo(params, **options)
+    set_gradients(params, 0)
+    for _ in range(3):  # the first ones make tables and constants
+        with backend("triton"), noted_work() as notes:
+            optimizer.step()
+    matrices = [*GATHER, *WHITENED_UPDATE, *STEP_IN_PARTS]
+    assert sorted(notes) == sorted([*matrices, *SCALED])
+    assert [name for name in notes if name not in SCALED] == matrices
+    assert [name for name in notes if name in SCALED] == SCALED
 
 
 def test_numbers_that_change_compile_nothing() -> None:
@@ -144,10 +163,10 @@ def test_a_default_device_of_the_user_s_stays_out_of_a_step(optimizer: Any, no_t
     assert all(param.isfinite().all() for param in params)
 
 
-@pytest.mark.parametrize("optimizer", [IFShampoo, RFRMSProp])
-def test_autograd_is_told_of_everything_that_a_step_changes(optimizer: Any) -> None:
+@pytest.mark.parametrize(("optimizer", "options"), [(IFShampoo, {}), (RFRMSProp, {}), (IFShampoo, RECIPE)], ids=str)
+def test_autograd_is_told_of_everything_that_a_step_changes(optimizer: Any, options: dict[str, Any]) -> None:
     params = parameters(start([(16, 8), (6,)], BF16))
-    optimizer = optimizer(params, **OPTIONS, **COMPENSATED)
+    optimizer = optimizer(params, **{**OPTIONS, **COMPENSATED, **options})
 
     def tensors() -> dict[str, Tensor]:
         states = [optimizer.state[param] for param in params]

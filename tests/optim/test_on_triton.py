@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rootfree_kernels import IFShampoo, RFAdaGrad, RFRMSProp
+from rootfree_kernels import RECIPE, IFShampoo, RFAdaGrad, RFRMSProp
 from rootfree_kernels.rounding import join_compensated
 from tests.calls.device import DEVICE, kernel_test
 from tests.calls.optimizers import OPTIONS, snapshot
@@ -91,6 +91,8 @@ SHAPES = [(24, 16), (24, 16), (8, 3, 2, 2), (24,), ()]
         pytest.param(BF16, {**COMPENSATED, "maximize": True}, id="bf16-compensated"),
         pytest.param(FP16, {"rounding": "nearest", "damping": 0.0, "gamma": 0}, id="fp16"),
         pytest.param(FP32, {"clip": "none", "beta2": 0.05, "decoupled_weight_decay": True}, id="decoupled"),
+        pytest.param(FP32, {**RECIPE, "beta2": 0.3}, id="recipe"),
+        pytest.param(BF16, {**RECIPE, "beta2": 0.3, **COMPENSATED}, id="recipe-bf16-compensated"),
     ],
 )
 def test_if_shampoo_steps_as_eager_pytorch(dtype: torch.dtype, options: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from rootfree_kernels import IFShampoo, RFRMSProp
+from rootfree_kernels import RECIPE, IFShampoo, RFRMSProp
 from rootfree_kernels.ops import operators
 from rootfree_kernels.optim import base, block_batch, plan, planner
 from tests.calls.backends import functions_of, idle_functions, stand_in
@@ -240,6 +240,9 @@ TAKEN = [
     ((48, 32), {"packed_momentum": True}, False),
     ((45, 31), {"packed_momentum": True}, False),
     ((16, 3, 2, 2), {"packed_momentum": True}, True),
+    ((48, 32), {**RECIPE}, False),
+    ((45, 31), {**RECIPE, "rounding": "compensated"}, True),
+    ((45, 31), {**RECIPE, "direction": "root_free"}, False),
 ]
 
 
@@ -250,7 +253,7 @@ def test_what_is_reserved_is_what_kernels_take(
     """At most half as much again is reserved, also where some parameters of a batch have no gradient."""
     monkeypatch.setenv("ROOTFREE_BACKEND", "triton")
     params = [nn.Parameter(torch.ones(shape)) for _ in range(3)]
-    optimizer = IFShampoo(params, **OPTIONS, **options)
+    optimizer = IFShampoo(params, **{**OPTIONS, **options})
     for param in params:
         param.grad = torch.ones_like(param)
     optimizer.step()

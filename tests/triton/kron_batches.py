@@ -22,7 +22,8 @@ from tests.triton.calls import triton_batch
 FACTOR_DTYPES = [BF16] if DEVICE.type == "cuda" else [FP32, BF16]
 
 
-MODULES = [module_of(stem) for stem in ("kron_gather", "kron_norms", "kron_factor", "kron_step", "products")]
+STEMS = ("gather", "start", "norms", "factor", "whiten", "apply", "step")
+MODULES = [module_of(stem) for stem in (*(f"kron_{stem}" for stem in STEMS), "products")]
 
 
 STACKED = ((0, 2, 0, 1),)

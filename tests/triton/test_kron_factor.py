@@ -8,15 +8,18 @@ import torch
 from hypothesis import example, given
 
 from tests.calls.device import DEVICE, kernel_test, module_of
+from tests.calls.kron import MIXED, ROOT_FREE, THREE, WHITENED
 from tests.calls.operators import through
-from tests.calls.tensors import BF16, FP32, same_bits
+from tests.calls.tensors import BF16, FP32, ROUNDINGS, fp64, same_bits
 from tests.calls.tolerances import assert_near, one_step, tolerance
+from tests.eager.batches import assert_factors_are
 from tests.triton.calls import triton_batch
 from tests.triton.kron_batches import (
     ALIGNED,
     ANY_BATCH,
     BATCHES,
     CALLS,
+    FACTOR_DTYPES,
     LARGE,
     PER_PROGRAM,
     STACKED,
@@ -64,6 +67,83 @@ def test_bf16_moves_the_factors_of_wide_blocks_as_the_reference_does(clip, optio
         old, new, m = getattr(state, name), getattr(expected, name), getattr(expected, f"m_{name}")
         assert (np.linalg.norm(m) > 1) == (norm == "above 1")
         assert_near(t.factor(side) - old, [new - old], one_step(products=BF16))
+
+
+# ---- the recipe ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", [WHITENED, ROOT_FREE, *MIXED], ids=str)
+def test_updates_of_every_rule_are_the_reference_s(rule):
+    """Of the three blocks, one gets its first gradient. With 256 elements a program, several start it."""
+    batch = triton_batch(13, 16, THREE, dtype=FACTOR_DTYPES[0], rule=rule)
+    t = batch.tensors()
+    expected = batch.reference_update(t)
+    with numbers_per_program(256):
+        assert batch.update(t).all()
+    assert_factors_are(t, expected, one_step(products=batch.matmul))
+    if batch.follows_curvature:
+        assert_near(fp64(t.curvature), [state.curvature for state in expected], one_step(FP32, products=batch.matmul))
+
+
+@pytest.mark.parametrize("rule", [WHITENED, ROOT_FREE], ids=str)
+@pytest.mark.parametrize("seed", [0, 1], ids=["starts", "goes on"])
+def test_bf16_moves_wide_blocks_of_the_recipe_as_the_reference_does(rule, seed):
+    """In seven of eight steps of the inner product, the tile of C is not the one of m."""
+    rest = {"rule": rule, "options": {"damping": 1e-3, "batch_size": 1.0}, "seed": seed}
+    batch = triton_batch(136, 70, rounding="compensated", clip="row_sum", **rest)
+    t = batch.tensors()
+    expected = batch.reference_update(t)
+    batch.update(t, through("triton"))
+    assert_factors_are(t, expected, one_step(products=BF16))
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("sides", [(17, 130), (64, 24)], ids=str)
+def test_whitened_factors_are_rounded_as_in_eager_pytorch_and_stay_symmetric(sides, rounding):
+    """m' is -I/4, so that C' = C(1 + 2^-8) rounded once, whatever the order of sums."""
+    batch = triton_batch(*sides, clip="none", exact="rounding", rounding=rounding, rule={"direction": "whitened"})
+    found = []
+    for backend in ("triton", "eager"):
+        t = batch.tensors()
+        generator = torch.Generator().manual_seed(0)
+        for factor in (t.c, t.k):
+            values = torch.randint(128, 256, factor.shape, generator=generator) / 128
+            factor.copy_(values.tril() + values.tril(-1).mT)
+        old = t.copies()
+        batch.update(t, through(backend))
+        found.append(t)
+    for name in ("c", "k", "m_c", "m_k", "lo_c", "lo_k"):
+        actual, expected = (getattr(t, name) for t in found)
+        if actual is not None:
+            assert same_bits(actual, expected), name
+            assert same_bits(actual, actual.mT), name
+    moved = (found[0].c != old["c 0"]).float().mean()
+    assert 0.1 < moved < 0.9 if rounding == "stochastic" else moved > 0 or rounding == "compensated"
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_whitened_factors_stay_symmetric_through_several_updates(rounding):
+    batch = triton_batch(11, 8, STACKED, rounding=rounding, clip="row_sum", rule=WHITENED)
+    t = batch.tensors()
+    for _ in range(2):
+        batch.update(t)
+    for factor in (t.c, t.k, t.m_c, t.m_k, t.lo_c, t.lo_k):
+        assert factor is None or same_bits(factor, factor.mT)
+
+
+@pytest.mark.parametrize("rule", [WHITENED, ROOT_FREE], ids=str)
+def test_a_block_without_a_gradient_keeps_its_factors_and_one_that_overflows_is_not_ok(rule):
+    batch = triton_batch(6, 5, ((0, 4, 0, 1),), dtype=FACTOR_DTYPES[0], clip="none", rule=rule)
+    t = batch.tensors()
+    gradients = batch.blocks(t.grads)
+    gradients[1].zero_()
+    gradients[2][0, 0] = 1e30
+    gradients[3].zero_()
+    before = t.copies()
+    assert batch.update(t).tolist() == [True, True, False, True]
+    for name in ("c", "k", "m_c", "m_k", "curvature"):
+        same = [torch.equal(x, y) for x, y in zip(getattr(t, name), before[f"{name} 0"], strict=True)]
+        assert same == [False, True, True, True], name
 
 
 # ---- norms -----------------------------------------------------------------------------------------------------------

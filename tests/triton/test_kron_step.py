@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -11,7 +12,16 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.calls.device import DEVICE, kernel_test, launches, module_of
-from tests.calls.kron import STATE, assert_memory_around_blocks_is_untouched, assert_same
+from tests.calls.kron import (
+    LAYOUTS,
+    MIXED,
+    ROOT_FREE,
+    STATE,
+    THREE,
+    WHITENED,
+    assert_memory_around_blocks_is_untouched,
+    assert_same,
+)
 from tests.calls.operators import call, through
 from tests.calls.tensors import BF16, FP32, fp64, same_bits
 from tests.calls.tolerances import assert_near, one_step
@@ -41,6 +51,45 @@ def test_a_step_of_the_weights_is_the_reference_s_and_leaves_the_rest_of_them_al
     after = t.copies()
     changed = {name for name in before if not same_bits(before[name], after[name])}
     assert {name.split()[0] for name in changed} <= {"params", "buffers", "residuals"}
+
+
+PARTS = {
+    "small": triton_batch(13, 9, THREE, LAYOUTS, dtype=FACTOR_DTYPES[0], grad_scale=4.0, maximize=True),
+    "aligned": triton_batch(16, 136, STACKED, param=BF16, weight_rounding="compensated", found_inf=0.0),
+    "odd rows": triton_batch(131, 8, param=BF16, buffer=BF16, weight_rounding="stochastic"),
+}
+"""Blocks of several tiles; the last one has a share of them for each of three programs."""
+RULES = (WHITENED, ROOT_FREE, *MIXED)
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [*(("small", rule) for rule in RULES), *product(("aligned", "odd rows"), (WHITENED, MIXED[1]))],
+    ids=str,
+)
+def test_a_step_of_every_rule_is_the_reference_s(name, rule):
+    batch = replace(PARTS[name], rule=rule)
+    t = batch.tensors()
+    batch.gather(t)
+    weights, buffers = batch.reference_step(t)
+    grad = t.grad.clone()
+    batch.step(t, None, False)
+    stored = FP32 if t.residuals else batch.param
+    assert_near(map(fp64, batch.blocks(t.weights())), weights, one_step(stored, products=batch.matmul))
+    assert_near(map(fp64, batch.blocks(t.buffers)), buffers, one_step(batch.buffer, products=batch.matmul))
+    assert_memory_around_blocks_is_untouched(batch, t)
+    assert same_bits(t.grad, grad) and not t.skipped[0]
+
+
+def test_an_update_of_zero_stays_zero():
+    batch = triton_batch(6, 5, STACKED, rule=WHITENED, descent={"weight_decay": 0.0})
+    t = batch.tensors()
+    for x in (*t.grads, *t.buffers):
+        x.zero_()
+    before = t.copies()
+    batch.gather(t)
+    batch.step(t, None, False)
+    assert torch.equal(t.params[0], before["params 0"])
 
 
 @pytest.mark.parametrize(
@@ -114,9 +163,10 @@ def test_the_last_of_many_partial_sums_is_read(number):
     assert (t.skipped - expected.skipped).tolist() == [0, 1]
 
 
+@pytest.mark.parametrize("rule", [{}, WHITENED, MIXED[1]], ids=str)
 @pytest.mark.parametrize("reason", ["its factors were skipped", "no update saw its gradient"])
-def test_a_block_that_is_left_out_of_a_step_keeps_its_weights_to_the_bit(reason):
-    batch = triton_batch(13, 66, ((0, 1, 0, 3),), param=BF16, weight_rounding="compensated")
+def test_a_block_that_is_left_out_of_a_step_keeps_its_weights_to_the_bit(reason, rule):
+    batch = triton_batch(13, 66, ((0, 1, 0, 3),), param=BF16, weight_rounding="compensated", rule=rule)
     was, t = batch.tensors(), batch.tensors()
     finite, ok = torch.tensor([True, False, True], device=DEVICE), None
     if reason == "its factors were skipped":

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.calls.device import DEVICE, kernel_test, launches
-from tests.calls.kron import KEPT, STATE, assert_same
+from tests.calls.kron import KEPT, ROOT_FREE, STATE, WHITENED, assert_same
 from tests.calls.operators import dispatched, through
 from tests.calls.tensors import BF16, ROUNDINGS, fp64, same_bits
 from tests.calls.tolerances import assert_near, one_step
@@ -21,10 +21,14 @@ pytestmark = kernel_test
 # ---- bits ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch", [replace(LARGE, rows=17), ALIGNED], ids=["ragged", "aligned"])
+@pytest.mark.parametrize(
+    "batch",
+    [replace(LARGE, rows=17), ALIGNED, triton_batch(17, 13, rule=WHITENED)],
+    ids=["ragged", "aligned", "whitened"],
+)
 def test_the_same_call_gives_the_same_bits(batch):
     first, second = batch.run(), batch.run(run=dispatched("triton"))
-    assert_same(first, second, *STATE, "p_c", "p_k", "params", "buffers", "residuals", "skipped", "ok")
+    assert_same(first, second, *STATE, "curvature", "p_c", "p_k", "params", "buffers", "residuals", "skipped", "ok")
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
@@ -63,19 +67,21 @@ def test_random_bits_are_those_of_the_step():
 
 
 @pytest.mark.parametrize(
-    ("bad", "clip", "rounding"),
+    ("bad", "clip", "rounding", "rule"),
     [
-        (torch.nan, "frobenius", "compensated"),
-        (torch.nan, "row_sum", "nearest"),
-        (-torch.inf, "none", "stochastic"),
-        (1e30, "row_sum", "compensated"),
-        (1e15, "frobenius", "stochastic"),
+        (torch.nan, "frobenius", "compensated", {}),
+        (torch.nan, "row_sum", "nearest", {}),
+        (-torch.inf, "none", "stochastic", {}),
+        (1e30, "row_sum", "compensated", {}),
+        (1e15, "frobenius", "stochastic", {}),
+        (torch.nan, "row_sum", "compensated", WHITENED),
+        (1e30, "none", "stochastic", ROOT_FREE),
     ],
 )
-def test_a_block_that_is_not_finite_stays_to_the_bit_and_is_counted(bad, clip, rounding):
+def test_a_block_that_is_not_finite_stays_to_the_bit_and_is_counted(bad, clip, rounding, rule):
     """The square of 1e30 is infinite; that of 1e15 is not, but the norm of its m is. Other blocks step as ever."""
     batch = triton_batch(13, 9, ((0, 1, 0, 2), (0, 1, 0, 1)), clip=clip, param=BF16)
-    batch = replace(batch, rounding=rounding, weight_rounding=rounding)
+    batch = replace(batch, rounding=rounding, weight_rounding=rounding, rule=rule)
     was, clean, t = batch.tensors(), batch.run(), batch.tensors()
     t.grads[0][5, 11] = bad  # in the second block
     batch.run(t)
@@ -89,7 +95,7 @@ def test_a_block_that_is_not_finite_stays_to_the_bit_and_is_counted(bad, clip, r
         if values[0] is not None:
             for block, (now, stepped, before) in enumerate(zip(*values, strict=True)):
                 assert same_bits(now, stepped if finite[block] else before), f"{name} of block {block}"
-    for actual, factor in ((t.p_c, t.c), (t.p_k, t.k)):
+    for actual, factor in () if batch.is_whitened else ((t.p_c, t.c), (t.p_k, t.k)):
         assert_near(actual, fp64(factor) @ fp64(factor).swapaxes(1, 2), one_step(products=BF16))
 
 
@@ -107,9 +113,11 @@ def test_a_block_whose_momentum_is_not_finite_on_one_side_stays_on_both(side):
         assert [same_bits(*pair) for pair in blocks] == [True, False], name
 
 
-@pytest.mark.parametrize("rounding", ["stochastic", "compensated"])
-def test_found_inf_leaves_everything_as_it_is_and_counts_it(rounding):
-    batch = triton_batch(13, 9, STACKED, param=BF16, rounding=rounding, weight_rounding=rounding)
+@pytest.mark.parametrize(
+    ("rounding", "rule"), [("stochastic", {}), ("compensated", {}), ("nearest", WHITENED)], ids=str
+)
+def test_found_inf_leaves_everything_as_it_is_and_counts_it(rounding, rule):
+    batch = triton_batch(13, 9, STACKED, param=BF16, rounding=rounding, weight_rounding=rounding, rule=rule)
     was, t = batch.tensors(), replace(batch, found_inf=1.0).run()
     assert_same(t, was, *KEPT)
     assert torch.equal(t.skipped, was.skipped + 1) and not t.ok.any()
@@ -118,8 +126,9 @@ def test_found_inf_leaves_everything_as_it_is_and_counts_it(rounding):
 # ---- what changes ----------------------------------------------------------------------------------------------------
 
 
-def test_changing_numbers_never_compile_anything():
-    batch = triton_batch(16, 8, param=BF16, rounding="stochastic", weight_rounding="stochastic")
+@pytest.mark.parametrize("rule", [{}, WHITENED], ids=str)
+def test_changing_numbers_never_compile_anything(rule):
+    batch = triton_batch(16, 8, param=BF16, rounding="stochastic", weight_rounding="stochastic", rule=rule)
     batch.run()
     before = launches.num_compilations()
     later = batch.tensors()
@@ -132,13 +141,15 @@ def test_changing_numbers_never_compile_anything():
     assert launches.num_compilations() == before
 
 
-def test_what_changes_says_so_to_autograd():
-    batch = triton_batch(16, 8, STACKED, param=BF16, rounding="compensated", weight_rounding="compensated")
+@pytest.mark.parametrize("rule", [{}, WHITENED], ids=str)
+def test_what_changes_says_so_to_autograd(rule):
+    rest = {"rounding": "compensated", "weight_rounding": "compensated", "rule": rule}
+    batch = triton_batch(16, 8, STACKED, param=BF16, **rest)
     t = batch.tensors()
     named = t.named()
     before = {name: x._version for name, x in named.items()}
     batch.run(t)
     changed = {name.split()[0] for name, x in named.items() if x._version > before[name]}
-    assert changed == {*KEPT, "p_c", "p_k", "skipped"}
+    assert changed == {*KEPT, "skipped"} - {"curvature"} | {*(("curvature",) if rule else ("p_c", "p_k"))}
     same = {name for name, x in named.items() if x._version == before[name]}
-    assert {name.split()[0] for name in same} == {"grads", "seeds", "steps"}
+    assert {name.split()[0] for name in same} - {"update_norms"} == {"grads", "seeds", "steps"}

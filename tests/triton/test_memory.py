@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rootfree_kernels.pointer_tables import tables
 from tests.calls.device import DEVICE, kernel_test, launches, needs_gpu
-from tests.calls.kron import KEPT, LAYOUTS, STATE, THREE, assert_same
+from tests.calls.kron import KEPT, LAYOUTS, STATE, THREE, WHITENED, assert_same
 from tests.calls.operators import call
 from tests.calls.tables import forget_tables, note_copies
 from tests.calls.tensors import BF16, FP32, same_bits
@@ -53,10 +53,10 @@ class OutOfMemory(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(("sides", "clip"), [((13, 9), "row_sum"), ((16, 8), "frobenius")], ids=["padded", "aligned"])
-@pytest.mark.parametrize("cached", [False, True])
-def test_without_memory_for_a_workspace_nothing_changes(sides, clip, cached):
+@pytest.mark.parametrize(("cached", "rule"), [(False, {}), (True, {}), (False, WHITENED)], ids=str)
+def test_without_memory_for_a_workspace_nothing_changes(sides, clip, cached, rule):
     batch = triton_batch(*sides, STACKED, LAYOUTS, param=BF16, rounding="compensated", weight_rounding="compensated")
-    batch = replace(batch, clip=clip, lr=torch.tensor(0.05, device=DEVICE, dtype=torch.float64))
+    batch = replace(batch, clip=clip, rule=rule, lr=torch.tensor(0.05, device=DEVICE, dtype=torch.float64))
     t = batch.tensors()
     if not cached:
         t.p_c = t.p_k = None
