@@ -55,7 +55,7 @@ TORCH_LIBRARY(rootfree_native, m) {
       "Tensor? update_norms, Tensor[] grads, Tensor lr, Tensor seeds, Tensor steps, Tensor? grad_scale, "
       "Tensor? found_inf, float batch_size, float beta2, float gamma, float momentum, float damping, "
       "float weight_decay, bool decoupled, bool maximize, str rounding, str weight_rounding, str direction, "
-      "bool relative_damping, str factor_init, str momentum_on, bool nesterov) -> ()");
+      "bool relative_damping, str momentum_on, bool nesterov) -> ()");
   m.def(
       "kron_gather(Tensor[] grads, int[] tiles, int rows, int cols, Tensor[] factors, Tensor? grad_scale, "
       "ScalarType dtype, bool maximize) -> (Tensor, Tensor)");

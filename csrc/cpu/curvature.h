@@ -1,4 +1,4 @@
-// The mean curvature q of a block or a tensor, a scale for its damping and for the start of its preconditioner:
+// The mean curvature q of a block, a scale for its damping and for the start of its factors:
 //
 //     q <- 0.95 q + 0.05 B mean(G^2),    and q = B mean(G^2) when the first gradient comes that is not 0
 //

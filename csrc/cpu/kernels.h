@@ -75,10 +75,9 @@ struct WeightScalars {
 struct ScaledScalars {
   float grad_factor, decay, growth;  // as in DiagonalScalars
   float damping;                     // lambda, or its root if `whitened`
-  float start;                       // what s starts at, if it `starts`
   float scale;                       // of u
   WeightScalars weight;
-  bool starts, whitened, nesterov;
+  bool whitened, nesterov;
 };
 
 // A row of a block of momentum M, whose neighbours are `buffer_stride` apart, and of the gradient, which is contiguous.

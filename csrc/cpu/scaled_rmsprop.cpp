@@ -10,7 +10,6 @@
 #include <cmath>
 #include <vector>
 
-#include "curvature.h"
 #include "tensor_lists.h"
 
 namespace rootfree::cpu {
@@ -35,10 +34,10 @@ std::vector<double> sum_chunks(const std::vector<DiagonalChunk>& tensors, const 
   return totals;
 }
 
-// The options that depend on the tensor, by way of its curvature.
+// The options that matter for the curvature of a tensor.
 struct CurvatureOptions {
-  float batch_size, damping;
-  bool relative_damping, starts_from_gradient, overflow;
+  float batch_size, beta2, damping;
+  bool overflow;
 };
 
 // What is stepped: the scalars of a tensor, and whether it is stepped at all.
@@ -54,16 +53,13 @@ Step step_of(double squares, int64_t numel, float* curvature, ScaledScalars scal
   const bool ok = is_finite(mean_square) && !o.overflow;
   scalars.damping = o.damping;
   if (curvature && ok) {
-    const Curvature q = follow(*curvature, mean_square, o.overflow);
-    scalars.starts = q.starts && o.starts_from_gradient;
-    scalars.start = q.value;
-    scalars.damping = o.relative_damping ? o.damping * q.value : o.damping;
-    if (q.idle) {  // s stays
+    if (mean_square == 0) {  // s and q stay
       scalars.decay = 1;
       scalars.growth = 0;
     } else {
-      *curvature = q.value;
+      *curvature = scalars.decay * *curvature + o.beta2 * mean_square;
     }
+    scalars.damping = o.damping * *curvature;
   }
   scalars.damping = scalars.whitened ? std::sqrt(scalars.damping) : scalars.damping;
   return {scalars, ok};
@@ -95,7 +91,7 @@ void scaled_rmsprop(at::TensorList params,               // FP32, BF16 or FP16
                     at::TensorList squares,              // s: FP32 or BF16
                     at::TensorList buffers,              // M or m: FP32 or BF16
                     at::TensorList skipped,              // int32: steps in which the tensor was skipped
-                    at::TensorList curvatures,           // q: FP32, or an empty list
+                    at::TensorList curvatures,           // q: FP32, for relative damping, or an empty list
                     at::TensorList square_residuals,     // int16, or an empty list
                     at::TensorList weight_residuals,     // int16, or an empty list
                     const OptionalTensor& update_norms,  // [params]
@@ -107,14 +103,13 @@ void scaled_rmsprop(at::TensorList params,               // FP32, BF16 or FP16
                     const OptionalTensor& found_inf,   // [1]
                     double batch_size, double beta2, double gamma, double momentum, double damping, double weight_decay,
                     bool decoupled, bool maximize, c10::string_view rounding, c10::string_view weight_rounding,
-                    c10::string_view direction, bool relative_damping, c10::string_view factor_init,
-                    c10::string_view momentum_on, bool nesterov) {
+                    c10::string_view direction, bool relative_damping, c10::string_view momentum_on, bool nesterov) {
   if (params.empty()) {
     return;
   }
   const TensorLists lists{params, squares, buffers, skipped, square_residuals, weight_residuals, grads};
   lists.check();
-  check_length("curvatures", curvatures, params, true);
+  check_length("curvatures", curvatures, params, !relative_damping);
   const std::vector<float*> old_curvatures = pointers_to(curvatures, params.size());
   const at::Tensor norms = update_norms ? update_norms->to(at::kFloat).contiguous() : at::Tensor();
   TORCH_CHECK_VALUE(!update_norms || norms.numel() == static_cast<int64_t>(params.size()), norms.numel(),
@@ -129,8 +124,8 @@ void scaled_rmsprop(at::TensorList params,               // FP32, BF16 or FP16
   shared.weight = weight_scalars(lr.item<float>(), momentum, weight_decay, decoupled, momentum_on);
   shared.whitened = direction == "whitened";
   shared.nesterov = nesterov;
-  const CurvatureOptions options{static_cast<float>(batch_size), static_cast<float>(damping), relative_damping,
-                                 factor_init == "gradient", item_or(found_inf, 0.0f) != 0};
+  const CurvatureOptions options{static_cast<float>(batch_size), static_cast<float>(beta2),
+                                 static_cast<float>(damping), item_or(found_inf, 0.0f) != 0};
 
   const Kernels& k = kernels();
   const std::vector<double> sums = sum_chunks(tensors.chunks, [&](size_t, const DiagonalChunk& chunk) {

@@ -43,7 +43,7 @@ RECIPE: MappingProxyType[str, Any] = MappingProxyType(
 REST_SCALE = 0.02
 """The size of an element's update in embeddings, heads and vectors, relative to lr."""
 
-REST_BETA2 = 0.05
+REST_BETA2 = 0.02
 """β₂ of embeddings, heads and vectors."""
 
 

@@ -43,7 +43,7 @@ static void compute(const DiagonalChunk& p, const ScaledScalars& shared_scalars,
   float* ROOTFREE_RESTRICT u = out.along;
   for (int64_t i = 0; i < length; ++i) {
     const float x = g[i] * c.grad_factor;
-    s[i] = select(c.starts, c.start, old_s[i]) * c.decay + c.growth * x * x;
+    s[i] = old_s[i] * c.decay + c.growth * x * x;
   }
   round_as_stored(p.square, p.first + static_cast<uint32_t>(start), length, s);
   const float alpha = c.weight.momentum, beta = 1 - alpha;
