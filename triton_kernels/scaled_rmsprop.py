@@ -62,27 +62,29 @@ def _share(tensor_table, owner_table):
     tensor = tl.load(owner_table + tl.program_id(0)).to(tl.int64)
     row_table = tensor_table + tensor * _COLUMNS
     size, first_program = tl.load(row_table + 7), tl.load(row_table + 8)
-    share = tl.cdiv(tl.cdiv(size, _MAX_SHARES), _CHUNK) * _CHUNK
-    start = (tl.program_id(0) - first_program) * share
-    length = tl.minimum(size - start, share).to(tl.int32)
-    num_programs = tl.cdiv(size, tl.maximum(share, 1)).to(tl.int32)
-    return tensor, row_table, size, first_program, tl.maximum(num_programs, 1), start, length
+    # Chunks are counted in 32 bits: a division of 64 bits is a call, around which registers are spilled.
+    chunks = tl.maximum(tl.cdiv(size, _CHUNK), 1).to(tl.int32)
+    share = tl.cdiv(chunks, _MAX_SHARES)
+    start = (tl.program_id(0) - first_program) * share * _CHUNK
+    length = tl.minimum(size - start, share.to(tl.int64) * _CHUNK).to(tl.int32)
+    return tensor, row_table, size, first_program, tl.cdiv(chunks, share), start, length
 
 
 @triton.jit
 def _store_square(s, square_ptr, residual_ptr, offsets, mask, key, index, ROUNDING: tl.constexpr):
     """Store s as `store_rounded` does, and return the FP32 value of what is stored."""
     if ROUNDING == "compensated":
-        hi, lo = split_compensated(s)
-        tl.store(square_ptr + offsets, hi, mask=mask)
+        stored, lo = split_compensated(s)
         tl.store(residual_ptr + offsets, lo, mask=mask)
-        return join_compensated(hi, lo)
-    elif ROUNDING == "stochastic":
-        stored = round_stochastic(s, random_bits(key, index))
+        value = join_compensated(stored, lo)
     else:
-        stored = round_nearest(s, square_ptr.dtype.element_ty)
+        if ROUNDING == "stochastic":
+            stored = round_stochastic(s, random_bits(key, index))
+        else:
+            stored = round_nearest(s, square_ptr.dtype.element_ty)
+        value = stored.to(tl.float32)
     tl.store(square_ptr + offsets, stored, mask=mask)
-    return stored.to(tl.float32)
+    return value
 
 
 @triton.jit
@@ -259,10 +261,8 @@ def _step(
     """Step the elements at `start + offsets` of one tensor."""
     param, grad, square, buffer, square_residual, weight_residual = addresses
     factor, lr, damping, scale, momentum, of_g, of_m, averages, whitened, weight_decay, shrinkage = scalars
-    param_ptr, buffer_ptr = (
-        element_of(param, start, PARAM, VECTOR),
-        element_of(buffer, start, BUFFER, VECTOR),
-    )
+    param_ptr = element_of(param, start, PARAM, VECTOR)
+    buffer_ptr = element_of(buffer, start, BUFFER, VECTOR)
     square_ptr = element_of(square, start, SQUARE, VECTOR)
     square_residual_ptr = element_of(square_residual, start, tl.int16, VECTOR)
     weight_residual_ptr = element_of(weight_residual, start, tl.int16, VECTOR)
@@ -340,8 +340,8 @@ def scaled_step_kernel(
     WIDE: tl.constexpr = (tl.float32 == PARAM) | (tl.float32 == GRAD) | (tl.float32 == SQUARE) | (tl.float32 == BUFFER)
     VECTOR: tl.constexpr = 4 if WIDE else 8
     addresses = param, grad, square, buffer, square_residual, weight_residual
-    decays = weight_decay, lr * decoupled_decay
-    scalars = factor, lr, damping, scale, momentum, of_g, of_m, averages, whitened, *decays
+    shrinkage = lr * decoupled_decay
+    scalars = factor, lr, damping, scale, momentum, of_g, of_m, averages, whitened, weight_decay, shrinkage
     length = tl.where(ok, length, 0)
     aligned = (param | grad | square | buffer | square_residual | weight_residual) % 16 == 0
     whole = tl.where(aligned, length // _CHUNK * _CHUNK, 0)
@@ -398,8 +398,8 @@ def configurations() -> Iterator[Configuration]:
 
 def _num_programs(row: tuple[int, ...]) -> int:
     """Return the programs of a tensor, from its row of the table, whose last column is the number of elements."""
-    share = -(-row[-1] // MAX_SHARES)
-    return max(1, -(-row[-1] // (-(-max(share, 1) // CHUNK) * CHUNK)))
+    chunks = max(1, -(-row[-1] // CHUNK))
+    return -(-chunks // -(-chunks // MAX_SHARES))
 
 
 def _weights_of_average(options: ScaledOptions) -> tuple[float, float]:
