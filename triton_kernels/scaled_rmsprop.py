@@ -345,9 +345,10 @@ def scaled_step_kernel(
     length = tl.where(ok, length, 0)
     aligned = (param | grad | square | buffer | square_residual | weight_residual) % 16 == 0
     whole = tl.where(aligned, length // _CHUNK * _CHUNK, 0)
-    for first in range(0, whole, _CHUNK):
+    TILE: tl.constexpr = _CHUNK // 2 if WIDE else _CHUNK  # as few registers as accesses of 128 bits allow
+    for first in range(0, whole, TILE):
         _step(
-            *(addresses, start + first, tl.arange(0, _CHUNK), None, key, scalars),
+            *(addresses, start + first, tl.arange(0, TILE), None, key, scalars),
             *(PARAM, GRAD, SQUARE, BUFFER, ROUNDING, WEIGHT_ROUNDING, VECTOR),
         )
     for first in range(whole, length, _PART):
@@ -375,15 +376,15 @@ def configurations() -> Iterator[Configuration]:
     """Yield every configuration that `scaled_rmsprop` can launch."""
     tables = "*i64", "*i64", "*i32"
     for grad in TRITON_DTYPES:
-        arguments = (*tables, "*fp32", "*fp32")
-        yield Configuration(scaled_squares_kernel, arguments, (TRITON_DTYPES[grad],), NUM_WARPS, 1, "irregular")
+        dtypes = [TRITON_DTYPES[grad]]
+        yield Configuration(scaled_squares_kernel, (*tables, "*fp32", "*fp32"), (*dtypes,), NUM_WARPS, 1, "irregular")
+    # Two kernels take as many arguments of each kind.
+    arguments = (*tables, *("*fp32",) * 3, "*i32", *("*fp32",) * 3, "i32", "i32", *("fp32",) * 8, *("i32",) * 4)
     for grad, square, buffer in product(TRITON_DTYPES, STATE_DTYPES, STATE_DTYPES):
         dtypes = [TRITON_DTYPES[dtype] for dtype in (grad, square, buffer)]
-        arguments = (*tables, *("*fp32",) * 3, "*i32", *("*fp32",) * 3, "i32", "i32", *("fp32",) * 8, *("i32",) * 4)
         kind = _kind({square}, {grad, buffer})
         for mode in _modes(square):
             yield Configuration(scaled_average_kernel, arguments, (*dtypes, mode), NUM_WARPS, 1, kind)
-    arguments = (*tables, *("*fp32",) * 3, "*i32", *("*fp32",) * 3, "i32", "i32", *("fp32",) * 8, *("i32",) * 4)
     for param, square, buffer in product(GRAD_DTYPES, STATE_DTYPES, STATE_DTYPES):
         for grad in GRAD_DTYPES[param]:
             dtypes = [TRITON_DTYPES[dtype] for dtype in (param, grad, square, buffer)]
