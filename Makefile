@@ -41,7 +41,7 @@ help:
 	@echo "make gpu-bundle  without a GPU: compile what such a machine needs (PyTorch $(GPU_TORCH), Triton $(GPU_TRITON), the Python of"
 	@echo "               GPU_PYTHON) into .gpu-bundle/, which make gpu uses there; installs 5 GB into $(GPU_VENV) once"
 	@echo "make fake-gpu  run the tests that need a GPU on one that computes nothing: launches, devices, streams, graphs"
-	@echo "make demo      train a small language model with AdamW, RFRMSProp and IFShampoo"
+	@echo "make demo      train a small language model with AdamW, Muon and IFShampoo"
 	@echo "make peers     install what a package index offers of the optimizers to compare with, and say which are there"
 	@echo "make bench     every optimizer side by side on this machine, in under 10 minutes: a page, JSON and plots in"
 	@echo "               bench/results/; BENCH_ARGS='--only 1024 --optimizers Shampoo --sections steps' chooses"

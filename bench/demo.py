@@ -38,6 +38,10 @@ METHODS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "rfrmsprop": RFRMSProp,
     "ifshampoo": IFShampoo,
 }
+"""Optimizers that take all of the model's weights. `ifshampoo` follows the paper's rule, `recipe` the recipe."""
+
+SHOWN = ("adamw", "muon", "recipe")
+"""The optimizers that are trained if none are asked for."""
 
 # Found with the same budget for each: `python -m bench.tune_demo --method NAME` (bench/results/demo-tuning.json).
 CHOSEN: dict[str, dict[str, Any]] = {
@@ -45,7 +49,8 @@ CHOSEN: dict[str, dict[str, Any]] = {
     "rfrmsprop": {"lr": 1.79e-4, "beta2": 0.0829, "damping": 3.35e-5},
     "ifshampoo": {"lr": 7.21e-5, "beta2": 0.753, "riemannian_momentum": 0.203, "damping": 2.23e-5},
     "shampoo": {"lr": 4.21e-3, "betas": (0.9, 0.9856), "weight_decay": 0.0216, "T": 3},
-    "muon": {"lr": 2.23e-2, "adamw_lr": 3.02e-3, "weight_decay": 0.234},
+    "muon": {"lr": 4.5e-2, "adamw_lr": 3.02e-3, "weight_decay": 0.234, "momentum": 0.9},
+    "recipe": {"lr": 4.5e-2, "weight_decay": 0.234},
 }
 
 
@@ -53,6 +58,8 @@ def make_optimizer(method: str, model: nn.Module, task: Task, **settings: Any) -
     """``method`` on all of the model's weights. The root-free methods count a sequence as one loss term."""
     if method in PEER_METHODS:
         return PEER_METHODS[method](model, **settings)
+    if method == "recipe":
+        return IFShampoo.for_model(model, **settings)
     if method != "adamw":
         settings["batch_size"] = task.batch
     return METHODS[method](model.parameters(), **settings)
@@ -128,7 +135,7 @@ def train_with_bar(method: str, task: Task, data: tuple[Tensor, Tensor]) -> tupl
 def parse() -> tuple[argparse.Namespace, Task]:
     """The command line's options, and the task they describe."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--optimizers", nargs="+", choices=CHOSEN, default=list(METHODS), metavar="NAME")
+    parser.add_argument("--optimizers", nargs="+", choices=CHOSEN, default=list(SHOWN), metavar="NAME")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
     parser.add_argument("--device", choices=["cpu"], default="cpu", help="cuda: see bench.language_model")
     for name, default in asdict(Task()).items():

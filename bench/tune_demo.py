@@ -1,6 +1,7 @@
 """Tune each of the demo's optimizers with the same small budget.
 
-    python -m bench.tune_demo --method adamw|rfrmsprop|ifshampoo|shampoo|soap|muon [--trials 12] [--finalists 3]
+    python -m bench.tune_demo --method adamw|rfrmsprop|ifshampoo|recipe|shampoo|soap|muon [--trials 12] [--finalists 3]
+    python -m bench.tune_demo --method muon --settings '{"lr": 0.045, …}'     # these settings alone, at full length
 
 Each method gets the same number of settings, spread over its space by a scrambled Sobol sequence, each
 trained for half of the demo's steps with the demo's schedule; the best few are trained again in full. Every
@@ -39,6 +40,7 @@ SPACES: dict[str, dict[str, tuple[float, float]]] = {
     "shampoo": {"lr": (7e-4, 1e-2), "1 - beta2": (2e-3, 1e-1), "weight_decay": (1e-3, 3e-1), "T": (1, 20)},
     "soap": {"lr": (7e-4, 1e-2), "1 - beta2": (2e-3, 1e-1), "weight_decay": (1e-3, 3e-1), "T": (1, 20)},
     "muon": {"lr": (1e-3, 5e-2), "adamw_lr": (7e-4, 1e-2), "weight_decay": (1e-3, 3e-1)},
+    "recipe": {"lr": (1e-2, 1.6e-1), "weight_decay": (3e-2, 1.0)},
 }
 
 
@@ -89,8 +91,12 @@ def main() -> None:
     parser.add_argument("--method", required=True, choices=SPACES)
     parser.add_argument("--trials", type=int, default=12)
     parser.add_argument("--finalists", type=int, default=3)
+    parser.add_argument("--settings", type=json.loads, help="a JSON object of the optimizer's arguments")
     options = parser.parse_args()
     task, data = Task(), standard_library()
+    if options.settings:
+        trial(options.method, options.settings, task, data)
+        return
     short = replace(task, steps=task.steps // 2)
     candidates = [arguments_of(point) for point in points(options.method, options.trials)]
     results = [trial(options.method, settings, short, data) for settings in candidates]

@@ -50,25 +50,33 @@ TORCH_LIBRARY(rootfree_native, m) {
       "float momentum, float damping, float weight_decay, bool decoupled, bool maximize, str rounding, "
       "str weight_rounding) -> ()");
   m.def(
+      "scaled_rmsprop(Tensor(a0!)[] params, Tensor(a1!)[] squares, Tensor(a2!)[] buffers, Tensor(a3!)[] skipped, "
+      "Tensor(a4!)[] curvatures, Tensor(a5!)[] square_residuals, Tensor(a6!)[] weight_residuals, "
+      "Tensor? update_norms, Tensor[] grads, Tensor lr, Tensor seeds, Tensor steps, Tensor? grad_scale, "
+      "Tensor? found_inf, float batch_size, float beta2, float gamma, float momentum, float damping, "
+      "float weight_decay, bool decoupled, bool maximize, str rounding, str weight_rounding, str direction, "
+      "bool relative_damping, str factor_init, str momentum_on, bool nesterov) -> ()");
+  m.def(
       "kron_gather(Tensor[] grads, int[] tiles, int rows, int cols, Tensor[] factors, Tensor? grad_scale, "
       "ScalarType dtype, bool maximize) -> (Tensor, Tensor)");
   m.def(
       "kron_factor(Tensor(a0!) factor_c, Tensor(a1!) factor_k, Tensor(a2!) momentum_c, Tensor(a3!) momentum_k, "
-      "Tensor(a4!)? residual_c, Tensor(a5!)? residual_k, Tensor(a6!)? product_c, Tensor(a7!)? product_k, Tensor grad, "
-      "Tensor squares, Tensor seeds, Tensor steps, Tensor? found_inf, float batch_size, float beta2, "
-      "float riemannian_momentum, float damping, float gamma, str clip, str rounding) -> Tensor");
+      "Tensor(a4!)? residual_c, Tensor(a5!)? residual_k, Tensor(a6!)? product_c, Tensor(a7!)? product_k, "
+      "Tensor(a8!)? curvature, Tensor grad, Tensor squares, Tensor seeds, Tensor steps, Tensor? found_inf, "
+      "float batch_size, float beta2, float riemannian_momentum, float damping, float gamma, str clip, str rounding, "
+      "str direction, bool relative_damping, str factor_init) -> Tensor");
   m.def("kron_products(Tensor factor_c, Tensor factor_k, ScalarType dtype) -> (Tensor, Tensor)");
   m.def(
       "kron_step(Tensor(a0!)[] params, Tensor(a1!)[] buffers, Tensor(a2!)[] residuals, int[] tiles, "
-      "Tensor(a3!) skipped, Tensor factor_c, Tensor factor_k, Tensor(a4!) grad, Tensor squares, Tensor lr, Tensor? ok, "
-      "Tensor seeds, Tensor steps, Tensor? found_inf, bool cached, float momentum, float weight_decay, bool decoupled, "
-      "str rounding) -> ()");
+      "Tensor(a3!) skipped, Tensor? update_norms, Tensor factor_c, Tensor factor_k, Tensor(a4!) grad, Tensor squares, "
+      "Tensor lr, Tensor? ok, Tensor seeds, Tensor steps, Tensor? found_inf, bool cached, float momentum, "
+      "float weight_decay, bool decoupled, str rounding, str momentum_on, bool nesterov) -> ()");
 }
 
 // These operators are not differentiable. Falling through spares autograd a search of all arguments at every call.
 TORCH_LIBRARY_IMPL(rootfree_native, Autograd, m) {
-  for (const char* name : {"rf_rmsprop_table", "clipped_momentum", "rf_rmsprop", "kron_gather", "kron_factor",
-                           "kron_products", "kron_step"}) {
+  for (const char* name : {"rf_rmsprop_table", "clipped_momentum", "rf_rmsprop", "scaled_rmsprop", "kron_gather",
+                           "kron_factor", "kron_products", "kron_step"}) {
     m.impl(name, torch::CppFunction::makeFallthrough());
   }
 }

@@ -11,6 +11,7 @@ import torch
 
 import rootfree_kernels
 from rootfree_kernels.eager import EAGER
+from rootfree_kernels.eager.cpu_products import probe
 from rootfree_kernels.native import build_record
 from rootfree_kernels.ops import dispatch
 from rootfree_kernels.ops.backends import DTYPES, NAMES, choose, why_not
@@ -81,7 +82,8 @@ def _serving(device: torch.device, description: str) -> list[str]:
         if reason:
             lines.append(f"  not {name}: {reason}")
     lines.append(f"  dispatch table: {_table(device)}")
-    lines.append(f"  bfloat16 factors are multiplied in {_short(EAGER.matmul_dtype(torch.bfloat16, device))}")
+    measured = f": {probe()}" if device.type == "cpu" else ""
+    lines.append(f"  bfloat16 factors are multiplied in {_short(EAGER.matmul_dtype(torch.bfloat16, device))}{measured}")
     return lines
 
 

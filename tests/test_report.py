@@ -23,6 +23,11 @@ def test_the_report_names_versions_devices_backends_and_reasons():
         assert word in text
 
 
+def test_the_report_says_what_was_measured_of_products():
+    assert "bfloat16 factors are multiplied in" in report()
+    assert "a BF16 product of " in report()
+
+
 def test_the_report_says_when_a_forced_backend_cannot_run():
     text = report(ROOTFREE_BACKEND="triton")
     assert "ROOTFREE_BACKEND=triton" in text and "it does not run on cpu devices" in text

@@ -55,18 +55,36 @@ struct MomentumUpdate {
 };
 
 // A row of a block of weights, of its momentum (and residual), and of the preconditioned gradient u. The strides are
-// those between neighbours of the row; u is contiguous.
+// those between neighbours of the row; u is contiguous. buffer.data is null if the momentum averages gradients.
 struct WeightRow {
   Stored weight;
   TypedPointer buffer, direction;
+  float scale;  // of u
   int64_t weight_stride, buffer_stride, residual_stride;
   uint32_t first;  // index of the first element in its block, for the random bits
   int64_t length;
 };
 
-// Scalars that all elements of a batch of weights share.
+// Scalars that all elements of a batch of weights share. `averages` says that the momentum averages gradients.
 struct WeightScalars {
   float lr, momentum, weight_decay, shrinkage;  // as in DiagonalScalars
+  bool averages;
+};
+
+// Scalars that all elements of a tensor share in the scaled diagonal step.
+struct ScaledScalars {
+  float grad_factor, decay, growth;  // as in DiagonalScalars
+  float damping;                     // lambda, or its root if `whitened`
+  float start;                       // what s starts at, if it `starts`
+  float scale;                       // of u
+  WeightScalars weight;
+  bool starts, whitened, nesterov;
+};
+
+// A row of a block of momentum M, whose neighbours are `buffer_stride` apart, and of the gradient, which is contiguous.
+struct GradientRow {
+  TypedPointer buffer, grad;
+  int64_t buffer_stride, length;
 };
 
 // A share is the contiguous part of one block that one thread works on at a time. A tile is a square of tile_size rows
@@ -74,6 +92,15 @@ struct WeightScalars {
 struct Kernels {
   // Step a chunk in place. Return whether an element was skipped because its new state would not be finite.
   bool (*rf_rmsprop)(const DiagonalChunk&, const DiagonalScalars&);
+
+  // Return the sum of squares of factor * gradient of a chunk.
+  double (*gradient_squares)(const DiagonalChunk&, float factor);
+
+  // Return the sum of squares of u of a chunk in the scaled diagonal step, before `scale` is applied.
+  double (*scaled_squares)(const DiagonalChunk&, const ScaledScalars&);
+
+  // Step a chunk in place, by the scaled diagonal step.
+  void (*scaled_rmsprop)(const DiagonalChunk&, const ScaledScalars&);
 
   // Return a norm of alpha m + (1 - alpha) delta over a share: the sum of squares, or the largest absolute row sum of
   // rows of `cols` elements.
@@ -101,7 +128,19 @@ struct Kernels {
   // Update C <- C - scale * Y in place. `first` is the index of the first element in its block, for the random bits.
   void (*update_factor)(const Stored& factor, const TypedPointer& product, uint32_t first, int64_t length, float scale);
 
-  // Step a row of weights and its momentum in place (heavy ball).
+  // Update C <- C - scale * (X + X') in place for a tile of the lower triangle, and copy it to its mirror image. C is a
+  // symmetric n x n matrix, X is a contiguous n x n matrix.
+  void (*update_symmetric_tile)(const Stored& factor, const TypedPointer& product, int64_t n, int64_t tile_row,
+                                int64_t tile_col, float scale);
+
+  // Update M <- momentum * M + (1 - momentum) * G in place, and write the new M over G. With `nesterov`, write
+  // (1 - momentum) * G + momentum * M instead.
+  void (*average_gradient_row)(const GradientRow&, float momentum, bool nesterov);
+
+  // Return the sum of squares of a row of u, in which elements that are not finite count as 0.
+  float (*direction_squares)(const TypedPointer& direction, int64_t length);
+
+  // Step a row of weights in place, and its momentum unless that averages gradients.
   void (*step_weight_row)(const WeightRow&, const WeightScalars&);
 };
 

@@ -4,6 +4,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <cmath>
+
 #include "kernels.h"
 
 namespace rootfree::cpu {
@@ -42,6 +44,19 @@ inline Rounding rounding_of(c10::string_view name, bool has_residual, at::Scalar
     return Rounding::nearest;
   }
   return has_residual ? Rounding::compensated : name == "stochastic" ? Rounding::stochastic : Rounding::nearest;
+}
+
+// Return the scalars of a step of weights. Decay is always decoupled if the momentum averages gradients.
+inline WeightScalars weight_scalars(float lr, double momentum, double weight_decay, bool decoupled,
+                                    c10::string_view momentum_on) {
+  const bool averages = momentum_on == "gradient", shrinks = averages || decoupled;
+  const auto decay = static_cast<float>(weight_decay);
+  return {lr, static_cast<float>(momentum), shrinks ? 0 : decay, shrinks ? lr * decay : 0, averages};
+}
+
+// Return the factor that scales an update, whose sum of squares is given, to a norm; 0 if the update is 0.
+inline float scale_to_norm(float norm, double squares) {
+  return squares > 0 ? static_cast<float>(norm / std::sqrt(squares)) : 0.0f;
 }
 
 // Raise unless the tensor is contiguous.

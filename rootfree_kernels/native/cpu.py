@@ -1,7 +1,8 @@
 """The C++ operators for CPUs (csrc/cpu), with the signatures of `rootfree_kernels.eager`.
 
 The diagonal step, the gather, the epilogues of an update and the step of the weights are one pass over memory each, in
-the widest instructions of the processor. Matrix products are left to PyTorch's libraries.
+the widest instructions of the processor. A norm that scales an update takes one more. Matrix products are left to
+PyTorch's libraries.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from rootfree_kernels.arguments import (
     Factors,
     Gathered,
     Preconditioner,
+    ScaledOptions,
+    ScaledState,
     Scaling,
     StepOptions,
     Tiling,
@@ -34,9 +37,9 @@ SHARE_ROWS = 64
 """Rows of a block whose squares `kron_gather` sums up at a time (`share_rows` in csrc/cpu/kron_gather.cpp)."""
 
 _native = torch.ops.rootfree_native
-_rf_rmsprop, _kron_gather = _native.rf_rmsprop.default, _native.kron_gather.default
-_kron_factor, _kron_step = _native.kron_factor.default, _native.kron_step.default
-_kron_products = _native.kron_products.default
+_rf_rmsprop, _scaled_rmsprop = _native.rf_rmsprop.default, _native.scaled_rmsprop.default
+_kron_gather, _kron_factor = _native.kron_gather.default, _native.kron_factor.default
+_kron_step, _kron_products = _native.kron_step.default, _native.kron_products.default
 
 
 def padded_side(size: int) -> int:
@@ -64,6 +67,19 @@ def rf_rmsprop(
 ) -> None:
     """Step n tensors in place: see `rootfree_kernels.eager.rf_rmsprop`."""
     _rf_rmsprop(params, *state, grads, lr, *draws, *scaling, *options)
+
+
+def scaled_rmsprop(
+    params: list[Tensor],
+    state: ScaledState,
+    grads: list[Tensor],
+    lr: Tensor,
+    draws: Draws,
+    scaling: Scaling,
+    options: ScaledOptions,
+) -> None:
+    """Step n tensors in place: see `rootfree_kernels.eager.scaled_rmsprop`."""
+    _scaled_rmsprop(params, *state, grads, lr, *draws, *scaling, *options)
 
 
 clipped_momentum = clipped_momentum_with(_shares)

@@ -16,9 +16,13 @@ from rootfree_kernels.param_split import split_params
 
 
 class IFShampoo(RootFreeOptimizer):
-    r"""Shampoo without roots and without inverses (Lin et al., ICML 2024, Fig. 5 right and Fig. 7).
+    r"""Shampoo without roots and without inverses, by the paper's rule or by the recipe.
 
-    For a block W of p × d with gradient G. C (p × p) and K (d × d) start at I, m_C and m_K at 0::
+    `IFShampoo.for_model(model, lr, weight_decay)` splits a model and sets the recipe. `IFShampoo(params, ...)` follows
+    the paper's rule (Lin et al., ICML 2024, Fig. 5 right and Fig. 7), unless options of the recipe are passed, for
+    example as `**RECIPE`.
+
+    **The paper's rule** for a block W of p × d with gradient G. C (p × p) and K (d × d) start at I, m_C and m_K at 0::
 
         every T-th step, both sides from the old factors:
           A   = CᵀGK
@@ -30,21 +34,53 @@ class IFShampoo(RootFreeOptimizer):
           buf ← α₁buf + U + κW
           W   ← W − β₁buf
 
+    **The options of the recipe** change one part each::
+
+        factor_init="gradient"      C = K = (q(1+λ))^(−1/4)·I at the first gradient that is not 0
+        relative_damping=True       λq in the place of λ
+                                      q ← 0.95·q + 0.05·B·mean(G²), from B·mean(G²) at the first gradient that is not 0
+        direction="whitened"        Δ_C = ½[(B/d)·AAᵀ + √λ·(tr K/d)·C − γI]          Δ_K likewise
+                                      C ← C − ½β₂/max(1, ‖m_C‖)·(C·m_C + m_C·C)      K likewise
+                                      U = C·G·K
+        momentum_on="gradient"      M ← α₁M + (1−α₁)G, preconditioned in the place of G;   W ← (1 − β₁κ)W − β₁U
+        nesterov=True               M' = (1−α₁)G + α₁M is preconditioned in the place of M
+        update_norm="muon"          U ← U·s·√(p·d/D)/‖U‖_F, with s = `update_scale` and D columns of the whole W
+        update_norm="rms"           U ← U·s·√(p·d)/‖U‖_F
+
+    In the root-free direction CCᵀ and KKᵀ follow the inverse of the curvature. In the whitened one C and K themselves
+    are symmetric and follow its inverse root, without a root or an inverse: the step is that of KL-Shampoo (Lin et al.,
+    2025), and S_C^(−½)·G·S_K^(−½) where the factors have converged. Its update is (I − ½b·m)·C·(I − ½b·m) to first
+    order in b. Its damping is added to the root of the curvature, as eps is in Adam. "muon" is the size of Muon's
+    update of a whole weight, which is √p.
+
+    With `factor_init="gradient"`, `relative_damping=True` and an `update_norm`, steps depend neither on B nor on the
+    scale of the loss. `batch_size` may then be left out, and lr is that of Muon.
+
     A parameter with two or more axes is viewed as a matrix [shape[0], rest] and cut into blocks. A parameter with fewer
-    axes, or with a side of 1, takes the diagonal step of `RFRMSProp` with the same options.
+    axes, or with a side of 1, takes the diagonal step of `RFRMSProp` with the same options. With options of the recipe
+    each such tensor has an s, a q and an update's norm of its own (p × 1 for "muon")::
+
+        s ← (1 − β₂γ)s + β₂·B·g², from q if factor_init="gradient";   u = M'/(s + λ), or M'/(√s + √λ) if whitened
 
     Args:
         params: parameters, named parameters or groups; FP32, BF16, FP16 or FP64, of any shape and strides.
         lr: β₁, a number or a one-element Tensor (which the host never reads).
         batch_size: B, the number of terms that the loss averages over (sequences worked well for language models);
             1 for a summed loss. It is required, since a wrong B silently changes the method, unless it cancels (see
-            below). A training loop can set it in the group at every step.
+            above). A training loop can set it in the group at every step.
         beta2: β₂, the step size of the factors: below 1, so that with a clip CCᵀ and KKᵀ stay positive definite.
-        momentum: α₁ of the heavy ball. There is no factor 1 − α₁, so the step grows by 1/(1 − α₁).
+        momentum: α₁. There is no factor 1 − α₁ in the heavy ball, so its step grows by 1/(1 − α₁).
         riemannian_momentum: α₂, the momentum of the factors.
         damping: λ. For small gradients, lr/(λ(1−α₁)) is the step size of plain SGD.
         weight_decay: κ, added to the preconditioned gradient before the momentum.
         decoupled_weight_decay: apply the decay to the weights instead, W ← (1 − β₁κ)W, as in AdamW.
+        direction: "root_free" (the paper's) or "whitened".
+        momentum_on: what the momentum averages, "update" (the paper's heavy ball) or "gradient".
+        nesterov: look ahead in the average of gradients.
+        update_norm: "muon" or "rms" scales every update to a fixed norm. None leaves it as it is (the paper's).
+        update_scale: s, a factor of that norm. "rms" with 0.2 makes steps as large as AdamW's are with the same lr.
+        relative_damping: make λ relative to the mean curvature q of the block.
+        factor_init: where C and K start, "identity" (the paper's) or "gradient".
         gamma: γ. 1 averages the curvature (as RMSProp), 0 sums it (as AdaGrad).
         precondition_frequency: T, or a callable that takes a parameter's step (0, 1, …) and returns whether its factors
             are updated, such as `GrowingInterval(10)`. Updating at every step trains best.
@@ -76,10 +112,12 @@ class IFShampoo(RootFreeOptimizer):
             outside of it, and `torch.compile` makes one graph of it (`fullgraph=True`). Pass lr as a Tensor on the
             device, or its present value is compiled in. It needs T = 1.
 
+    A group's `direction`, `relative_damping`, `factor_init` and `momentum_on` are set before its first step.
+
     The state of a matrix is `step` and `momentum_buffer`, and for its n blocks of one shape: `factor_c` [n, p, p],
     `factor_k` [n, d, d], `momentum_c` and `momentum_k` of the same shapes (packed: [n, p + 1, p/2] for even p,
     [n, p, (p + 1)/2] for odd p, and the same for d), and `skipped` [n]. Compensated rounding adds int16 `residual_c`
-    and `residual_k`, and `weight_residual` for BF16 weights. If blocks differ in shape, further names end in .1, .2
+    and `residual_k`, and `weight_residual` for BF16 weights. `curvature` [n] is q, if it is needed. If blocks differ in shape, further names end in .1, .2
     and .3.
 
     A step leaves out a whole block if its gradient is not finite, or so large that its square overflows. `skipped`

@@ -198,7 +198,8 @@ class Batch:
         wide = torch.promote_types(self.dtype, FP32)
         known = torch.tensor([(0.0, 0.7, 0.2)[(block + self.seed) % 3] for block in range(count)], dtype=wide)
         t.curvature = known.to(self.device) if self.follows_curvature else None
-        norms = torch.linspace(0.5, 2.0, count, dtype=FP64 if FP64 in (self.matmul, self.param, self.buffer) else FP32)
+        wide = FP64 if FP64 in (self.matmul, self.param, self.buffer) else FP32
+        norms = 0.5 + torch.arange(count).to(wide) % 4 / 2  # `linspace` depends on the instruction set
         t.update_norms = norms.to(self.device) if self.all_rule["scales"] else None
         return t
 

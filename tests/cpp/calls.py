@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from tests.calls import kron, rf_rmsprop
+from tests.calls import kron, rf_rmsprop, scaled_rmsprop
 
 PIECE, CHUNK = 512, 1 << 14
 """Elements that a kernel works on at a time; elements that a thread takes at a time, or a share of a block has."""
@@ -16,4 +16,5 @@ SHAPES = [
 LAYOUTS = ("whole", "offset by 1", "offset by 3", "channels last", "transposed", "every other")
 
 cpp_call = partial(rf_rmsprop.Call, backend="cpp", alike=False)
+scaled_call = partial(scaled_rmsprop.ScaledCall, backend="cpp", alike=False)
 cpp_batch = partial(kron.Batch, backend="cpp")

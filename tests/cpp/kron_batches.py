@@ -9,13 +9,23 @@ import numpy as np
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tests.calls.kron import LAYOUTS, ONE, PLACES, Batch
+from tests.calls.kron import LAYOUTS, MIXED, ONE, PLACES, ROOT_FREE, WHITENED, Batch
 from tests.calls.operators import Call, dispatched, through
 from tests.calls.tensors import BF16, CLIPS, FP16, FP32, FP64, ROUNDINGS, fp64, same_bits
 from tests.calls.tolerances import assert_near, one_step
 from tests.cpp.calls import cpp_batch
 
 SIDES = [(2, 2), (2, 9), (5, 4), (13, 31), (32, 33), (64, 24), (70, 65)]
+ANY_RULE = st.fixed_dictionaries(
+    {
+        "direction": st.sampled_from(["root_free", "whitened"]),
+        "relative_damping": st.booleans(),
+        "factor_init": st.sampled_from(["identity", "gradient"]),
+        "momentum_on": st.sampled_from(["update", "gradient"]),
+        "nesterov": st.booleans(),
+        "scales": st.booleans(),
+    }
+).map(lambda rule: {**rule, "nesterov": rule["nesterov"] and rule["momentum_on"] == "gradient"})
 BATCHES = st.builds(
     lambda sides, dtypes, grad, param, **rest: cpp_batch(
         *sides, dtype=dtypes[0], matmul=dtypes[1], grad=grad or param, param=param, **rest
@@ -46,11 +56,12 @@ BATCHES = st.builds(
     lr=st.sampled_from([0.0, 0.5]),
     grad_scale=st.sampled_from([None, 8.0]),
     found_inf=st.sampled_from([None, 0.0]),
+    rule=st.one_of(st.just({}), st.sampled_from([WHITENED, ROOT_FREE]), ANY_RULE),
     keeps_products=st.booleans(),
     seed=st.integers(0, 99),
 )
 CALLS = st.sampled_from([through("cpp"), dispatched("cpp")])
-SOME = settings(max_examples=40, deadline=None)
+SOME = settings(max_examples=60, deadline=None)
 
 HALVED = [  # symmetric products of more than 256 rows in FP32, and of more than 384 in BF16, are taken in halves
     cpp_batch(389, 5, PLACES[1], ("transposed",), clip="row_sum"),
@@ -58,6 +69,9 @@ HALVED = [  # symmetric products of more than 256 rows in FP32, and of more than
     cpp_batch(257, 256, options={"damping": 0.0}),
     cpp_batch(6, 389, dtype=BF16, matmul=BF16, rounding="compensated", param=BF16),
     cpp_batch(389, 4, dtype=BF16, matmul=BF16, rounding="stochastic", clip="row_sum", keeps_products=False),
+    cpp_batch(389, 50, PLACES[1], ("transposed",), clip="row_sum", rule=WHITENED),
+    cpp_batch(7, 389, dtype=BF16, matmul=FP32, rounding="compensated", rule=WHITENED),
+    cpp_batch(257, 70, dtype=BF16, matmul=BF16, rounding="stochastic", rule=ROOT_FREE),
 ]
 MANY = cpp_batch(64, 64, ((0, 9, 0, 9),), ("wide rows",), grad=BF16)  # more blocks than are worked on at a time
 
@@ -78,8 +92,14 @@ EXACT = [
         (0.5, (FP32, FP32, FP16, FP16, FP32, "nearest", "nearest", "frobenius")),
     ]
 ]
+EXACT += [replace(batch, rule=rule) for rule in MIXED[::2] for batch in EXACT[:4]]
+EXACT += [
+    replace(batch, rule={**rule, "factor_init": "identity"}, descent={"momentum": 0.5})
+    for rule in (WHITENED, ROOT_FREE)
+    for batch in EXACT[:4]
+]
 EXACT += [replace(batch, rows=9, cols=7, places=((0, 5, 0, 3),)) for batch in EXACT]
-EXACT += [replace(batch, rows=389, cols=50, places=ONE) for batch in EXACT[:2]]  # for several threads
+EXACT += [replace(batch, rows=389, cols=50, places=ONE) for batch in (*EXACT[:2], *EXACT[13:15])]  # for several threads
 
 
 def steps_of_exact_batches() -> list[dict[str, bytes]]:
@@ -100,6 +120,8 @@ def assert_an_update_is_the_reference_s(batch: Batch, run: Call) -> None:
     states, expected = batch.reference_states(t), batch.reference_update(t)
     batch.update(t, run)
     assert t.ok.all() and t.ok.shape == (len(expected),)
+    if batch.follows_curvature:
+        assert_near(fp64(t.curvature), [state.curvature for state in expected], one_step(products=batch.matmul))
     for side, name in (("c", "C"), ("k", "K")):
         factor, m = t.factor(side), getattr(t, f"m_{side}")
         old, new = ([getattr(state, name) for state in each] for each in (states, expected))
@@ -107,7 +129,9 @@ def assert_an_update_is_the_reference_s(batch: Batch, run: Call) -> None:
         identity = [m.shape[1] ** 0.5 / 2] * len(m)
         assert_near(m, [getattr(state, f"m_{name}") for state in expected], allowed, identity)
         assert same_bits(m, m.mT)
-        if batch.keeps_products:
+        for x in (getattr(t, side), getattr(t, f"lo_{side}")):
+            assert not batch.is_whitened or x is None or same_bits(x, x.mT)
+        if getattr(t, f"p_{side}") is not None:
             product, half = getattr(t, f"p_{side}"), fp64(getattr(t, side))
             assert_near(product, half @ half.swapaxes(1, 2), one_step(products=batch.matmul))
             assert same_bits(product, product.mT)

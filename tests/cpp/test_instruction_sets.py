@@ -8,10 +8,11 @@ from itertools import product
 import torch
 
 from tests.calls.cpu import needs_cpp, under_other_instruction_sets
+from tests.calls.kron import MIXED, ROOT_FREE, WHITENED
 from tests.calls.operators import call, through
 from tests.calls.rf_rmsprop import bits
 from tests.calls.tensors import BF16, CLIPS, FP16, FP32, ROUNDINGS, drawn
-from tests.cpp.calls import LAYOUTS, cpp_call
+from tests.cpp.calls import LAYOUTS, cpp_call, scaled_call
 from tests.cpp.kron_batches import HALVED, assert_an_update_is_the_reference_s, steps_of_exact_batches
 from tests.cpp.rounding_cases import every_pattern, rounding_step, to_be_rounded
 
@@ -31,6 +32,10 @@ def digest_of_elements() -> str:
             lists = cpp.tensors()[0]
             lists["grad"][0][number] = torch.inf
             results.append(bits(cpp.run(lists)))
+    for dtype, rounding, rule in product([FP32, BF16], ROUNDINGS, [WHITENED, ROOT_FREE, *MIXED]):
+        kinds = (dtype, FP32, dtype, dtype, rounding, rounding)
+        scaled = scaled_call([1031, 70], LAYOUTS[:1], *kinds, grad_scale=3.0, rule=rule)
+        results.append(bits(scaled.run()))
     for dtype in (BF16, FP16):
         for lr, gradient in ((0.0, torch.ones(2**16)), (1.0, to_be_rounded(dtype))):
             cpp, lists = rounding_step(dtype, lr, gradient)

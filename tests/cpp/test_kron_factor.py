@@ -7,7 +7,7 @@ import torch
 
 from tests.calls import reference as ref
 from tests.calls.cpu import needs_cpp
-from tests.calls.kron import PLACES, STATE
+from tests.calls.kron import PLACES, ROOT_FREE, STATE, WHITENED, Tensors
 from tests.calls.operators import through
 from tests.calls.tensors import BF16, CLIPS, FP32, ROUNDINGS, same_bits
 from tests.calls.tolerances import assert_near, one_step, relative_error
@@ -43,15 +43,27 @@ def test_factors_move_as_the_reference_s_and_as_those_of_eager_pytorch(clip, nor
             assert relative_error(torch.tensor(t.factor(side) - old), other.factor(side) - old) < 1e-3
 
 
+def with_symmetric_residuals(t: Tensors) -> Tensors:
+    """Return tensors whose factors are symmetric with their residuals."""
+    for residual in (t.lo_c, t.lo_k):
+        if residual is not None:
+            residual.copy_(residual.tril() + residual.tril(-1).mT)
+    return t
+
+
 @pytest.mark.parametrize("sides", [(37, 18), (136, 5)], ids=str)
 @pytest.mark.parametrize("rounding", ROUNDINGS)
-def test_factors_are_rounded_as_in_eager_pytorch_to_the_bit(rounding, sides):
+@pytest.mark.parametrize("direction", ["root_free", "whitened"])
+def test_factors_are_rounded_as_in_eager_pytorch_to_the_bit(direction, rounding, sides):
     """G and m are 0, so that m′ is −γ/2 times I, and C′ = C(1 + 2⁻⁹) rounded but once."""
     numbers = {"beta2": 2.0**-8, "riemannian_momentum": 0.0, "damping": 0.0}
     batch = cpp_batch(*sides, PLACES[2], dtype=BF16, matmul=BF16, rounding=rounding, clip="none", options=numbers)
+    batch.rule = {"direction": direction}
     results = []
     for backend in ("cpp", "eager"):
         t = batch.tensors()
+        if direction == "whitened":
+            with_symmetric_residuals(t)
         for grad in t.grads:
             grad.zero_()
         before = t.factor("c")
@@ -77,12 +89,65 @@ def test_a_block_whose_momentum_is_not_finite_on_one_side_stays_on_both(side, ba
         assert [same_bits(*pair) for pair in zip(*blocks, strict=True)] == [True, False], name
 
 
+# ---- the recipe ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sides", [(31, 33), (64, 5), (200, 129)], ids=str)
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_whitened_factors_stay_symmetric_to_the_bit(dtype, rounding, sides):
+    batch = cpp_batch(*sides, PLACES[2], dtype=dtype, matmul=dtype, rounding=rounding, rule=WHITENED)
+    t = batch.tensors()
+    for _ in range(3):
+        assert batch.update(t).all()
+        for x in (t.c, t.k, t.lo_c, t.lo_k):
+            assert x is None or same_bits(x, x.mT)
+
+
+@pytest.mark.parametrize("rule", [WHITENED, ROOT_FREE], ids=["whitened", "root_free"])
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_a_block_without_a_gradient_stays_to_the_bit_and_is_ok_and_one_that_overflows_is_not(rounding, rule):
+    batch = cpp_batch(37, 18, ((0, 5, 0, 1),), dtype=BF16, matmul=BF16, rounding=rounding, rule=rule)
+    t, was = batch.tensors(), batch.tensors()
+    gradients = batch.blocks(t.grads)
+    for block in (1, 3):  # the latter has not started yet
+        gradients[block].zero_()
+    gradients[2][0, 0] = 1e30
+    assert batch.update(t).tolist() == [True, True, False, True, True]
+    for name in (*STATE, "curvature"):
+        if getattr(t, name) is not None:
+            same = [same_bits(x, y) for x, y in zip(getattr(t, name), getattr(was, name), strict=True)]
+            assert same == [False, True, True, True, False], name
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("found_inf", [None, 1.0])
+def test_a_block_starts_at_its_first_gradient_as_in_eager_pytorch(found_inf, dtype, rounding):
+    """With β₂ = 0 the factors stay where they start: at (q(1 + λ))^(−1/4)·I."""
+    batch = cpp_batch(37, 18, ((0, 4, 0, 1),), dtype=dtype, rounding=rounding, options={"beta2": 0.0}, rule=ROOT_FREE)
+    batch.found_inf = found_inf
+    t, other, was = batch.tensors(), batch.tensors(), batch.tensors()
+    batch.update(t)
+    batch.update(other, through("eager"))
+    starts = [found_inf is None, False, False, found_inf is None]
+    for side in ("c", "k"):
+        pairs = zip(getattr(t, side), getattr(was, side), strict=True)
+        assert [not same_bits(*pair) for pair in pairs] == starts
+        actual, expected = torch.tensor(t.factor(side)), torch.tensor(other.factor(side))
+        torch.testing.assert_close(actual, expected, rtol=one_step(dtype), atol=0)
+        if found_inf is None:
+            q, (value, *_) = t.curvature[0].double(), actual[0].diagonal()
+            torch.testing.assert_close(value, (q * 1.1) ** -0.25, rtol=one_step(dtype), atol=0)
+            assert torch.equal(actual[0], torch.eye(len(actual[0]), dtype=actual.dtype) * value)
+
+
 def test_factors_with_gaps_are_an_error():
     """They would be read as if they were contiguous."""
     batch = torch.eye(5).expand(2, 5, 5).contiguous()
     with pytest.raises(ValueError, match="not contiguous: pass a contiguous tensor"):
         torch.ops.rootfree_native.kron_factor(
-            *(batch[:, :4, :4], batch, batch, batch, None, None, None, None, torch.ones(2, 4, 5)),
+            *(batch[:, :4, :4], batch, batch, batch, None, None, None, None, None, torch.ones(2, 4, 5)),
             *(torch.ones(3, 2, 1), torch.zeros(2, dtype=torch.int32), torch.zeros(2), None),
-            *(1.0, 0.1, 0.5, 0.1, 1.0, "frobenius", "nearest"),
+            *(1.0, 0.1, 0.5, 0.1, 1.0, "frobenius", "nearest", "root_free", False, "identity"),
         )

@@ -15,7 +15,10 @@ from tests.cpp.kron_batches import HALVED, MANY, steps_of_exact_batches
 pytestmark = needs_cpp
 
 
-@pytest.mark.parametrize("batch", [cpp_batch(70, 65), *HALVED[:2], *HALVED[3:], replace(MANY, dtype=BF16)], ids=str)
+KEEP_PRODUCTS = [batch for batch in (*HALVED[:2], *HALVED[3:]) if not batch.is_whitened]
+
+
+@pytest.mark.parametrize("batch", [cpp_batch(70, 65), *KEEP_PRODUCTS, replace(MANY, dtype=BF16)], ids=str)
 def test_products_by_themselves_are_those_of_an_update_to_the_bit(batch):
     """A resumed run therefore goes on with the same numbers."""
     batch = replace(batch, keeps_products=True)

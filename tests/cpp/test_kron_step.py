@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.calls.cpu import needs_cpp, threads
-from tests.calls.kron import KEPT, PLACES, assert_memory_around_blocks_is_untouched
+from tests.calls.kron import KEPT, MIXED, PLACES, WHITENED, assert_memory_around_blocks_is_untouched
 from tests.calls.operators import through
 from tests.calls.tensors import BF16, FP32, ROUNDINGS, fp64, same_bits
 from tests.calls.tolerances import assert_near, one_step
@@ -36,7 +36,8 @@ def test_a_step_of_the_weights_is_the_reference_s_and_leaves_the_rest_of_them_al
 
 @pytest.mark.parametrize("batch", EXACT, ids=str)
 def test_weights_are_rounded_as_in_eager_pytorch_to_the_bit(batch):
-    """No decay, so that a number is rounded in the same places whatever is fused."""
+    """No decay, so that a number is rounded in the same places whatever is fused; and no norms, which are not exact."""
+    batch = replace(batch, rule={**batch.rule, "scales": False})
     batch = replace(batch, descent={"momentum": 0.5, "weight_decay": 0.0}, lr=2.0**-5)
     results = []
     for backend in ("cpp", "eager"):
@@ -91,10 +92,11 @@ def test_found_inf_leaves_everything_as_it_is_and_counts_it(rounding):
 
 
 @pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("rule", [{}, WHITENED, MIXED[2]], ids=["paper", "whitened", "mixed"])
 @pytest.mark.parametrize("reason", ["its factors were skipped", "no update saw its gradient"])
-def test_a_block_that_is_left_out_of_a_step_keeps_its_weights_to_the_bit(reason, num_threads):
+def test_a_block_that_is_left_out_of_a_step_keeps_its_weights_to_the_bit(reason, rule, num_threads):
     """Two threads work on the first three and on the last two blocks."""
-    batch = cpp_batch(13, 66, ((0, 1, 0, 5),), param=BF16, weight_rounding="compensated")
+    batch = cpp_batch(13, 66, ((0, 1, 0, 5),), param=BF16, weight_rounding="compensated", rule=rule)
     was, t = batch.tensors(), batch.tensors()
     finite, ok = torch.tensor([True, False, True, False, True]), None
     if reason == "its factors were skipped":
@@ -128,3 +130,38 @@ def test_a_number_of_u_that_is_not_finite_counts_as_0():
     buffer = t.buffers[0].clone()
     batch.step(t, None, False)
     assert torch.equal(t.buffers[0][1], buffer[1] * 0.5) and t.skipped.item() == 0
+
+
+# ---- the recipe ------------------------------------------------------------------------------------------------------
+
+
+def test_an_update_of_0_stays_0_and_one_whose_numbers_are_not_finite_counts_the_others():
+    batch = cpp_batch(13, 8, ((0, 2, 0, 1),), rule=WHITENED, lr=1.0, descent={"momentum": 0.0, "weight_decay": 0.0})
+    t, was = batch.tensors(), batch.tensors()
+    t.grads[0][:13] = 0
+    batch.gather(t)
+    t.k[1, 0] = t.k[1, :, 0] = 0
+    t.k[1, 0, 0] = 1e38
+    t.grad[1, 1, 0] = 1e10
+    batch.step(t, None, False)
+    assert same_bits(t.params[0][:13], was.params[0][:13]) and not t.buffers[0][:13].any()
+    moved = was.params[0][13:] - t.params[0][13:]
+    assert torch.isfinite(moved).all() and moved.norm() > 0
+    assert_near([fp64(moved.norm())], [fp64(t.update_norms[1])], one_step(FP32))
+
+
+@pytest.mark.parametrize("buffer", [FP32, BF16], ids=str)
+def test_what_is_preconditioned_is_the_average_before_it_is_rounded(buffer):
+    """With C = I and K = I, the step is M′ itself."""
+    rule, descent = {**WHITENED, "scales": False}, {"momentum": 0.9, "weight_decay": 0.0}
+    batch = cpp_batch(13, 8, buffer=buffer, rule=rule, descent=descent, lr=1.0)
+    t, was = batch.tensors(), batch.tensors()
+    t.c.copy_(torch.eye(13))
+    t.k.copy_(torch.eye(8))
+    batch.gather(t)
+    batch.step(t, None, True)
+    average = 0.9 * was.buffers[0].double() + 0.1 * was.grads[0].double()
+    assert_near([fp64(t.buffers[0])], [fp64(average)], one_step(buffer))
+    assert_near(
+        [fp64(t.params[0])], [fp64(was.params[0].double() - 0.1 * was.grads[0] - 0.9 * average)], one_step(FP32)
+    )

@@ -11,22 +11,33 @@ from torch.library import infer_schema, opcheck
 
 from rootfree_kernels import eager
 from tests.calls.cpu import needs_cpp
-from tests.calls.kron import KEPT, LAYOUTS, PLACES
+from tests.calls.kron import KEPT, LAYOUTS, PLACES, ROOT_FREE, WHITENED
 from tests.calls.operators import STEMS, dispatched, operator
 from tests.calls.tensors import BF16
-from tests.cpp.calls import cpp_batch, cpp_call
+from tests.cpp.calls import cpp_batch, cpp_call, scaled_call
 
 pytestmark = needs_cpp
 
 
-def test_what_changes_says_so_to_autograd():
+@pytest.mark.parametrize(
+    ("rule", "stays", "also_changes"),
+    [
+        ({}, set(), {"p_c", "p_k"}),
+        (ROOT_FREE, {"update_norms"}, {"p_c", "p_k", "curvature"}),
+        (WHITENED, {"update_norms"}, {"curvature"}),
+    ],
+    ids=["paper", "root_free", "whitened"],
+)
+def test_what_changes_says_so_to_autograd(rule, stays, also_changes):
     batch = cpp_batch(16, 8, PLACES[2], param=BF16, rounding="compensated", weight_rounding="compensated", dtype=BF16)
+    batch.rule = rule
     t = batch.tensors()
     before = {name: x._version for name, x in t.named().items()}
     batch.run(t)
     changed = {name.split()[0] for name, version in before.items() if t.named()[name]._version > version}
     same = {name.split()[0] for name, version in before.items() if t.named()[name]._version == version}
-    assert changed == {*KEPT, "p_c", "p_k", "skipped"} and same == {"grads", "seeds", "steps"}
+    assert changed == {*KEPT, "skipped"} - {"curvature"} | also_changes
+    assert same == {"grads", "seeds", "steps"} | stays
 
 
 def test_inference_tensors_are_stepped_like_others():
@@ -38,7 +49,9 @@ def test_inference_tensors_are_stepped_like_others():
     assert t.c.is_inference() and t.bytes() == batch.run().bytes()
 
 
-@pytest.mark.parametrize("stem", ["kron_gather", "kron_factor", "kron_products", "kron_step"])
+@pytest.mark.parametrize(
+    "stem", ["rf_rmsprop", "scaled_rmsprop", "kron_gather", "kron_factor", "kron_products", "kron_step"]
+)
 def test_the_extension_s_schemas_are_those_of_the_public_operators(stem):
     """Names, order and types of arguments, and which of them are changed."""
     native = getattr(torch.ops.rootfree_native, stem).default._schema
@@ -61,8 +74,10 @@ def test_the_extension_s_schemas_are_those_of_the_public_operators(stem):
     [
         cpp_batch(5, 4, PLACES[2]),
         cpp_batch(5, 4, PLACES[2], dtype=BF16, matmul=BF16, param=BF16, rounding="compensated", keeps_products=False),
+        cpp_batch(5, 4, PLACES[2], rule=ROOT_FREE),
+        cpp_batch(5, 4, PLACES[2], dtype=BF16, matmul=BF16, param=BF16, rounding="compensated", rule=WHITENED),
     ],
-    ids=["fp32", "bf16"],
+    ids=["fp32", "bf16", "root_free", "whitened"],
 )
 def test_the_public_operators_pass_opcheck(batch):
     def checked(stem: str, *args: Any) -> Any:
@@ -77,3 +92,5 @@ def test_the_public_operators_pass_opcheck(batch):
     modes = (batch.param, batch.param, batch.dtype, batch.dtype, batch.rounding, "stochastic")
     call = cpp_call([(3, 2), (), (4,)], LAYOUTS[:1], *modes, grad_scale=8.0)
     opcheck(operator("rf_rmsprop"), (*call.arguments(call.tensors()[0]), "cpp"))
+    scaled = scaled_call([(3, 2), (), (4,)], LAYOUTS[:1], *modes, grad_scale=8.0, rule=batch.rule)
+    opcheck(operator("scaled_rmsprop"), (*scaled.arguments(scaled.tensors()[0]), "cpp"))

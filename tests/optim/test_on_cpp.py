@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rootfree_kernels import IFShampoo, RFRMSProp
+from rootfree_kernels.optim.recipe import RECIPE
 from rootfree_kernels.optim.report import step_reports
 from rootfree_kernels.rounding import join_compensated
 from tests.calls.cpu import needs_cpp
@@ -64,6 +65,12 @@ def values(optimizer: Any) -> dict[str, Tensor]:
             *(IFShampoo, FP32, {"precondition_frequency": 3, "max_preconditioner_dim": 10, "factor_dtype": FP32}, FP32),
             id="shampoo-T3-tiles-fp32",
         ),
+        pytest.param(IFShampoo, FP32, {**RECIPE, "factor_dtype": FP32}, FP32, id="recipe-fp32"),
+        pytest.param(IFShampoo, BF16, {**RECIPE, **COMPENSATED, "update_norm": None}, BF16, id="recipe-compensated"),
+        pytest.param(
+            *(IFShampoo, FP16, {**RECIPE, "direction": "root_free", "max_preconditioner_dim": 10}, BF16),
+            id="recipe-root-free-tiles",
+        ),
         pytest.param(RFRMSProp, FP32, {}, FP32, id="rmsprop-fp32"),
         pytest.param(RFRMSProp, BF16, {**COMPENSATED, "decoupled_weight_decay": True}, FP32, id="rmsprop-compensated"),
         pytest.param(RFRMSProp, FP16, {"maximize": True}, FP32, id="rmsprop-fp16"),
@@ -108,9 +115,11 @@ def test_a_cpu_is_served_by_this_backend_where_it_can_be(optimizer, dtype, fused
 
 
 @pytest.mark.parametrize("frequency", [1, 3])
+@pytest.mark.parametrize("rule", [{}, RECIPE], ids=["paper", "recipe"])
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
-def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(dtype, frequency):
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(dtype, rule, frequency):
     options = {"precondition_frequency": frequency, "max_preconditioner_dim": 10, "weight_rounding": "compensated"}
+    options |= rule
     whole, first = start(IFShampoo, dtype, **options), start(IFShampoo, dtype, **options)
     for step in range(7):
         run(*whole, step)

@@ -98,25 +98,6 @@ float momentum_tile(const MomentumUpdate& u, int64_t tile_row, int64_t tile_col,
   return 2 * squares;
 }
 
-void mirror_tile(const TypedPointer& matrix, int64_t n, int64_t tile_row, int64_t tile_col) {
-  alignas(64) Tile tile, mirrored;
-  const int64_t row = tile_row * tile_size, col = tile_col * tile_size;
-  const int64_t height = minimum(tile_size, n - row), width = minimum(tile_size, n - col);
-  for (int64_t i = 0; i < height; ++i) {
-    const float* source = load(matrix, (row + i) * n + col, width, tile[i]);
-    if (source != tile[i]) {
-      std::memcpy(tile[i], source, width * sizeof(float));
-    }
-  }
-  if (tile_row == tile_col) {
-    mirror_within(tile, height);
-    store_tile(matrix, row * n + col, n, height, width, tile);
-  } else {
-    transpose(tile, mirrored);
-    store_tile(matrix, col * n + row, n, width, height, mirrored);
-  }
-}
-
 template <typename T>
 static void transpose_elements(const T* source, T* target, int64_t rows, int64_t cols, int64_t row, int64_t col) {
   T tile[tile_size][tile_size];
@@ -143,6 +124,30 @@ void transpose_tile(const TypedPointer& source, const TypedPointer& target, int6
   }
 }
 
+// Copy a tile in the lower triangle of a symmetric n x n matrix to its mirror image above the diagonal.
+template <typename T>
+static void mirror_elements(T* matrix, int64_t n, int64_t tile_row, int64_t tile_col) {
+  const int64_t row = tile_row * tile_size, col = tile_col * tile_size;
+  if (tile_row != tile_col) {
+    return transpose_elements(matrix, matrix, n, n, row, col);
+  }
+  const int64_t size = minimum(tile_size, n - row);
+  T* const tile = matrix + row * n + col;
+  for (int64_t i = 0; i < size; ++i) {
+    for (int64_t j = i + 1; j < size; ++j) {
+      tile[i * n + j] = tile[j * n + i];
+    }
+  }
+}
+
+void mirror_tile(const TypedPointer& matrix, int64_t n, int64_t tile_row, int64_t tile_col) {
+  if (matrix.dtype == Dtype::f32) {
+    mirror_elements(static_cast<float*>(matrix.data), n, tile_row, tile_col);
+  } else {
+    mirror_elements(static_cast<uint16_t*>(matrix.data), n, tile_row, tile_col);
+  }
+}
+
 void update_factor(const Stored& factor, const TypedPointer& product, uint32_t first, int64_t length, float scale) {
   alignas(64) float factors[buffer_length], products[buffer_length];
   for (int64_t start = 0; start < length; start += buffer_length) {
@@ -153,6 +158,33 @@ void update_factor(const Stored& factor, const TypedPointer& product, uint32_t f
       c[i] -= scale * y[i];
     }
     store(factor, start, count, first + static_cast<uint32_t>(start), c);
+  }
+}
+
+void update_symmetric_tile(const Stored& factor, const TypedPointer& product, int64_t n, int64_t tile_row,
+                           int64_t tile_col, float scale) {
+  alignas(64) Tile tile, mirrored, transposed;
+  alignas(64) float factors[tile_size], products[tile_size];
+  const int64_t row = tile_row * tile_size, col = tile_col * tile_size;
+  const int64_t height = minimum(tile_size, n - row), width = minimum(tile_size, n - col);
+  for (int64_t j = 0; j < width; ++j) {
+    const float* x = load(product, (col + j) * n + row, height, products);
+    std::memcpy(mirrored[j], x, height * sizeof(float));
+  }
+  transpose(mirrored, transposed);
+  for (int64_t i = 0; i < height; ++i) {
+    const int64_t start = (row + i) * n + col;
+    const float* ROOTFREE_RESTRICT c = load(factor, start, width, factors);
+    const float* ROOTFREE_RESTRICT x = load(product, start, width, products);
+    for (int64_t j = 0; j < width; ++j) {
+      tile[i][j] = c[j] - scale * (x[j] + transposed[i][j]);
+    }
+    store(factor, start, width, static_cast<uint32_t>(start), tile[i]);
+  }
+  // Copy what was stored, so that both halves are rounded by the random bits of the lower one.
+  mirror_tile(factor.value, n, tile_row, tile_col);
+  if (factor.rounding == Rounding::compensated) {
+    mirror_elements(factor.residual, n, tile_row, tile_col);
   }
 }
 

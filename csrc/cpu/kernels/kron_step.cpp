@@ -1,30 +1,9 @@
-// Step a row of a block of weights with heavy-ball momentum. u is a row of the preconditioned gradient CC'GKK':
-//
-//     m <- alpha1 m + u + kappa w,    w <- w - beta1 m                    (L2 decay)
-//     m <- alpha1 m + u,              w <- (1 - beta1 kappa) w - beta1 m  (decoupled)
+// Rows of a block of weights, of its gradient and of the preconditioned gradient u = CC'GKK' or CGK.
 
-#include "load_store.h"
+#include "step_weights.h"
+#include "sums.h"
 
 namespace rootfree::cpu::ROOTFREE_ISA {
-
-// Step contiguous elements. An element of u that is not finite counts as 0.
-static void step(const Stored& weight, const TypedPointer& buffer, const TypedPointer& direction, uint32_t first,
-                 int64_t length, const WeightScalars& scalars) {
-  alignas(64) float weights[buffer_length], buffers[buffer_length], directions[buffer_length];
-  float* ROOTFREE_RESTRICT w = load(weight, 0, length, weights);
-  float* ROOTFREE_RESTRICT m = load(buffer, 0, length, buffers);
-  const float* ROOTFREE_RESTRICT u = load(direction, 0, length, directions);
-  for (int64_t i = 0; i < length; ++i) {
-    const float along = is_finite(u[i]) ? u[i] : 0.0f;
-    // A coefficient of 0 is tested for, because 0 times an infinite weight is NaN.
-    const float l2 = scalars.weight_decay != 0 ? scalars.weight_decay * w[i] : 0.0f;
-    const float shrunk = scalars.shrinkage != 0 ? scalars.shrinkage * w[i] : 0.0f;
-    m[i] = scalars.momentum * m[i] + along + l2;
-    w[i] = w[i] - shrunk - scalars.lr * m[i];
-  }
-  store(buffer, 0, length, m);
-  store(weight, 0, length, first, w);
-}
 
 // Contiguous access to the elements of a row of any stride: the row itself, or a copy if it has gaps.
 class ContiguousRow {
@@ -62,18 +41,72 @@ class ContiguousRow {
 // Return the bytes of an element.
 static int64_t size_of(const TypedPointer& x) { return x.dtype == Dtype::f32 ? 4 : 2; }
 
+// Average contiguous elements: see `average_gradient_row`.
+static void average(const TypedPointer& buffer, const TypedPointer& grad, int64_t length, float alpha, bool nesterov) {
+  alignas(64) float buffers[buffer_length], grads[buffer_length];
+  float* ROOTFREE_RESTRICT m = load(buffer, 0, length, buffers);
+  float* ROOTFREE_RESTRICT g = load(grad, 0, length, grads);
+  const float beta = 1 - alpha;
+  for (int64_t i = 0; i < length; ++i) {
+    m[i] = alpha * m[i] + beta * g[i];
+    g[i] = select(nesterov, beta * g[i] + alpha * m[i], m[i]);
+  }
+  store(buffer, 0, length, m);
+  store(grad, 0, length, g);
+}
+
+void average_gradient_row(const GradientRow& row, float momentum, bool nesterov) {
+  const TypedPointer& m = row.buffer;
+  for (int64_t start = 0; start < row.length; start += buffer_length) {
+    const int64_t count = minimum(buffer_length, row.length - start);
+    ContiguousRow buffer(m.offset(start * row.buffer_stride).data, row.buffer_stride, size_of(m), count);
+    average({buffer.data(), m.dtype}, row.grad.offset(start), count, momentum, nesterov);
+    buffer.write_back();
+  }
+}
+
+float direction_squares(const TypedPointer& direction, int64_t length) {
+  alignas(64) float directions[buffer_length], finite[buffer_length];
+  double total = 0;
+  for (int64_t start = 0; start < length; start += buffer_length) {
+    const int64_t count = minimum(buffer_length, length - start);
+    const float* ROOTFREE_RESTRICT u = load(direction, start, count, directions);
+    for (int64_t i = 0; i < count; ++i) {
+      finite[i] = select(is_finite(u[i]), u[i], 0.0f);
+    }
+    Lanes sums;
+    add_squares(sums, finite, count);
+    total += sums.total();
+  }
+  return static_cast<float>(total);
+}
+
+// Step contiguous elements. The buffer may be a null pointer if the momentum averages gradients.
+static void step(const Stored& weight, const TypedPointer& buffer, const TypedPointer& direction, float scale,
+                 uint32_t first, int64_t length, const WeightScalars& scalars) {
+  alignas(64) float weights[buffer_length], buffers[buffer_length], directions[buffer_length];
+  float* w = load(weight, 0, length, weights);
+  float* m = scalars.averages ? nullptr : load(buffer, 0, length, buffers);
+  step_weights(w, m, load(direction, 0, length, directions), length, scale, scalars);
+  if (!scalars.averages) {
+    store(buffer, 0, length, m);
+  }
+  store(weight, 0, length, first, w);
+}
+
 void step_weight_row(const WeightRow& row, const WeightScalars& scalars) {
   const TypedPointer &w = row.weight.value, &m = row.buffer;
   for (int64_t start = 0; start < row.length; start += buffer_length) {
     const int64_t count = minimum(buffer_length, row.length - start);
     const uint32_t first = row.first + static_cast<uint32_t>(start);
     ContiguousRow weight(w.offset(start * row.weight_stride).data, row.weight_stride, size_of(w), count);
-    ContiguousRow buffer(m.offset(start * row.buffer_stride).data, row.buffer_stride, size_of(m), count);
+    void* const buffers = m.data ? m.offset(start * row.buffer_stride).data : nullptr;
+    ContiguousRow buffer(buffers, buffers ? row.buffer_stride : 1, size_of(m), count);
     int16_t* const residuals = row.weight.residual ? row.weight.residual + start * row.residual_stride : nullptr;
     ContiguousRow residual(residuals, residuals ? row.residual_stride : 1, 2, count);
     const Stored stored{
         {weight.data(), w.dtype}, static_cast<int16_t*>(residual.data()), row.weight.rounding, row.weight.key};
-    step(stored, {buffer.data(), m.dtype}, row.direction.offset(start), first, count, scalars);
+    step(stored, {buffer.data(), m.dtype}, row.direction.offset(start), row.scale, first, count, scalars);
     weight.write_back();
     buffer.write_back();
     residual.write_back();

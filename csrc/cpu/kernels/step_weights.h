@@ -1,0 +1,36 @@
+// The step of weights along a direction u, with or without heavy-ball momentum:
+//
+//     m <- alpha1 m + u + kappa w,    w <- w - beta1 m                    (L2 decay)
+//     m <- alpha1 m + u,              w <- (1 - beta1 kappa) w - beta1 m  (decoupled)
+//                                     w <- (1 - beta1 kappa) w - beta1 u  (the momentum averages gradients)
+
+#pragma once
+
+#include "load_store.h"
+
+namespace rootfree::cpu::ROOTFREE_ISA {
+
+// Step contiguous elements along scale * u, where elements of u that are not finite count as 0. m is not touched if the
+// momentum averages gradients.
+static inline void step_weights(float* ROOTFREE_RESTRICT w, float* ROOTFREE_RESTRICT m,
+                                const float* ROOTFREE_RESTRICT u, int64_t length, float scale,
+                                const WeightScalars& scalars) {
+  // A coefficient of 0 is tested for, because 0 times an infinite weight is NaN.
+  if (scalars.averages) {
+    for (int64_t i = 0; i < length; ++i) {
+      const float along = scale * (is_finite(u[i]) ? u[i] : 0.0f);
+      const float shrunk = scalars.shrinkage != 0 ? scalars.shrinkage * w[i] : 0.0f;
+      w[i] = w[i] - shrunk - scalars.lr * along;
+    }
+    return;
+  }
+  for (int64_t i = 0; i < length; ++i) {
+    const float along = scale * (is_finite(u[i]) ? u[i] : 0.0f);
+    const float l2 = scalars.weight_decay != 0 ? scalars.weight_decay * w[i] : 0.0f;
+    const float shrunk = scalars.shrinkage != 0 ? scalars.shrinkage * w[i] : 0.0f;
+    m[i] = scalars.momentum * m[i] + along + l2;
+    w[i] = w[i] - shrunk - scalars.lr * m[i];
+  }
+}
+
+}  // namespace rootfree::cpu::ROOTFREE_ISA
