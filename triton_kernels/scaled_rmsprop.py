@@ -48,6 +48,9 @@ CHUNK, MAX_SHARES, NUM_WARPS = 1024, 1024, 4
 """A share is one chunk of elements, or as many as leave a tensor MAX_SHARES programs. Each of these reads the partial
 sums of all of them."""
 
+MAX_REGISTERS = 96
+"""Registers of a thread that the step may use on Hopper. Without a number, the compiler saves some, and spills."""
+
 _CHUNK, _PART = tl.constexpr(CHUNK), tl.constexpr(CHUNK // 4)  # masked chunks take more registers, so in parts
 _MAX_SHARES = tl.constexpr(MAX_SHARES)
 _COLUMNS = tl.constexpr(9)  # of the table of tensors
@@ -348,7 +351,7 @@ def scaled_step_kernel(
     TILE: tl.constexpr = _CHUNK // 2 if WIDE else _CHUNK  # as few registers as accesses of 128 bits allow
     for first in range(0, whole, TILE):
         _step(
-            *(addresses, start + first, tl.arange(0, TILE), None, key, scalars),
+            *(addresses, start, first + tl.arange(0, TILE), None, key, scalars),
             *(PARAM, GRAD, SQUARE, BUFFER, ROUNDING, WEIGHT_ROUNDING, VECTOR),
         )
     for first in range(whole, length, _PART):
@@ -391,7 +394,7 @@ def configurations() -> Iterator[Configuration]:
             kind = _kind({param, buffer}, {grad, square})
             # How s was rounded does not matter to those who read it, unless there are residuals.
             for modes in product({*_modes(square)} - {"stochastic"}, _modes(param)):
-                yield Configuration(scaled_step_kernel, arguments, (*dtypes, *modes), NUM_WARPS, 1, kind)
+                yield Configuration(scaled_step_kernel, arguments, (*dtypes, *modes), NUM_WARPS, 1, kind, MAX_REGISTERS)
 
 
 # ---- launcher ----------------------------------------------------------------------------------------------------
@@ -462,5 +465,6 @@ def scaled_rmsprop(
         ),
         (param, grad, square, buffer, "nearest" if call.modes[0] == "stochastic" else call.modes[0], call.modes[1]),
         NUM_WARPS,
+        max_registers=MAX_REGISTERS,
     )
     call.finish()
