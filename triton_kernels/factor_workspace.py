@@ -64,8 +64,8 @@ def allocate(
     if is_whitened or curvature is not None:
         weights = squares.new_empty((num_blocks, 4))
     state, new = ((c, k), (m_c, m_k), residuals), ((new_c, new_k), (new_m_c, new_m_k))
-    last = None if is_whitened else _products(factors, c, k), curvature, weights, ok
-    return FactorWorkspace(config, num_tiles, *state, *new, x, a, norms, row_sums, *last)
+    products = None if is_whitened else _products(factors, c, k)
+    return FactorWorkspace(config, num_tiles, *state, *new, x, a, norms, row_sums, products, curvature, weights, ok)
 
 
 def _products(factors: Factors, c: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:

@@ -139,7 +139,11 @@ def kron_momentum_kernel(
         if i == j:
             delta -= tl.where(on_diagonal, half_gamma, 0.0)
         if WHITENED:
-            delta += 0.5 * weight * tl.load(x_ptr + tile + offsets, mask=mask, other=0.0).to(tl.float32)
+            if whole:
+                c = tl.load(x_ptr + tile + offsets).to(tl.float32)
+            else:
+                c = tl.load(x_ptr + tile + offsets, mask=mask, other=0.0).to(tl.float32)
+            delta += 0.5 * weight * c
         if whole:
             m = tl.load(m_ptr + tile + offsets).to(tl.float32)
         else:

@@ -190,11 +190,10 @@ def kron_step_by(
     bits = random_bits(draws, device) if written == "stochastic" else no_random_bits(device)
     lr_value, lr = split_lr(lr, device)
     left, right = _matrices(make_products, preconditioner, grad.dtype)
-    call = StepCall(
-        *(*gathered, x, sides, table, table.aligned and sides[1] % PADDING == 0, written),
-        *(constant(1.0, device, torch.bool) if ok is None else ok, int(ok is not None)),
-        *(on_device(device, found_inf, 0.0), bits, lr, lr_value),
-    )
+    aligned, ok_stride = table.aligned and sides[1] % PADDING == 0, int(ok is not None)
+    ok = constant(1.0, device, torch.bool) if ok is None else ok
+    where, found_inf = (grad, gathered.squares, x, sides, table, aligned, written), on_device(device, found_inf, 0.0)
+    call = StepCall(*where, ok, ok_stride, found_inf, bits, lr, lr_value)
     in_parts = options.momentum_on == "gradient" or weights.update_norms is not None
     (step_in_parts if in_parts else _step_at_once)(call, weights, left, right, options)
     ranges.end_phase()

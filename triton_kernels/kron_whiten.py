@@ -19,6 +19,7 @@ from rootfree_kernels.arguments import FactorOptions
 from rootfree_kernels.pointer_tables.tables import RandomBits, on_device
 from rootfree_kernels.rounding import SLOT_FACTOR_C, SLOT_FACTOR_K
 from rootfree_kernels.triton_kernels.common import (
+    dot,
     effective_rounding,
     is_finite,
     load_stored,
@@ -36,9 +37,9 @@ from rootfree_kernels.triton_kernels.kron_start import commit_block
 from rootfree_kernels.triton_kernels.launch import kernel, launch
 from rootfree_kernels.triton_kernels.products import (
     TILE_CONFIGS,
+    TileConfig,
     copy_part,
     part_of_tile,
-    product_nn,
     quarter,
     side_and_tile,
     store_symmetric,
@@ -61,6 +62,26 @@ def store_rounded_symmetric(
         store_symmetric(round_stochastic(x, random_bits(key, index)), value_ptr, row, col, n, part, BLOCK)
     else:
         store_symmetric(round_nearest(x, value_ptr.dtype.element_ty), value_ptr, row, col, n, part, BLOCK)
+
+
+@triton.jit
+def product_both_ways(x_ptr, y_ptr, row, col, n, acc, BLOCK: tl.constexpr, DEPTH: tl.constexpr):
+    """Return acc + the tile at (row, col) of X·Y + Y·X, with contiguous X and Y [n, n].
+
+    Both products share a loop. With one for each, more than 128 registers would be live.
+    """
+    i, j, k = tl.arange(0, BLOCK), tl.arange(0, BLOCK), tl.arange(0, DEPTH)
+    steps = tl.cdiv(n, DEPTH)
+    for step in range(0, 2 * steps):
+        is_first = step < steps
+        start = tl.where(is_first, step, step - steps) * DEPTH
+        a_ptr, b_ptr = tl.where(is_first, x_ptr, y_ptr), tl.where(is_first, y_ptr, x_ptr)
+        a_ptrs = a_ptr + (row.to(tl.int64) * n + start) + (i[:, None] * n + k[None, :])
+        b_ptrs = b_ptr + (start.to(tl.int64) * n + col) + (k[:, None] * n + j[None, :])
+        a = tl.load(a_ptrs, mask=(i[:, None] < n - row) & (k[None, :] < n - start), other=0.0)
+        b = tl.load(b_ptrs, mask=(k[:, None] < n - start) & (j[None, :] < n - col), other=0.0)
+        acc = dot(a, b, acc)
+    return acc
 
 
 @kernel
@@ -107,8 +128,7 @@ def kron_whiten_kernel(
     x_ptr = tl.where(is_c, c_ptr, k_ptr) + start
     new_m_ptr = tl.where(is_c, new_m_c_ptr, new_m_k_ptr) + start
     product = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
-    product = product_nn(x_ptr, new_m_ptr, row, col, n, n, n, product, BLOCK, DEPTH)
-    product = product_nn(new_m_ptr, x_ptr, row, col, n, n, n, product, BLOCK, DEPTH)
+    product = product_both_ways(x_ptr, new_m_ptr, row, col, n, product, BLOCK, DEPTH)
 
     norm_c, norm_k = both_norms(norms_ptr, block, p8 * 8, d8 * 8, BLOCK, ROW_SUM)
     ok = is_finite(norm_c) & is_finite(norm_k) & (tl.load(found_inf_ptr) == 0.0)
@@ -137,6 +157,11 @@ def kron_whiten_kernel(
 # ---- configuration -----------------------------------------------------------------------------------------------
 
 
+def _max_registers(config: TileConfig, rounding: str) -> int | None:
+    """Return the most registers of a thread. With residuals, 128 would not suffice."""
+    return None if rounding == "compensated" else config.max_registers
+
+
 def configurations() -> Iterator[Configuration]:
     """Yield every configuration that `move_whitened` can launch."""
     tensors = (*("*bf16",) * 8, "*i16", "*i16", *("*fp32",) * 3, "*i32", "*fp32", "*fp32", "*i1")
@@ -150,6 +175,7 @@ def configurations() -> Iterator[Configuration]:
                     config.num_warps,
                     config.num_stages,
                     kind="matrix",
+                    max_registers=_max_registers(config, rounding),
                 )
 
 
@@ -165,6 +191,7 @@ def move_whitened(
 ) -> None:
     """Move C and K of a batch, and write m, q and `work.ok`."""
     config, (c, k) = work.config, work.factors
+    rounding = effective_rounding(c.dtype, options.rounding)
     p_pad, d_pad = c.shape[-1], k.shape[-1]
     launch(
         kron_whiten_kernel,
@@ -179,8 +206,9 @@ def move_whitened(
             *(bits.stride, bits.step_stride, *sides, p_pad // PADDING, d_pad // PADDING),
             *(int(work.curvature is not None), bits.step, float(options.beta2), int(options.clip != "none")),
         ),
-        (config.block, config.depth, options.clip == "row_sum", effective_rounding(c.dtype, options.rounding)),
+        (config.block, config.depth, options.clip == "row_sum", rounding),
         config.num_warps,
         config.num_stages,
+        _max_registers(config, rounding),
     )
     torch._foreach_copy_([c, k], [*work.new_factors])

@@ -48,6 +48,9 @@ CHUNK, MAX_SHARES, NUM_WARPS = 1024, 1024, 4
 """A share is one chunk of elements, or as many as leave a tensor MAX_SHARES programs. Each of these reads the partial
 sums of all of them."""
 
+MAX_REGISTERS = 96
+"""Registers of a thread that the step may use on Hopper. Without a number, the compiler saves some, and spills."""
+
 _CHUNK, _PART = tl.constexpr(CHUNK), tl.constexpr(CHUNK // 4)  # masked chunks take more registers, so in parts
 _MAX_SHARES = tl.constexpr(MAX_SHARES)
 _COLUMNS = tl.constexpr(9)  # of the table of tensors
@@ -62,27 +65,29 @@ def _share(tensor_table, owner_table):
     tensor = tl.load(owner_table + tl.program_id(0)).to(tl.int64)
     row_table = tensor_table + tensor * _COLUMNS
     size, first_program = tl.load(row_table + 7), tl.load(row_table + 8)
-    share = tl.cdiv(tl.cdiv(size, _MAX_SHARES), _CHUNK) * _CHUNK
-    start = (tl.program_id(0) - first_program) * share
-    length = tl.minimum(size - start, share).to(tl.int32)
-    num_programs = tl.cdiv(size, tl.maximum(share, 1)).to(tl.int32)
-    return tensor, row_table, size, first_program, tl.maximum(num_programs, 1), start, length
+    # Chunks are counted in 32 bits: a division of 64 bits is a call, around which registers are spilled.
+    chunks = tl.maximum(tl.cdiv(size, _CHUNK), 1).to(tl.int32)
+    share = tl.cdiv(chunks, _MAX_SHARES)
+    start = (tl.program_id(0) - first_program) * share * _CHUNK
+    length = tl.minimum(size - start, share.to(tl.int64) * _CHUNK).to(tl.int32)
+    return tensor, row_table, size, first_program, tl.cdiv(chunks, share), start, length
 
 
 @triton.jit
 def _store_square(s, square_ptr, residual_ptr, offsets, mask, key, index, ROUNDING: tl.constexpr):
     """Store s as `store_rounded` does, and return the FP32 value of what is stored."""
     if ROUNDING == "compensated":
-        hi, lo = split_compensated(s)
-        tl.store(square_ptr + offsets, hi, mask=mask)
+        stored, lo = split_compensated(s)
         tl.store(residual_ptr + offsets, lo, mask=mask)
-        return join_compensated(hi, lo)
-    elif ROUNDING == "stochastic":
-        stored = round_stochastic(s, random_bits(key, index))
+        value = join_compensated(stored, lo)
     else:
-        stored = round_nearest(s, square_ptr.dtype.element_ty)
+        if ROUNDING == "stochastic":
+            stored = round_stochastic(s, random_bits(key, index))
+        else:
+            stored = round_nearest(s, square_ptr.dtype.element_ty)
+        value = stored.to(tl.float32)
     tl.store(square_ptr + offsets, stored, mask=mask)
-    return stored.to(tl.float32)
+    return value
 
 
 @triton.jit
@@ -259,10 +264,8 @@ def _step(
     """Step the elements at `start + offsets` of one tensor."""
     param, grad, square, buffer, square_residual, weight_residual = addresses
     factor, lr, damping, scale, momentum, of_g, of_m, averages, whitened, weight_decay, shrinkage = scalars
-    param_ptr, buffer_ptr = (
-        element_of(param, start, PARAM, VECTOR),
-        element_of(buffer, start, BUFFER, VECTOR),
-    )
+    param_ptr = element_of(param, start, PARAM, VECTOR)
+    buffer_ptr = element_of(buffer, start, BUFFER, VECTOR)
     square_ptr = element_of(square, start, SQUARE, VECTOR)
     square_residual_ptr = element_of(square_residual, start, tl.int16, VECTOR)
     weight_residual_ptr = element_of(weight_residual, start, tl.int16, VECTOR)
@@ -340,14 +343,15 @@ def scaled_step_kernel(
     WIDE: tl.constexpr = (tl.float32 == PARAM) | (tl.float32 == GRAD) | (tl.float32 == SQUARE) | (tl.float32 == BUFFER)
     VECTOR: tl.constexpr = 4 if WIDE else 8
     addresses = param, grad, square, buffer, square_residual, weight_residual
-    decays = weight_decay, lr * decoupled_decay
-    scalars = factor, lr, damping, scale, momentum, of_g, of_m, averages, whitened, *decays
+    shrinkage = lr * decoupled_decay
+    scalars = factor, lr, damping, scale, momentum, of_g, of_m, averages, whitened, weight_decay, shrinkage
     length = tl.where(ok, length, 0)
     aligned = (param | grad | square | buffer | square_residual | weight_residual) % 16 == 0
     whole = tl.where(aligned, length // _CHUNK * _CHUNK, 0)
-    for first in range(0, whole, _CHUNK):
+    TILE: tl.constexpr = _CHUNK // 2 if WIDE else _CHUNK  # as few registers as accesses of 128 bits allow
+    for first in range(0, whole, TILE):
         _step(
-            *(addresses, start + first, tl.arange(0, _CHUNK), None, key, scalars),
+            *(addresses, start, first + tl.arange(0, TILE), None, key, scalars),
             *(PARAM, GRAD, SQUARE, BUFFER, ROUNDING, WEIGHT_ROUNDING, VECTOR),
         )
     for first in range(whole, length, _PART):
@@ -375,22 +379,22 @@ def configurations() -> Iterator[Configuration]:
     """Yield every configuration that `scaled_rmsprop` can launch."""
     tables = "*i64", "*i64", "*i32"
     for grad in TRITON_DTYPES:
-        arguments = (*tables, "*fp32", "*fp32")
-        yield Configuration(scaled_squares_kernel, arguments, (TRITON_DTYPES[grad],), NUM_WARPS, 1, "irregular")
+        dtypes = [TRITON_DTYPES[grad]]
+        yield Configuration(scaled_squares_kernel, (*tables, "*fp32", "*fp32"), (*dtypes,), NUM_WARPS, 1, "irregular")
+    # Two kernels take as many arguments of each kind.
+    arguments = (*tables, *("*fp32",) * 3, "*i32", *("*fp32",) * 3, "i32", "i32", *("fp32",) * 8, *("i32",) * 4)
     for grad, square, buffer in product(TRITON_DTYPES, STATE_DTYPES, STATE_DTYPES):
         dtypes = [TRITON_DTYPES[dtype] for dtype in (grad, square, buffer)]
-        arguments = (*tables, *("*fp32",) * 3, "*i32", *("*fp32",) * 3, "i32", "i32", *("fp32",) * 8, *("i32",) * 4)
         kind = _kind({square}, {grad, buffer})
         for mode in _modes(square):
             yield Configuration(scaled_average_kernel, arguments, (*dtypes, mode), NUM_WARPS, 1, kind)
-    arguments = (*tables, *("*fp32",) * 3, "*i32", *("*fp32",) * 3, "i32", "i32", *("fp32",) * 8, *("i32",) * 4)
     for param, square, buffer in product(GRAD_DTYPES, STATE_DTYPES, STATE_DTYPES):
         for grad in GRAD_DTYPES[param]:
             dtypes = [TRITON_DTYPES[dtype] for dtype in (param, grad, square, buffer)]
             kind = _kind({param, buffer}, {grad, square})
             # How s was rounded does not matter to those who read it, unless there are residuals.
             for modes in product({*_modes(square)} - {"stochastic"}, _modes(param)):
-                yield Configuration(scaled_step_kernel, arguments, (*dtypes, *modes), NUM_WARPS, 1, kind)
+                yield Configuration(scaled_step_kernel, arguments, (*dtypes, *modes), NUM_WARPS, 1, kind, MAX_REGISTERS)
 
 
 # ---- launcher ----------------------------------------------------------------------------------------------------
@@ -398,8 +402,8 @@ def configurations() -> Iterator[Configuration]:
 
 def _num_programs(row: tuple[int, ...]) -> int:
     """Return the programs of a tensor, from its row of the table, whose last column is the number of elements."""
-    share = -(-row[-1] // MAX_SHARES)
-    return max(1, -(-row[-1] // (-(-max(share, 1) // CHUNK) * CHUNK)))
+    chunks = max(1, -(-row[-1] // CHUNK))
+    return -(-chunks // -(-chunks // MAX_SHARES))
 
 
 def _weights_of_average(options: ScaledOptions) -> tuple[float, float]:
@@ -461,5 +465,6 @@ def scaled_rmsprop(
         ),
         (param, grad, square, buffer, "nearest" if call.modes[0] == "stochastic" else call.modes[0], call.modes[1]),
         NUM_WARPS,
+        max_registers=MAX_REGISTERS,
     )
     call.finish()
