@@ -1,7 +1,7 @@
 """The diagonal step with a scale of its own for each tensor, in three launches for a list of any size.
 
 1  partial sums of g²
-2  s, from B·mean(g²) and the mean curvature q of its tensor, and partial sums of u²
+2  s, the mean curvature q of its tensor, and partial sums of u²
 3  M and μ, with u computed again, from the s that is stored
 
 See `rootfree_kernels.eager.scaled_rmsprop` for the formulas. A tensor is cut into shares, one for each program, and few
@@ -23,7 +23,6 @@ from torch import Tensor
 
 from rootfree_kernels import rounding as rnd
 from rootfree_kernels.arguments import Draws, ScaledOptions, ScaledState, Scaling
-from rootfree_kernels.eager.curvature import CURVATURE_STEP
 from rootfree_kernels.pointer_tables.rf_rmsprop import GRAD_DTYPES, STATE_DTYPES, diagonal_call
 from rootfree_kernels.pointer_tables.tables import constant
 from rootfree_kernels.triton_kernels.common import (
@@ -55,7 +54,6 @@ _CHUNK, _PART = tl.constexpr(CHUNK), tl.constexpr(CHUNK // 4)  # masked chunks t
 _MAX_SHARES = tl.constexpr(MAX_SHARES)
 _COLUMNS = tl.constexpr(9)  # of the table of tensors
 _SLOT_SQUARE, _SLOT_WEIGHT = tl.constexpr(rnd.SLOT_SQUARE), tl.constexpr(rnd.SLOT_WEIGHT)
-_STEP = tl.constexpr(CURVATURE_STEP)
 
 
 @triton.jit
@@ -149,14 +147,13 @@ def _average(
 ):
     """Write s of the elements at `start + offsets` of one tensor, and return their u²."""
     grad, square, buffer, residual = addresses
-    factor, decay, growth, first_square, starts, moves, damping, of_g, of_m, whitened = scalars
+    factor, decay, growth, moves, damping, of_g, of_m, whitened = scalars
     square_ptr = element_of(square, start, SQUARE, VECTOR)
     residual_ptr = element_of(residual, start, tl.int16, VECTOR)
     g = load_masked(element_of(grad, start, GRAD, VECTOR) + offsets, mask).to(tl.float32) * factor
     m = load_masked(element_of(buffer, start, BUFFER, VECTOR) + offsets, mask).to(tl.float32)
     old_s = load_stored(square_ptr, residual_ptr, offsets, mask, ROUNDING)
-    s = tl.where(starts, first_square, old_s) * decay + growth * g * g
-    s = tl.where(moves, s, old_s)
+    s = tl.where(moves, old_s * decay + growth * g * g, old_s)
     index = start.to(tl.int32) + offsets
     s = _store_square(s, square_ptr, residual_ptr, offsets, mask, key, index, ROUNDING)
     u = _direction(g, m, s, damping, of_g, of_m, whitened)
@@ -188,9 +185,7 @@ def scaled_average_kernel(
     damping,  # λ
     of_g,  # M' = of_g·g + of_m·M
     of_m,
-    follows,  # 0 or 1: whether there are curvatures
     is_relative,  # 0 or 1: whether λq stands in the place of λ
-    may_start,  # 0 or 1: whether s starts at q
     whitened,  # 0 or 1
     GRAD: tl.constexpr,  # dtypes
     SQUARE: tl.constexpr,
@@ -202,20 +197,18 @@ def scaled_average_kernel(
     grad, square, buffer = tl.load(grad_table + tensor), tl.load(row_table + 1), tl.load(row_table + 2)
     residual = tl.load(row_table + 3)
     total = sum_of_parts(sums_ptr + first_program, num_programs)
-    mean_square = total * (batch_size / tl.maximum(size, 1).to(tl.float32))
-    ok = is_finite(mean_square) & (tl.load(found_inf_ptr) == 0.0)
+    mean = total / tl.maximum(size, 1).to(tl.float32)
+    ok = is_finite(batch_size * mean) & (tl.load(found_inf_ptr) == 0.0)
     q_ptr = tl.load(row_table + 6).to(tl.pointer_type(tl.float32))
-    old_q = tl.load(q_ptr, mask=follows != 0, other=0.0)
-    begins = (old_q == 0.0) & (mean_square > 0.0) & ok & (follows != 0)
-    is_idle = mean_square == 0.0
-    q = tl.where(begins, mean_square, tl.where(is_idle, old_q, old_q + _STEP * (mean_square - old_q)))
-    moves = tl.where(follows != 0, ok & (mean_square != 0.0), ok)
+    old_q = tl.load(q_ptr, mask=is_relative != 0, other=0.0)
+    moves = tl.where(is_relative != 0, ok & (mean != 0.0), ok)
+    q = tl.where(moves, decay * old_q + growth * mean, old_q)
     damping = tl.where(damping > 0.0, damping * tl.where(is_relative != 0, q, 1.0), 0.0)
     damping = tl.where(whitened != 0, tl.sqrt(damping), damping)
     if tl.program_id(0) == first_program:
         tl.store(scalars_ptr + 3 * tensor, tl.where(ok, 1.0, 0.0))
         tl.store(scalars_ptr + 3 * tensor + 1, damping)
-        tl.store(scalars_ptr + 3 * tensor + 2, tl.where(moves, q, old_q))
+        tl.store(scalars_ptr + 3 * tensor + 2, q)
 
     key = tl.full((), 0, tl.uint32)
     if ROUNDING == "stochastic":
@@ -225,7 +218,7 @@ def scaled_average_kernel(
     VECTOR: tl.constexpr = 4 if WIDE else 8
     addresses = grad, square, buffer, residual
     factor = sign / tl.load(scale_ptr)
-    scalars = factor, decay, growth, q, begins & (may_start != 0), moves, damping, of_g, of_m, whitened
+    scalars = factor, decay, growth, moves, damping, of_g, of_m, whitened
     length = tl.where(ok, length, 0)
     whole = tl.where((grad | square | buffer | residual) % 16 == 0, length // _CHUNK * _CHUNK, 0)
     squares = tl.zeros((_CHUNK,), tl.float32)
@@ -307,7 +300,7 @@ def scaled_step_kernel(
     of_m,
     weight_decay,  # κ, or 0 if it is decoupled
     decoupled_decay,  # κ, or 0 if it is not
-    follows,  # 0 or 1: whether there are curvatures
+    is_relative,  # 0 or 1: whether there are curvatures
     averages,  # 0 or 1: whether the momentum averages gradients
     scaled,  # 0 or 1: whether u is scaled to a norm
     whitened,  # 0 or 1
@@ -329,7 +322,7 @@ def scaled_step_kernel(
         skipped_ptr = tl.load(row_table + 5).to(tl.pointer_type(tl.int32))
         tl.store(skipped_ptr, tl.load(skipped_ptr) + tl.where(ok, 0, 1))
         q_ptr = tl.load(row_table + 6).to(tl.pointer_type(tl.float32))
-        tl.store(q_ptr, tl.load(scalars_ptr + 3 * tensor + 2), mask=follows != 0)
+        tl.store(q_ptr, tl.load(scalars_ptr + 3 * tensor + 2), mask=is_relative != 0)
 
     total = sum_of_parts(update_sums_ptr + first_program, num_programs * scaled)
     norm = tl.load(update_norms_ptr + tensor * scaled)
@@ -381,20 +374,21 @@ def configurations() -> Iterator[Configuration]:
     for grad in TRITON_DTYPES:
         dtypes = [TRITON_DTYPES[grad]]
         yield Configuration(scaled_squares_kernel, (*tables, "*fp32", "*fp32"), (*dtypes,), NUM_WARPS, 1, "irregular")
-    # Two kernels take as many arguments of each kind.
-    arguments = (*tables, *("*fp32",) * 3, "*i32", *("*fp32",) * 3, "i32", "i32", *("fp32",) * 8, *("i32",) * 4)
+    # Two kernels take as many arguments of each kind, but for the flags at the end.
+    arguments = (*tables, *("*fp32",) * 3, "*i32", *("*fp32",) * 3, "i32", "i32", *("fp32",) * 8)
+    average, step = (*arguments, *("i32",) * 2), (*arguments, *("i32",) * 4)
     for grad, square, buffer in product(TRITON_DTYPES, STATE_DTYPES, STATE_DTYPES):
         dtypes = [TRITON_DTYPES[dtype] for dtype in (grad, square, buffer)]
         kind = _kind({square}, {grad, buffer})
         for mode in _modes(square):
-            yield Configuration(scaled_average_kernel, arguments, (*dtypes, mode), NUM_WARPS, 1, kind)
+            yield Configuration(scaled_average_kernel, average, (*dtypes, mode), NUM_WARPS, 1, kind)
     for param, square, buffer in product(GRAD_DTYPES, STATE_DTYPES, STATE_DTYPES):
         for grad in GRAD_DTYPES[param]:
             dtypes = [TRITON_DTYPES[dtype] for dtype in (param, grad, square, buffer)]
             kind = _kind({param, buffer}, {grad, square})
             # How s was rounded does not matter to those who read it, unless there are residuals.
             for modes in product({*_modes(square)} - {"stochastic"}, _modes(param)):
-                yield Configuration(scaled_step_kernel, arguments, (*dtypes, *modes), NUM_WARPS, 1, kind, MAX_REGISTERS)
+                yield Configuration(scaled_step_kernel, step, (*dtypes, *modes), NUM_WARPS, 1, kind, MAX_REGISTERS)
 
 
 # ---- launcher ----------------------------------------------------------------------------------------------------
@@ -439,15 +433,15 @@ def scaled_rmsprop(
     sign, decay, growth, momentum, damping, *decays = call.scalars
     param, grad, square, buffer = (TRITON_DTYPES[dtype] for dtype in call.dtypes)
     tables, draw = (where.rows, call.grads, where.owners), (bits.stride, bits.step_stride, bits.step)
-    average, flags = _weights_of_average(options), (int(bool(state.curvatures)), int(options.direction == "whitened"))
+    average, flags = _weights_of_average(options), (int(options.relative_damping), int(options.direction == "whitened"))
     launch(scaled_squares_kernel, where.num_programs, (*tables, sums[0], call.grad_scale), (), (grad,), NUM_WARPS)
     launch(
         scaled_average_kernel,
         where.num_programs,
         (*tables, sums[0], sums[1], per_tensor, bits.seeds, bits.steps, call.grad_scale, call.found_inf),
         (
-            *(*draw, sign, float(options.batch_size), decay, growth, damping, *average, flags[0]),
-            *(int(options.relative_damping) * flags[0], int(options.factor_init == "gradient"), flags[1]),
+            *(*draw, sign, float(options.batch_size), decay, growth, damping, *average),
+            *flags,
         ),
         (grad, square, buffer, call.modes[0]),
         NUM_WARPS,
