@@ -44,7 +44,8 @@ FP64_PROBLEM = "its arithmetic is FP32, and parameters or state are FP64"
 class Operators(Protocol):
     """What a backend's module defines. `rootfree_kernels.eager` documents each function and gives its formula.
 
-    A backend without matrix kernels defines `rf_rmsprop`, `scaled_rmsprop` and `clipped_momentum` only; its `why_not` refuses matrices.
+    A backend without matrix kernels defines `rf_rmsprop`, `scaled_rmsprop` and `clipped_momentum` only. Its `why_not`
+    refuses matrices.
     """
 
     def rf_rmsprop(

@@ -93,5 +93,5 @@ T = TypeVar("T", bound=tuple[Any, ...])
 
 
 def some_blocks(fields: T, part: slice) -> T:
-    """Return a named tuple with the fields of some blocks: tensors and lists are sliced, everything else stays."""
+    """Return a named tuple with the fields of some blocks or tensors: tensors and lists are sliced, the rest stays."""
     return type(fields)(*[x[part] if isinstance(x, Tensor | list) else x for x in fields])

@@ -35,9 +35,7 @@ ClippedMomentum = Callable[["list[Tensor]", "list[Tensor]", "Tensor | None", flo
 """`clipped_momentum` of any backend."""
 
 
-def move_factor(
-    factor: Stored, momentum: Tensor, scale: Tensor, matmul_dtype: torch.dtype, is_symmetric: bool
-) -> None:
+def move_factor(factor: Stored, momentum: Tensor, scale: Tensor, matmul_dtype: torch.dtype, is_symmetric: bool) -> None:
     """Update C ← C − s·C·m in place, with s [L], or C ← C − ½s·(C·m + m·C) if C `is_symmetric`.
 
     The product reads only the BF16 half of a compensated pair.
@@ -63,8 +61,8 @@ def kron_factor(
     """Update C, K, m_C and m_K of a batch in place, both sides from the old factors. Return ok [L], bool.
 
     Products are taken in the dtype of `gathered.grad`. If P_C = CCᵀ and P_K = KKᵀ are given, they are computed again.
-    A block with a non-finite norm stays as it was, and its `ok` is False. If `factors.curvature` is given, a block whose
-    gradient is 0 stays as it was too, and its `ok` is True.
+    A block with a non-finite norm stays as it was. Its `ok` is False. If `factors.curvature` is given, a block whose
+    gradient is 0 stays too, and its `ok` is True.
 
     Args:
         factors: C, K and what belongs to them. m_C and m_K have the shapes of C and K, or are packed.

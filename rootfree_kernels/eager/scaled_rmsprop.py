@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rootfree_kernels import rounding as rnd
 from rootfree_kernels.arguments import Draws, ScaledOptions, ScaledState, Scaling
-from rootfree_kernels.eager.common import WIDE, descend_, heavy_ball_
+from rootfree_kernels.eager.common import WIDE, descend_, heavy_ball_, some_blocks
 from rootfree_kernels.eager.rf_rmsprop import (
     chunks,
     descent_gradient,
@@ -46,8 +46,8 @@ def scaled_rmsprop(
     counts as 0.
     """
     for chunk in chunks(params):
-        some = ScaledState(*[x if x is None else x[chunk] for x in state])
-        _step_chunk(params[chunk], some, grads[chunk], lr, Draws(*[x[chunk] for x in draws]), scaling, options)
+        some, drawn = some_blocks(state, chunk), some_blocks(draws, chunk)
+        _step_chunk(params[chunk], some, grads[chunk], lr, drawn, scaling, options)
 
 
 def _step_chunk(

@@ -278,7 +278,7 @@ def kron_step(
     options: StepOptions,
     backend: Backend,
 ) -> None:
-    """Step the weights of a batch in place along their preconditioned gradients. See `rootfree_kernels.eager.kron_step`."""
+    """Step the weights of a batch in place along preconditioned gradients. See `rootfree_kernels.eager.kron_step`."""
     if _is_observed():
         factor_c, factor_k, cached, ok = preconditioner
         last = *draws, found_inf, cached, *options, backend.name

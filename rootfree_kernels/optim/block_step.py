@@ -145,8 +145,9 @@ def block_steps(
                 buffers = [states[param]["momentum_buffer"] for param in params]
                 residuals = [states[param]["weight_residual"] for param in params] if is_pair(*stored[1]) else []
                 tiling = Tiling([x for entry in entries for x in entry.tile.as_ints], *batch.block_shape)
+                norms = _norms(batch, entries, group)
                 step = BlockBatchStep(
-                    Weights(params, buffers, residuals, tiling.tiles, batch.storage["skipped"], _norms(batch, entries, group)),
+                    Weights(params, buffers, residuals, tiling.tiles, batch.storage["skipped"], norms),
                     tiling,
                     batch,
                     batch.index(entries),

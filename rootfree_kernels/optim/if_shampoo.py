@@ -116,9 +116,9 @@ class IFShampoo(RootFreeOptimizer):
 
     The state of a matrix is `step` and `momentum_buffer`, and for its n blocks of one shape: `factor_c` [n, p, p],
     `factor_k` [n, d, d], `momentum_c` and `momentum_k` of the same shapes (packed: [n, p + 1, p/2] for even p,
-    [n, p, (p + 1)/2] for odd p, and the same for d), and `skipped` [n]. Compensated rounding adds int16 `residual_c`
-    and `residual_k`, and `weight_residual` for BF16 weights. `curvature` [n] is q, if it is needed. If blocks differ in shape, further names end in .1, .2
-    and .3.
+    [n, p, (p + 1)/2] for odd p, and the same for d), and `skipped` [n]. `curvature` [n] is q, if it is needed.
+    Compensated rounding adds int16 `residual_c` and `residual_k`, and `weight_residual` for BF16 weights. If blocks
+    differ in shape, further names end in .1, .2 and .3.
 
     A step leaves out a whole block if its gradient is not finite, or so large that its square overflows. `skipped`
     counts such steps. The next step goes on.

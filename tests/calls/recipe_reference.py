@@ -135,7 +135,7 @@ def recipe_step(
 def scaled_diagonal_step(
     weight: Any, grad: Any, state: ScaledState, *, norm: float | None = None, **options: Any
 ) -> tuple[Any, ScaledState]:
-    """s <- (1 - beta2 gamma) s + beta2 B g^2;  U = g / (s + lambda), or g / (sqrt(s) + sqrt(lambda));  W as for matrices.
+    """s <- (1 - beta2 gamma) s + beta2 B g^2;  U = g / (s + lambda), or g / (sqrt(s) + sqrt(lambda));  W as above.
     For relative damping q <- (1 - beta2 gamma) q + beta2 B mean(g^2), and s and q stay where the gradient is 0. 0/0
     counts as 0.
     """
