@@ -173,7 +173,20 @@ def factor_arguments(batch: Batch, sides: Mapping[str, Any], gathered: Mapping[s
     """Return the arguments of kron_factor."""
     numbers = {"batch_size": 3.0, "beta2": 0.3, "riemannian_momentum": 0.4}
     ends = {"damping": batch.damping, "gamma": batch.gamma, "clip": batch.clip, "rounding": batch.rounding}
-    return {**sides, **gathered, **_shared(batch), **numbers, **ends}
+    return _with_newer("kron_factor", {**sides, **gathered, **_shared(batch), **numbers, **ends})
+
+
+_NEWER = {
+    **{"curvature": None, "direction": "root_free", "relative_damping": False, "factor_init": "identity"},
+    **{"update_norms": None, "momentum_on": "update", "nesterov": False},
+}
+"""Arguments that an older version lacks, with the values of the paper's rule."""
+
+
+def _with_newer(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of an operator with those newer ones that its schema has in this version."""
+    known = {argument.name for argument in getattr(torch.ops.rootfree, name).default._schema.arguments}
+    return {**{newer: value for newer, value in _NEWER.items() if newer in known}, **arguments}
 
 
 def step_arguments(
@@ -181,7 +194,7 @@ def step_arguments(
 ) -> dict[str, Any]:
     """Return the arguments of kron_step."""
     source = "product" if batch.cached else "factor"
-    return {
+    arguments = {
         **{name: lists[name] for name in ("params", "buffers", "residuals")},
         "tiles": batch.numbers,
         "skipped": torch.arange(batch.num_blocks, dtype=torch.int32),
@@ -197,6 +210,7 @@ def step_arguments(
         "decoupled": batch.decoupled,
         "rounding": batch.weight_rounding,
     }
+    return _with_newer("kron_step", arguments)
 
 
 def _run_batch(entries: dict[str, str], batch: Batch, backend: str) -> None:
