@@ -1,6 +1,6 @@
 """Steps on a CPU against PyTorch's own optimizers, a straightforward implementation, and the authors' sirfshampoo.
 
-    python -m bench.cpu_step [--repeats N] [--only diagonal|factors] [--json FILE]
+    python -m bench.cpu_step [--repeats N] [--only diagonal|factors|recipe] [--json FILE]
 
 Whatever is compared takes turns step by step in one process, and medians are compared: ours over theirs, so that below
 1 is faster. The diagonal step runs on two threads, the factors on one. sirfshampoo takes part where it is installed, or
@@ -26,9 +26,10 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from bench.fp32_muon import use_fp32
 from bench.naive import NaiveIFShampoo
 from bench.record import provenance
-from rootfree_kernels import IFShampoo, RFRMSProp
+from rootfree_kernels import RECIPE, IFShampoo, RFRMSProp
 from rootfree_kernels.eager import cpu_matmul_dtype
 from rootfree_kernels.ops.backends import choose
 
@@ -196,6 +197,23 @@ def factor_rows(repeats: int, note: str = "") -> list[Row]:
     return rows
 
 
+def recipe_rows(repeats: int) -> list[Row]:
+    """The step of the recipe against the same step in the root-free direction by the paper's rule, and against Muon."""
+    use_fp32()
+    root_free = {**COMMON, "clip": "row_sum"}
+    contestants: dict[str, Optimizer] = {
+        "recipe": IFShampoo(parameters(1, 1024, 1024), **RECIPE, factor_dtype=torch.float32),
+        "paper": IFShampoo(parameters(1, 1024, 1024), **root_free, factor_dtype=torch.float32),
+        "Muon": torch.optim.Muon(parameters(1, 1024, 1024)),
+    }
+    time_of = medians(taking_turns({name: opt.step for name, opt in contestants.items()}, repeats))
+    case = "Recipe (whitened), FP32, 1024², T=1"
+    return [
+        row(f"{case}: the paper's rule (root-free)", time_of["recipe"], time_of["paper"], 0.85),
+        row(f"{case}: Muon of PyTorch, Newton–Schulz in FP32", time_of["recipe"], time_of["Muon"], 1.0),
+    ]
+
+
 def blas_rows(repeats: int) -> list[Row]:
     """The rows of the factors without oneDNN, from a process of its own: the choice is made once in each."""
     command = [sys.executable, "-m", "bench.cpu_step", "--repeats", str(repeats), "--only", "blas"]
@@ -233,7 +251,7 @@ def report(rows: list[Row]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--repeats", type=int, default=15, help="cycles that are measured")
-    parser.add_argument("--only", choices=("diagonal", "factors", "blas"), help="some of the rows")
+    parser.add_argument("--only", choices=("diagonal", "factors", "recipe", "blas"), help="some of the rows")
     parser.add_argument("--json", type=Path, help="write the rows to this file as well")
     args = parser.parse_args()
     settle_allocator()
@@ -242,12 +260,14 @@ def main() -> None:
         print(json.dumps(factor_rows(args.repeats, ", BLAS alone")))
         return
     rows: list[Row] = []
-    if args.only != "factors":
+    if args.only in (None, "diagonal"):
         torch.set_num_threads(2)
         rows += diagonal_rows(args.repeats)
     record = provenance("python -m bench.cpu_step")
-    if args.only != "diagonal":
-        torch.set_num_threads(1)
+    torch.set_num_threads(1)
+    if args.only in (None, "recipe"):
+        rows += recipe_rows(args.repeats)
+    if args.only in (None, "factors"):
         rows += [*factor_rows(args.repeats), *blas_rows(args.repeats), product_row(1024, args.repeats)]
     report(rows)
     if args.json:

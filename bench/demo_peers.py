@@ -12,7 +12,11 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from bench.fp32_muon import use_fp32
 from bench.peers import find
+from rootfree_kernels.eager import cpu_matmul_dtype
+
+BF16 = torch.bfloat16
 
 
 class Together(Optimizer):
@@ -60,7 +64,12 @@ def soap(model: nn.Module, lr: float, betas: tuple[float, float], weight_decay: 
 
 
 def muon(model: nn.Module, lr: float, adamw_lr: float, weight_decay: float, momentum: float = 0.95) -> Optimizer:
-    """PyTorch's for the matrices of the layers, AdamW for embeddings, head and vectors."""
+    """PyTorch's for the matrices of the layers, AdamW for embeddings, head and vectors.
+
+    On a CPU that multiplies BF16 slowly its iterations are in FP32, as ours are there.
+    """
+    if next(model.parameters()).device.type == "cpu" and cpu_matmul_dtype(BF16, torch.device("cpu")) != BF16:
+        use_fp32()
     hidden = [x for name, x in model.named_parameters() if name.startswith("blocks.") and x.ndim == 2]
     inside = set(hidden)
     rest = [x for x in model.parameters() if x not in inside]
