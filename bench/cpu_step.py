@@ -268,7 +268,7 @@ def main() -> None:
     if args.only in (None, "recipe"):
         rows += recipe_rows(args.repeats)
     if args.only in (None, "factors"):
-        rows += [*factor_rows(args.repeats), *blas_rows(args.repeats), product_row(1024, args.repeats)]
+        rows += [*factor_rows(args.repeats), *blas_rows(args.repeats), product_row(256, args.repeats)]
     report(rows)
     if args.json:
         record = {**record, "backend": choose(torch.device("cpu"), torch.float32).name, "rows": rows}

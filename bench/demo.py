@@ -79,8 +79,9 @@ def train(
     data: tuple[Tensor, Tensor],
     report: Callable[[int, float], object] = lambda step, loss: None,
     evaluations: int = 10,
+    clip: float | None = None,
 ) -> tuple[Run, GPT]:
-    """Train a fresh model; ``report(step, loss)`` hears of every step.
+    """Train a fresh model; ``report(step, loss)`` hears of every step. Gradients are clipped to the norm ``clip``.
 
     Weights and data order follow from ``task.seed``. Held-out loss is taken ``evaluations`` times, the last
     at the end, always on the same 16 batches. Raises FloatingPointError on divergence.
@@ -91,7 +92,7 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, task))
     held_out = list(batches(data[1], 16, task, seed=0))
     for step, batch in enumerate(batches(data[0], task.steps, task, seed=task.seed + 1), start=1):
-        loss = timed_step(model, optimizer, batch, run)
+        loss = timed_step(model, optimizer, batch, run, clip)
         if not math.isfinite(loss):
             raise FloatingPointError(f"{method} with {settings}: the loss is {loss} at step {step}")
         schedule.step()
@@ -103,12 +104,16 @@ def train(
     return run, model
 
 
-def timed_step(model: GPT, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor], run: Run) -> float:
+def timed_step(
+    model: GPT, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor], run: Run, clip: float | None = None
+) -> float:
     """One training step, its loss and times noted in ``run``; returns the loss before the step."""
     begin = time.perf_counter()
     loss = model.loss(*batch)
     optimizer.zero_grad()
     loss.backward()
+    if clip is not None:
+        nn.utils.clip_grad_norm_(model.parameters(), clip)
     before_update = time.perf_counter()
     optimizer.step()
     end = time.perf_counter()
