@@ -25,7 +25,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 class Case(NamedTuple):
-    """A way to train: the method, what differs from its chosen settings, and the norm to which gradients are clipped."""
+    """A way to train: the method, what differs from its chosen settings, and the norm that clips gradients."""
 
     method: str
     changes: dict[str, Any]
