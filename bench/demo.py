@@ -43,7 +43,8 @@ METHODS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 SHOWN = ("adamw", "muon", "recipe")
 """The optimizers that are trained if none are asked for."""
 
-# Found with the same budget for each: `python -m bench.tune_demo --method NAME` (bench/results/demo-tuning.json).
+# Found by `python -m bench.tune_demo --method NAME` (bench/results/demo-tuning.json), with as many trials for each.
+# Muon had more, and the recipe fewer.
 CHOSEN: dict[str, dict[str, Any]] = {
     "adamw": {"lr": 2.48e-3, "betas": (0.9, 0.9797), "weight_decay": 0.0168},
     "rfrmsprop": {"lr": 1.79e-4, "beta2": 0.0829, "damping": 3.35e-5},

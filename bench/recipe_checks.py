@@ -1,4 +1,4 @@
-"""What the recipe promises, on the model of the demo: the same settings for every seed, dtype of factors and clip.
+"""What the recipe promises, on the model of the demo: one setting for every seed, dtype of factors and clip.
 
     python -m bench.recipe_checks [--seeds 0 1 2] [--cases NAME ...]
 

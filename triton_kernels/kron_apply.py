@@ -5,7 +5,7 @@
 3  partial sums of U²                      one launch if the norm of U is given
 4  W ← (1 − β₁κ)W − β₁·(norm/‖U‖)·U        one launch; or buf ← α₁buf + U + κW,  W ← W − β₁buf
 
-The kernels work on tiles, of which each program has a share of one block. All of them cut a block into the same shares.
+Each program has a share of one block.
 """
 
 from __future__ import annotations

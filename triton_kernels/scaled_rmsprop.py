@@ -198,7 +198,8 @@ def scaled_average_kernel(
     residual = tl.load(row_table + 3)
     total = sum_of_parts(sums_ptr + first_program, num_programs)
     mean = total / tl.maximum(size, 1).to(tl.float32)
-    ok = is_finite(batch_size * mean) & (tl.load(found_inf_ptr) == 0.0)
+    # The sum bounds every new element of s.
+    ok = is_finite(total * tl.maximum(batch_size, growth)) & (tl.load(found_inf_ptr) == 0.0)
     q_ptr = tl.load(row_table + 6).to(tl.pointer_type(tl.float32))
     old_q = tl.load(q_ptr, mask=is_relative != 0, other=0.0)
     moves = tl.where(is_relative != 0, ok & (mean != 0.0), ok)

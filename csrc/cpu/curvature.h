@@ -13,7 +13,7 @@ namespace rootfree::cpu {
 
 constexpr float curvature_step = 0.05f;  // the weight of the newest mean square in q
 
-// q before it is stored, whether the block or tensor starts, and whether its gradient is 0.
+// q before it is stored, whether the block starts, and whether its gradient is 0.
 struct Curvature {
   float value;
   bool starts, idle;

@@ -67,7 +67,7 @@ struct FactorOptions {
 // What the blocks of a batch have besides their tensors, and the operator's result.
 struct BatchValues {
   std::vector<float> squares_c, squares_k;  // squared norms of C and K
-  std::vector<float> dampings;              // lambda
+  std::vector<float> dampings;              // lambda, or lambda q for relative damping
   std::vector<Curvature> curvatures;
   bool* ok;
 };

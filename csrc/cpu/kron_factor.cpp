@@ -5,7 +5,7 @@
 //
 // K is updated likewise, with A' and p in place of A and d. If directions are whitened, C stays symmetric:
 //
-//     delta_C = 1/2 [(B/d) AA' + sqrt(lambda) (tr K / d) C - gamma I],    C <- C - beta2 / 2 max(1, |m|) (C m + m C)
+//     delta_C = 1/2 [(B/d) AA' + sqrt(lambda) (tr K / d) C - gamma I],    C <- C - beta2 / (2 max(1, |m|)) (C m + m C)
 //
 // rootfree_kernels/eager/kron_factor.py is the specification. PyTorch's libraries compute the products; between two
 // products there is one pass over memory. The new m is a separate tensor until the momenta of both factors of a block

@@ -50,7 +50,8 @@ struct Step {
 Step step_of(double squares, int64_t numel, float* curvature, ScaledScalars scalars, const CurvatureOptions& o) {
   const auto count = static_cast<float>(std::max<int64_t>(numel, 1));
   const float mean_square = static_cast<float>(squares) * (o.batch_size / count);
-  const bool ok = is_finite(mean_square) && !o.overflow;
+  // The sum bounds every new element of s.
+  const bool ok = is_finite(static_cast<float>(squares) * o.batch_size * std::max(1.0f, o.beta2)) && !o.overflow;
   scalars.damping = o.damping;
   if (curvature && ok) {
     if (mean_square == 0) {  // s and q stay
@@ -110,7 +111,8 @@ void scaled_rmsprop(at::TensorList params,               // FP32, BF16 or FP16
   const TensorLists lists{params, squares, buffers, skipped, square_residuals, weight_residuals, grads};
   lists.check();
   check_length("curvatures", curvatures, params, !relative_damping);
-  const std::vector<float*> old_curvatures = pointers_to(curvatures, params.size());
+  const std::vector<float*> old_curvatures =
+      pointers_to(relative_damping ? curvatures : at::TensorList(), params.size());
   const at::Tensor norms = update_norms ? update_norms->to(at::kFloat).contiguous() : at::Tensor();
   TORCH_CHECK_VALUE(!update_norms || norms.numel() == static_cast<int64_t>(params.size()), norms.numel(),
                     " update_norms for ", params.size(), " parameters: pass one for each.");

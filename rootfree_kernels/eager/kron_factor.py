@@ -136,13 +136,13 @@ def _start(factors: Factors, grad: Tensor, found_inf: Tensor | None, options: Fa
     old, numel = factors.curvature, grad[0].numel()
     norms = torch.linalg.vector_norm(grad.to(old.dtype), dim=(-2, -1))
     curvature = follow(old, norms.square_().mul_(options.batch_size / numel), found_inf)
-    may_start = options.factor_init == "gradient" and (grad.device.type != "cpu" or bool(curvature.starts.any()))
-    for factor, residual in ((factors.factor_c, factors.residual_c), (factors.factor_k, factors.residual_k)):
-        if may_start:
-            start = (curvature.new * (1 + options.damping)) ** -0.25
-            start = start[:, None, None] * torch.eye(factor.shape[-1], dtype=start.dtype, device=start.device)
-            new_value, new_residual = Stored(factor, residual, "nearest", _no_bits).rounded(start)
-            starts = curvature.starts[:, None, None]
+    if options.factor_init == "gradient":
+        starts, scale = curvature.starts[:, None, None], (curvature.new * (1 + options.damping)) ** -0.25
+        for factor, residual in ((factors.factor_c, factors.residual_c), (factors.factor_k, factors.residual_k)):
+            identity = torch.eye(factor.shape[-1], dtype=scale.dtype, device=scale.device)
+            new_value, new_residual = Stored(factor, residual, "nearest", _no_bits).rounded(
+                scale[:, None, None] * identity
+            )
             factor.copy_(torch.where(starts, new_value, factor))
             if residual is not None and new_residual is not None:
                 residual.copy_(torch.where(starts, new_residual, residual))

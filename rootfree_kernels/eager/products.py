@@ -45,7 +45,9 @@ def curvature_step(
     cols, wide_dtype = a.shape[-1], torch.promote_types(a.dtype, torch.float32)
     delta = gram(a).to(wide_dtype).mul_(options.batch_size / (2 * cols))
     if options.damping:
-        relative = curvature.new.to(wide_dtype)[:, None, None] if options.relative_damping and curvature else None
+        relative = None
+        if options.relative_damping and curvature is not None:
+            relative = curvature.new.to(wide_dtype)[:, None, None]
         if options.direction == "whitened":
             weight = other.diagonal(dim1=-2, dim2=-1).to(wide_dtype).mean(-1)[:, None, None]
             weight = weight if relative is None else weight * relative.sqrt()

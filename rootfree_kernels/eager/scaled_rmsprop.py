@@ -41,9 +41,8 @@ def scaled_rmsprop(
 ) -> None:
     """Step n tensors in place.
 
-    A tensor keeps its weights and its state, and its `skipped` grows by one, if the mean of its squared gradient is not
-    finite. With relative damping s and q also stay while a gradient is 0. An element of u that is not finite
-    counts as 0.
+    A tensor keeps its weights and its state, and its `skipped` grows by one, if B·Σg² is not finite. With relative
+    damping s and q also stay while a gradient is 0. An element of u that is not finite counts as 0.
     """
     for chunk in chunks(params):
         some, drawn = some_blocks(state, chunk), some_blocks(draws, chunk)
@@ -70,8 +69,8 @@ def _step_chunk(
     old_square = square.load()
     dtype = old_square.dtype
     lengths = rnd.lengths_of(tuple(sizes), grad.device)
-    mean_square = _norms(grad.to(dtype), sizes).square() * (options.batch_size / lengths.clamp(min=1).to(dtype))
-    ok = mean_square < torch.inf
+    square_sum = _norms(grad.to(dtype), sizes).square() * options.batch_size
+    ok = square_sum * max(1.0, options.beta2) < torch.inf
     if scaling.found_inf is not None:
         ok = ok & (scaling.found_inf.reshape(()) == 0)
     torch._foreach_add_(state.skipped, list((~ok).to(torch.int32).unbind()))
@@ -79,13 +78,16 @@ def _step_chunk(
     grad = torch.where(keep > 0, grad.to(dtype), 0.0)
 
     decay = 1 - options.beta2 * options.gamma
-    damping = torch.as_tensor(options.damping, dtype=dtype, device=grad.device)
+    is_whitened = options.direction == "whitened"
+    damping: float | Tensor = options.damping**0.5 if is_whitened else options.damping
     moves = keep  # where s moves
     if options.relative_damping:
-        curvatures, kept = torch.stack(state.curvatures), ok & (mean_square > 0)
-        curvatures = torch.where(kept, curvatures * decay + options.beta2 * mean_square, curvatures)
+        curvatures, kept = torch.stack(state.curvatures), ok & (square_sum > 0)
+        means = square_sum / lengths.clamp(min=1)
+        curvatures = torch.where(kept, curvatures * decay + options.beta2 * means, curvatures)
         torch._foreach_copy_(state.curvatures, list(curvatures.unbind()))
-        damping = damping * _spread(curvatures.to(dtype), lengths, len(grad))
+        spread = _spread(curvatures.to(dtype), lengths, len(grad))
+        damping = damping * (spread.sqrt() if is_whitened else spread)
         moves = _spread(kept.to(dtype), lengths, len(grad))
 
     new_square = old_square * decay
@@ -101,8 +103,7 @@ def _step_chunk(
     if averages:
         buffer = buffer.lerp(grad.to(buffer.dtype), keep * (1 - options.momentum))
         grad = grad.lerp(buffer.to(dtype), options.momentum) if options.nesterov else buffer.to(dtype)
-    is_whitened = options.direction == "whitened"
-    direction = grad / (stored.sqrt() + damping.sqrt() if is_whitened else stored + damping)
+    direction = grad / ((stored.sqrt() if is_whitened else stored) + damping)
     direction = direction.nan_to_num_(0.0, 0.0, 0.0).to(buffer.dtype)
     if state.update_norms is not None:
         norms = _norms(direction, sizes)

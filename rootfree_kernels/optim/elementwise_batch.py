@@ -12,6 +12,7 @@ from torch import Tensor
 from rootfree_kernels import ops, ranges
 from rootfree_kernels.arguments import DiagonalState, Draws, ScaledState
 from rootfree_kernels.backend import Backend
+from rootfree_kernels.ops.backends import choose
 from rootfree_kernels.ops.dispatch import for_diagonal
 from rootfree_kernels.optim.context import StepContext
 from rootfree_kernels.optim.state_spec import (
@@ -75,6 +76,14 @@ def elementwise_batches(
     return [_batch(params, rows, states, group, seed_of) for params in lists.values()]
 
 
+def _backend(params: list[Tensor], group: Group) -> Backend:
+    """Return the backend of a list. Dispatch tables know the paper's diagonal step only."""
+    first, dtype = params[0], arithmetic_dtype(params[0], group)
+    if takes_scaled_step(group):
+        return choose(first.device, dtype, group["fused"])
+    return for_diagonal(params, dtype, group["fused"])
+
+
 def _batch(
     params: list[Tensor],
     rows: Mapping[Tensor, int],
@@ -103,6 +112,6 @@ def _batch(
         params,
         state,
         torch.tensor([seed_of(param, 0) for param in params], dtype=torch.int32, device=first.device),
-        for_diagonal(params, arithmetic_dtype(first, group), group["fused"]),
+        _backend(params, group),
         [rows[param] for param in params] if any(needs_bits(*kind) for kind in stored) else [],
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -36,9 +36,9 @@ class IFShampoo(RootFreeOptimizer):
 
     **The options of the recipe** change one part each::
 
-        factor_init="gradient"      C = K = (q(1+λ))^(−1/4)·I at the first gradient that is not 0
+        factor_init="gradient"      C = K = (q(1+λ))^(−1/4)·I at the first update with a gradient that is not 0
         relative_damping=True       λq in the place of λ
-                                      q ← 0.95·q + 0.05·B·mean(G²), from B·mean(G²) at the first gradient that is not 0
+                                      q ← 0.95·q + 0.05·B·mean(G²) at every update; at the first one B·mean(G²)
         direction="whitened"        Δ_C = ½[(B/d)·AAᵀ + √λ·(tr K/d)·C − γI]          Δ_K likewise
                                       C ← C − ½β₂/max(1, ‖m_C‖)·(C·m_C + m_C·C)      K likewise
                                       U = C·G·K
@@ -60,7 +60,11 @@ class IFShampoo(RootFreeOptimizer):
     axes, or with a side of 1, takes the diagonal step of `RFRMSProp` with the same options. With options of the recipe
     each such tensor has an s, a q and an update's norm of its own (p × 1 for "muon")::
 
-        s ← (1 − β₂γ)s + β₂·B·g², from q if factor_init="gradient";   u = M'/(s + λ), or M'/(√s + √λ) if whitened
+        s ← (1 − β₂γ)s + β₂·B·g²          from 1, or from 0 if factor_init="gradient"
+        q ← (1 − β₂γ)q + β₂·B·mean(g²)    the mean of s
+        u = M'/(s + λ), or M'/(√s + √λ) if whitened
+
+    Without an `update_norm`, that start from 0 makes the first steps of vectors large, as those of torch's RMSprop are.
 
     Args:
         params: parameters, named parameters or groups; FP32, BF16, FP16 or FP64, of any shape and strides.
@@ -73,13 +77,14 @@ class IFShampoo(RootFreeOptimizer):
         riemannian_momentum: α₂, the momentum of the factors.
         damping: λ. For small gradients, lr/(λ(1−α₁)) is the step size of plain SGD.
         weight_decay: κ, added to the preconditioned gradient before the momentum.
-        decoupled_weight_decay: apply the decay to the weights instead, W ← (1 − β₁κ)W, as in AdamW.
+        decoupled_weight_decay: apply the decay to the weights instead, W ← (1 − β₁κ)W, as in AdamW. With
+            `momentum_on="gradient"` both are the same.
         direction: "root_free" (the paper's) or "whitened".
         momentum_on: what the momentum averages, "update" (the paper's heavy ball) or "gradient".
         nesterov: look ahead in the average of gradients.
         update_norm: "muon" or "rms" scales every update to a fixed norm. None leaves it as it is (the paper's).
         update_scale: s, a factor of that norm. "rms" with 0.2 makes steps as large as AdamW's are with the same lr.
-        relative_damping: make λ relative to the mean curvature q of the block.
+        relative_damping: make λ relative to the mean curvature q of the block (of the tensor, in the diagonal step).
         factor_init: where C and K start, "identity" (the paper's) or "gradient".
         gamma: γ. 1 averages the curvature (as RMSProp), 0 sums it (as AdaGrad).
         precondition_frequency: T, or a callable that takes a parameter's step (0, 1, …) and returns whether its factors
@@ -97,7 +102,7 @@ class IFShampoo(RootFreeOptimizer):
             of an n × n block then takes 8 + 2/n bytes for each weight instead of 12.
         factor_dtype: the dtype of C, K and m: torch.bfloat16, torch.float32 or torch.float64.
         matmul_dtype: the dtype in which the factors are multiplied. None is `factor_dtype`, or FP32 on a CPU that
-            multiplies BF16 slowly.
+            multiplies BF16 slowly. Each process measures that once: pass a dtype if processes have to agree bitwise.
         state_dtype: the dtype of the momentum buffer and of the diagonal step's state. None is FP32 (FP64 for FP64
             parameters).
         rounding: how BF16 factors are rounded: "stochastic", "compensated" (bitwise FP32 factors, in two more bytes) or
@@ -112,16 +117,18 @@ class IFShampoo(RootFreeOptimizer):
             outside of it, and `torch.compile` makes one graph of it (`fullgraph=True`). Pass lr as a Tensor on the
             device, or its present value is compiled in. It needs T = 1.
 
-    A group's `direction`, `relative_damping`, `factor_init` and `momentum_on` are set before its first step.
+    A group's `direction`, `relative_damping`, `factor_init` and `momentum_on` are set before its first step. Another
+    `direction` or `momentum_on` afterwards is an error.
 
     The state of a matrix is `step` and `momentum_buffer`, and for its n blocks of one shape: `factor_c` [n, p, p],
     `factor_k` [n, d, d], `momentum_c` and `momentum_k` of the same shapes (packed: [n, p + 1, p/2] for even p,
-    [n, p, (p + 1)/2] for odd p, and the same for d), and `skipped` [n]. `curvature` [n] is q, if it is needed.
-    Compensated rounding adds int16 `residual_c` and `residual_k`, and `weight_residual` for BF16 weights. If blocks
-    differ in shape, further names end in .1, .2 and .3.
+    [n, p, (p + 1)/2] for odd p, and the same for d), and `skipped` [n]. `curvature` [n] is q, if it is needed (0-d in
+    the diagonal step). Compensated rounding adds int16 `residual_c` and `residual_k`, and `weight_residual` for BF16
+    weights. If blocks differ in shape, further names end in .1, .2 and .3.
 
-    A step leaves out a whole block if its gradient is not finite, or so large that its square overflows. `skipped`
-    counts such steps. The next step goes on.
+    A step leaves out a whole block if its gradient is not finite, or so large that its square overflows. The diagonal
+    step leaves out elements by the paper's rule, and whole tensors with options of the recipe. `skipped` counts such
+    steps. The next step goes on.
 
     Raises:
         ValueError: an option or a parameter cannot be served. The message names it, its value and the remedy.
@@ -177,23 +184,30 @@ class IFShampoo(RootFreeOptimizer):
         weight_decay: float = 0.2,
         *,
         heads: Collection[str] = (),
+        rest: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> IFShampoo:
         """Return an optimizer of all trainable parameters of a model, with the options of `RECIPE`.
 
-        Matrices take the whitened step of the recipe. Embeddings, output heads and vectors take its diagonal step
-        (`structure="elementwise"`). `split_params` decides which is which. Tune lr and weight_decay: the settings of
-        all parts follow from them, and no `batch_size` is needed.
+        Matrices take the whitened step of the recipe. Embeddings, output heads and vectors take its diagonal step.
+        `split_params` decides which is which. Tune lr and weight_decay: the settings of all parts follow from them, and
+        no `batch_size` is needed.
+
+        The update of an embedding, a head or a vector has a root mean square of 0.02·lr over all of its elements. If a
+        batch touches few rows of a large embedding, these rows therefore take larger steps.
 
         Args:
             model: any module. Frozen parameters are left out.
             lr: β₁, that of Muon, the same in all groups.
             weight_decay: κ of the matrices, W ← (1 − β₁κ)W.
             heads: names of further modules to count as output heads (see `split_params`).
-            options: further options of `IFShampoo`, for all groups, in the place of those of the recipe.
+            rest: options of embeddings, heads and vectors. They have `structure`, `beta2`, `update_norm`,
+                `update_scale` and `weight_decay` of their own (`rootfree_kernels.optim.recipe.model_groups`).
+            options: further options of `IFShampoo`, for all groups, in the place of those of the recipe. They do not
+                replace the options that embeddings, heads and vectors have of their own.
 
         Raises:
             ValueError: `heads` names a module that the model does not have, or an option cannot be served.
         """
-        groups = model_groups(split_params(model, heads), weight_decay)
+        groups = model_groups(split_params(model, heads), weight_decay, rest or {})
         return cls(groups, lr, **{**RECIPE, "weight_decay": weight_decay, **options})

@@ -29,6 +29,7 @@ from rootfree_kernels.optim.state_spec import (
     label_of,
     layout_options,
     new_state,
+    rule_of,
     state_spec,
     tiles_of,
 )
@@ -67,6 +68,7 @@ class Planner:
         self.traced: dict[int, list[list[StepPlan]]] = {}
         self._checked: dict[int, Any] = {}  # the options and parameters for which a group's state was checked
         self._seeds: dict[Tensor, int] = {}  # the index of every parameter
+        self._rules: dict[int, dict[str, Any]] = {}  # by which rule the state of a group was made
 
     def planned_steps(self, groups: Sequence[Group], states: States) -> list[PlannedStep]:
         """Return what this step has to do. All checks of all groups come first, then what has to be made.
@@ -106,6 +108,7 @@ class Planner:
         for param in group["params"]:
             if param.grad is not None and not states[param]:
                 states[param].update(new_state(param, group))
+        self._rules.setdefault(number, rule_of(group))
         seed_of = partial(self._seed, groups, group)
         if number not in self.caches:
             self.caches[number] = self._new_cache(group, states, seed_of)
@@ -161,6 +164,11 @@ class Planner:
     def _check(self, number: int, group: Group, states: States) -> None:
         """Raise if an option, a gradient, the state or the backend cannot be served."""
         check_options(group)
+        if rule_of(group) != (rule := self._rules.get(number, rule_of(group))):
+            raise ValueError(
+                f"{rule_of(group)} in a group whose state was made with {rule}: set them before the first step, or "
+                "make a new optimizer."
+            )
         for index, param in enumerate(group["params"]):
             if param.grad is not None and (problem := grad_problem(param, param.grad)):
                 raise RuntimeError(f"{label_of(group, index)} {problem}")

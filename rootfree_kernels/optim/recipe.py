@@ -1,10 +1,12 @@
 """Two sets of options of `IFShampoo`: the paper's rule, and the recipe, which trains better.
 
-Pass one as `IFShampoo(params, **RECIPE)`. `IFShampoo.for_model` also splits a model and gives each part its options.
+`IFShampoo.for_model` splits a model and gives each part its options. `IFShampoo(params, lr=0.045, **RECIPE)` is for
+matrices of your own choice: embeddings, heads and vectors want other options (see `model_groups`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -41,19 +43,23 @@ RECIPE: MappingProxyType[str, Any] = MappingProxyType(
 """What surrounds Muon's direction, around the whitened one: nothing depends on the scale of the loss."""
 
 REST_SCALE = 0.02
-"""The size of an element's update in embeddings, heads and vectors, relative to lr."""
+"""The root mean square of an update of an embedding, a head or a vector, relative to lr."""
 
 REST_BETA2 = 0.02
 """β₂ of embeddings, heads and vectors."""
 
 
-def model_groups(split: ParamSplit, weight_decay: float) -> list[dict[str, Any]]:
-    """Return the groups of a model, with the options by which embeddings, heads and vectors differ from RECIPE."""
-    rest = {
+def model_groups(split: ParamSplit, weight_decay: float, rest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the groups of a model, with the options by which embeddings, heads and vectors differ from RECIPE.
+
+    `rest` replaces some of these.
+    """
+    options = {
         "structure": "elementwise",
         "update_norm": "rms",
         "update_scale": REST_SCALE,
         "beta2": REST_BETA2,
         "weight_decay": REST_SCALE * weight_decay,
+        **rest,
     }
-    return split.groups(embeddings_and_heads=rest, vectors=rest)
+    return split.groups(embeddings_and_heads=options, vectors=options)

@@ -104,6 +104,11 @@ def norms_dtype(param: Tensor, group: Group) -> torch.dtype:
     return torch.promote_types(torch.float32, arithmetic_dtype(param, group))
 
 
+def rule_of(group: Group) -> dict[str, Any]:
+    """Return the options that decide what the factors and the momentum buffer mean, whatever their shapes."""
+    return {name: group[name] for name in ("direction", "momentum_on") if name in group}
+
+
 def suffix(tile_number: int) -> str:
     """Return the suffix of a tile's state keys: "", ".1", ".2", …"""
     return f".{tile_number}" if tile_number else ""

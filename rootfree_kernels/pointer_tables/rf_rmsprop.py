@@ -1,6 +1,6 @@
 """What the kernels of `rf_rmsprop` on a GPU are handed, Triton's and CUDA's: a table of tensors and some scalars.
 
-The kernels of `scaled_rmsprop` are handed the same, with one more column.
+The kernels of `scaled_rmsprop` are handed the same, with one more column: the addresses of q.
 
 (The C++ kernels take the tensors themselves.)
 """

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rootfree_kernels import IFShampoo, RFRMSProp
+from rootfree_kernels import RECIPE, IFShampoo, RFRMSProp
 from tests.calls.graphs import captured
 from tests.calls.optimizers import snapshot
 from tests.calls.tensors import assert_same_bits
@@ -49,6 +49,9 @@ CASES = [
     Case(IFShampoo, torch.bfloat16, {**BLOCKS, **COMPENSATED}),
     Case(IFShampoo, torch.float32, {**BLOCKS, "packed_momentum": True, "state_dtype": torch.bfloat16}),
     Case(IFShampoo, torch.float32, {**BLOCKS, "fused": False}),
+    Case(IFShampoo, torch.float32, {**BLOCKS, **RECIPE}),
+    Case(IFShampoo, torch.bfloat16, {**BLOCKS, **COMPENSATED, **RECIPE, "direction": "root_free"}),
+    Case(IFShampoo, torch.float32, {**BLOCKS, **RECIPE, "fused": False}),
 ]
 
 
