@@ -47,6 +47,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "weight_decay": 0.1,  # torch's default
         "adamw_lr": 3e-3,  # for embeddings, head and norms; the search at width 128 (bench.tune_demo) had 3.02e-3
     },
+    "recipe": {
+        "lr": 0.03,  # Muon's, since updates have the same size
+        "weight_decay": 0.1,  # likewise
+    },
     # The best of seven by held-out loss, around the demo's settings, at width 256 (two layers, 150 steps of 8 × 128
     # bytes, on a CPU): 2.420 at half the demo's lr and damping. The demo's own gave 2.424, a quarter of them 2.448,
     # twice 2.430; at the demo's lr beta2 .2 gave 2.483 and damping 9e-5 2.427; at half of it beta2 .04 gave 2.850.
@@ -76,6 +80,20 @@ def if_shampoo(model: nn.Module, **settings: Any) -> Optimizer:
     return IFShampoo(model.parameters(), **settings)
 
 
+def recipe(
+    model: nn.Module,
+    lr: float,
+    weight_decay: float,
+    momentum: float = 0.9,
+    beta2: float = 0.95,
+    damping: float = 1e-8,
+    factor_dtype: torch.dtype = torch.bfloat16,
+) -> Optimizer:
+    """IFShampoo by its recipe, on the whole model."""
+    options: dict[str, Any] = {"momentum": momentum, "beta2": beta2, "damping": damping, "factor_dtype": factor_dtype}
+    return IFShampoo.for_model(model, lr, weight_decay, **options)
+
+
 def rf_rmsprop(model: nn.Module, **settings: Any) -> Optimizer:
     return RFRMSProp(model.parameters(), **settings)
 
@@ -83,6 +101,7 @@ def rf_rmsprop(model: nn.Module, **settings: Any) -> Optimizer:
 METHODS: dict[str, tuple[Callable[..., Optimizer], Callable[..., Any]]] = {
     "adamw": (adamw, torch.optim.AdamW),
     "muon": (demo_peers.muon, demo_peers.muon),
+    "recipe": (recipe, recipe),
     "ifshampoo": (if_shampoo, IFShampoo),
     "rfrmsprop": (rf_rmsprop, RFRMSProp),
 }

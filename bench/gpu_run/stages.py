@@ -21,8 +21,9 @@ Command = list[str]
 TESTS = (
     *(f"triton/test_kron_{name}.py" for name in ("gather", "factor", "products", "step", "steps")),
     *("cuda/test_rf_rmsprop_gpu.py", "cuda/test_clipped_momentum_gpu.py", "optim/test_capture.py"),
-    *("triton/test_rf_rmsprop.py", "triton/test_rf_rmsprop_arguments.py", "triton/test_clipped_momentum.py"),
-    *("triton/test_memory.py", "optim/test_on_triton.py", "optim/test_launches.py", "optim/test_streams.py"),
+    *("triton/test_rf_rmsprop.py", "triton/test_scaled_rmsprop.py", "triton/test_clipped_momentum.py"),
+    *("triton/test_rf_rmsprop_arguments.py", "triton/test_memory.py", "optim/test_on_triton.py"),
+    *("optim/test_launches.py", "optim/test_streams.py"),
     *("ops/test_dispatch_runs.py", "optim/test_no_reads.py", "test_ranges.py", "optim/test_packed_momentum.py"),
     *("ops/test_kernel_momentum.py", "bench/test_run.py", "ops/test_opcheck.py"),
 )
@@ -149,7 +150,7 @@ def ncu(limits: Limits) -> list[Command]:
 
 
 def language(limits: Limits) -> list[Command]:
-    methods = 4
+    methods = 5
     each = max(5, (limits.seconds - 35) // methods)
     options = ["--device", "cuda", "--size", "30m", "--seconds", each, "--out", limits.folder / "language"]
     return [python("bench.demo", *options)]

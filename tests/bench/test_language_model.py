@@ -295,7 +295,7 @@ def test_lines_are_on_the_disk_before_the_next_step(tmp_path: Path) -> None:
         (["--device", "tpu"], "invalid choice: 'tpu'"),
         (["--seconds", "0"], "0 is not above 0"),
         (["--set", "adamw.lr"], "is not METHOD.OPTION=VALUE"),
-        (["--set", "sgd.lr=1"], "no method 'sgd': choose one of adamw, muon, ifshampoo, rfrmsprop"),
+        (["--set", "sgd.lr=1"], "no method 'sgd': choose one of adamw, muon, recipe, ifshampoo, rfrmsprop"),
         (["--set", "adamw.beta2=1"], "adamw has no option 'beta2': choose one of lr, betas"),
         (["--set", "rfrmsprop.damping=-1"], "--set for rfrmsprop: ValueError: "),
         (["--optimizers", "adamw", "--set", "muon.lr=.1"], "muon is not among --optimizers"),
