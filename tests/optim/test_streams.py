@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rootfree_kernels import IFShampoo, RFRMSProp
+from rootfree_kernels import RECIPE, IFShampoo, RFRMSProp
 from rootfree_kernels.ops import operators
 from rootfree_kernels.pointer_tables import tables
 from tests.calls.tables import STORES, forget_tables, note_copies, num_kept
@@ -31,13 +31,20 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="streams need a GPU that PyTorch can use"),
 ]
 
-KERNELS = ("kron_gather", "kron_norms", "kron_factor", "kron_step", "products", "rf_rmsprop", "clipped_momentum")
+KERNELS = (
+    *("kron_gather", "kron_start", "kron_norms", "kron_factor", "kron_whiten", "kron_step", "kron_apply", "products"),
+    *("rf_rmsprop", "scaled_rmsprop", "clipped_momentum"),
+)
 SHAPES = ((64, 48), (33, 21), (70,))
 Maker = Callable[[], torch.optim.Optimizer]
 
 
 def if_shampoo() -> torch.optim.Optimizer:
     return IFShampoo(parameters(), lr=1e-3, batch_size=4, fused=True)
+
+
+def recipe() -> torch.optim.Optimizer:
+    return IFShampoo(parameters(), **RECIPE, fused=True)
 
 
 def rf_rmsprop() -> torch.optim.Optimizer:
@@ -97,7 +104,7 @@ def step_in_two_streams(first: Maker, second: Maker) -> None:
                 optimizer.step()
 
 
-MAKERS: dict[str, Maker] = {"if_shampoo": if_shampoo, "rf_rmsprop": rf_rmsprop}
+MAKERS: dict[str, Maker] = {"if_shampoo": if_shampoo, "recipe": recipe, "rf_rmsprop": rf_rmsprop}
 
 
 def all_races() -> dict[str, list[str]]:
