@@ -34,6 +34,10 @@ class Case:
     def is_shampoo(self) -> bool:
         return self.optimizer is IFShampoo
 
+    @property
+    def is_recipe(self) -> bool:
+        return self.options.get("momentum_on") == "gradient"
+
     def make(self, params: Any, **changes: Any) -> torch.optim.Optimizer:
         return self.optimizer(params, **{**OPTIONS, **self.options, **changes})
 

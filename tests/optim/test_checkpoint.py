@@ -114,6 +114,7 @@ def test_loading_keeps_every_dtype(case: Case) -> None:
         "momentum": factors,
         "residual": torch.int16,
         "skipped": torch.int32,
+        "curvature": torch.float32,
     }
     for state in loaded.state.values():
         for name, value in state.items():

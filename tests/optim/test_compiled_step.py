@@ -79,7 +79,8 @@ def test_a_step_is_one_graph_that_is_compiled_once(case: Case) -> None:
     assert twins.compilations() == 1
     called = {str(node.target) for node in twins.counter.graphs[0].graph.nodes if "rootfree" in str(node.target)}
     kron = {f"rootfree.{stem}.default" for stem in ("kron_gather", "kron_factor", "kron_step")}
-    assert called == ({"rootfree.rf_rmsprop.default"} | (kron if case.is_shampoo else set()))
+    diagonal = "scaled_rmsprop" if case.is_recipe else "rf_rmsprop"
+    assert called == ({f"rootfree.{diagonal}.default"} | (kron if case.is_shampoo else set()))
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="TorchInductor needs a C++ compiler")
