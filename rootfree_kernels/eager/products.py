@@ -35,7 +35,7 @@ def curvature_step(
     factor: Tensor,  # C [L, p, p]
     other: Tensor,  # K [L, d, d]
     options: FactorOptions,
-    curvature: Curvature | None,  # of L blocks
+    curvature: Curvature | None = None,  # of L blocks
 ) -> Tensor:
     """Return Δ_C, wide [L, p, p]: see `rootfree_kernels.eager.kron_factor`.
 
