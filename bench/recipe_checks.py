@@ -32,6 +32,7 @@ class Case(NamedTuple):
     clip: float | None = None
 
 
+WHITENED = {"direction": "whitened", "damping": 1e-8}
 FP32 = {"factor_dtype": torch.float32}
 CASES = {
     "adamw": Case("adamw", {}),
@@ -40,6 +41,7 @@ CASES = {
     "recipe, FP32 factors": Case("recipe", FP32),
     "recipe, compensated BF16 factors": Case("recipe", {"rounding": "compensated"}),
     "recipe, root-free direction": Case("recipe", {"direction": "root_free", "damping": 1e-3}),
+    "recipe, root-free matrices": Case("recipe", {"direction": "root_free", "damping": 1e-3, "rest": WHITENED}),
     "recipe, clipped at 1": Case("recipe", {}, clip=1.0),
     "recipe, clipped at 0.01, always": Case("recipe", {}, clip=0.01),
 }
