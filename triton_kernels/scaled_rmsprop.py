@@ -48,7 +48,8 @@ CHUNK, MAX_SHARES, NUM_WARPS = 1024, 1024, 4
 sums of all of them."""
 
 MAX_REGISTERS = 96
-"""Registers of a thread that the step may use on Hopper. Without a number, the compiler saves some, and spills."""
+"""Registers of a thread that the last two launches may use on Hopper. Without a number, the compiler saves some, and
+spills."""
 
 _CHUNK, _PART = tl.constexpr(CHUNK), tl.constexpr(CHUNK // 4)  # masked chunks take more registers, so in parts
 _MAX_SHARES = tl.constexpr(MAX_SHARES)
@@ -382,7 +383,7 @@ def configurations() -> Iterator[Configuration]:
         dtypes = [TRITON_DTYPES[dtype] for dtype in (grad, square, buffer)]
         kind = _kind({square}, {grad, buffer})
         for mode in _modes(square):
-            yield Configuration(scaled_average_kernel, average, (*dtypes, mode), NUM_WARPS, 1, kind)
+            yield Configuration(scaled_average_kernel, average, (*dtypes, mode), NUM_WARPS, 1, kind, MAX_REGISTERS)
     for param, square, buffer in product(GRAD_DTYPES, STATE_DTYPES, STATE_DTYPES):
         for grad in GRAD_DTYPES[param]:
             dtypes = [TRITON_DTYPES[dtype] for dtype in (param, grad, square, buffer)]
@@ -446,6 +447,7 @@ def scaled_rmsprop(
         ),
         (grad, square, buffer, call.modes[0]),
         NUM_WARPS,
+        max_registers=MAX_REGISTERS,
     )
     launch(
         scaled_step_kernel,
