@@ -58,7 +58,7 @@ def test_a_step_is_the_reference_s(dtype, rounding, rule):
         }
     ),
 )
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=1000, deadline=None)
 def test_fp64_steps_are_the_reference_s_to_twelve_digits(rule, seed, sizes, options):
     call = ScaledCall(sizes, ("whole",), FP64, FP64, FP64, FP64, seed=seed, rule=rule, options=options)
     lists, _ = call.tensors()
