@@ -1,4 +1,4 @@
-"""What the recipe promises, on the model of the demo: one setting for every seed, dtype of factors and clip.
+"""Train the model of the demo by the recipe with several seeds, dtypes of factors and clips, and the same settings.
 
     python -m bench.recipe_checks [--seeds 0 1 2] [--cases NAME ...]
 

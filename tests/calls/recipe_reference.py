@@ -24,7 +24,7 @@ PAPER = {
 
 @dataclass
 class RecipeState(ref.KronState):
-    """As `KronState`, with q (``curvature``). ``buffer`` holds M if the momentum is that of the gradient."""
+    """As `KronState`, with q (``curvature``). ``buffer`` holds M if gradients are averaged."""
 
     curvature: np.ndarray
 
