@@ -1,7 +1,8 @@
 """In which dtype a CPU multiplies BF16 factors: measured once in a process, when it is first asked for.
 
-A processor's flags do not say whether BF16 is fast. Where it has no instructions for BF16, or where they serve only some
-of a library's products, a BF16 product takes longer than an FP32 one (`python -m rootfree_kernels` prints the ratio).
+A processor's flags do not say whether BF16 is fast. Where it has no instructions for BF16, or where they serve only
+some of a library's products, a BF16 product takes longer than an FP32 one. `python -m rootfree_kernels` prints the
+ratio.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ SIDES, ROUNDS = (128, 256), 5
 """The sides of the matrices that are multiplied, and how often: a few milliseconds in all."""
 
 CLEARLY_SLOWER = 4.0
-"""From this ratio of times on, larger matrices are not tried. On CPUs that lack the instructions PyTorch multiplies BF16
-in plain loops, and a larger product would take seconds."""
+"""From this ratio of times on, larger matrices are not tried. On CPUs that lack the instructions PyTorch multiplies
+BF16 in plain loops, and a larger product would take seconds."""
 
 CLEARLY_FASTER = 0.8
 """BF16 is chosen up to this ratio of times. A tie would be decided by noise, differently in every process."""
