@@ -59,9 +59,9 @@ test: $(STAMP)
 	@$(VPY) -m pytest $(PYTEST_ARGS)
 
 kernels: $(STAMP) $(OLDEST)/.installed
-	@$(VPY) -m bench.compile_kernels $(KERNEL_ARGS)
-	@PYTHONPATH="$(OLDEST)$${PYTHONPATH:+:$$PYTHONPATH}" $(VPY) -m bench.compile_kernels $(KERNEL_ARGS)
-	@$(VPY) -m bench.compile_cuda $(KERNEL_ARGS)
+	@$(VPY) -m bench.gate.triton $(KERNEL_ARGS)
+	@PYTHONPATH="$(OLDEST)$${PYTHONPATH:+:$$PYTHONPATH}" $(VPY) -m bench.gate.triton $(KERNEL_ARGS)
+	@$(VPY) -m bench.gate.cuda $(KERNEL_ARGS)
 
 sanitize: $(STAMP)
 	@.ci/sanitize
@@ -81,17 +81,17 @@ demo: $(STAMP)
 	@$(VPY) -m bench.demo
 
 peers: $(STAMP)
-	@$(VPY) -m bench.peers --install
+	@$(VPY) -m bench.common.peers --install
 
 bench: $(STAMP)
-	@$(VPY) -m bench.run $(BENCH_ARGS)
+	@$(VPY) -m bench.compare $(BENCH_ARGS)
 
 gpu-bench:
-	@$(PYTHON) -m bench.gpu_machine
-	@$(PYTHON) -m bench.run --device cuda $(BENCH_ARGS)
+	@$(PYTHON) -m bench.gpu_run.machine
+	@$(PYTHON) -m bench.compare --device cuda $(BENCH_ARGS)
 
 bench-pytest: $(STAMP)
-	@$(VPY) -m pytest bench/benchmarks --benchmark-autosave $(PYTEST_ARGS)
+	@$(VPY) -m pytest bench/steps/benchmarks --benchmark-autosave $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	@$(VPY) -m ruff check .

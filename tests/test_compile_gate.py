@@ -19,9 +19,9 @@ pytest.importorskip("triton", reason="Triton is not installed")
 import triton
 import triton.language as tl
 
-from bench import compile_kernels
-from bench.compile_kernels import Job, Row, worst
-from bench.machine_code import TARGETS, count, parse_amdgcn, parse_resource_usage, parse_sass
+from bench.gate import triton as compile_kernels
+from bench.gate.machine_code import TARGETS, count, parse_amdgcn, parse_resource_usage, parse_sass
+from bench.gate.triton import Job, Row, worst
 from rootfree_kernels.triton_kernels.common import dot
 from rootfree_kernels.triton_kernels.configuration import Configuration
 
@@ -112,7 +112,7 @@ def run_gate(folder: Path, *arguments: str) -> tuple[int, str, list[dict[str, An
     environment = {**os.environ, **changed, "PYTHONIOENCODING": "utf-8"}
     file, output = folder / f"rows-{triton.__version__}.json", folder / "rows-{triton}.json"
     file.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "bench.compile_kernels", "--module", __name__, "--output", str(output)]
+    command = [sys.executable, "-m", "bench.gate.triton", "--module", __name__, "--output", str(output)]
     result = subprocess.run(
         [*command, *arguments],
         cwd=ROOT,

@@ -22,8 +22,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from bench import gpu_machine
 from bench.gpu_run import bundle
+from bench.gpu_run import machine as gpu_machine
 from bench.gpu_run.process import Outcome, pack, run_commands
 from bench.gpu_run.stages import FAILED, ROOT, STAGES, Limits, Stage
 

@@ -25,12 +25,12 @@ from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+from bench.common.paths import ROOT
+from bench.common.peers import CHECKOUTS, COMMIT, PEERS
+from bench.common.record import commit
 from bench.gpu_run.stages import HUGE
-from bench.peers import CHECKOUTS, COMMIT, PEERS
-from bench.record import commit
 from rootfree_kernels.native import build_record
 
-ROOT = Path(__file__).resolve().parents[2]
 BUNDLE = ROOT / ".gpu-bundle"
 ABOUT, CACHE, OTHERS, PACKAGES = "about.json", "triton-cache.tgz", "peers.tgz", "packages.tgz"
 FAKE_GPU = ROOT / "tests" / "fake_gpu"

@@ -10,9 +10,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-from bench import gpu_machine
+from bench.common.paths import ROOT
+from bench.gpu_run import machine as gpu_machine
 
-ROOT = Path(__file__).resolve().parents[2]
 FAILED = "failed.txt"
 """Names of the tests that failed: in a run's folder, and in a bundle those that stage `again` repeats."""
 
@@ -127,14 +127,14 @@ def peers(limits: Limits) -> list[Command]:
     names = "|".join(CONTESTANTS)
     options = ["--device", "cuda", "--only", "GPT-2 124M", "--sections", "steps", "training"]
     options += ["--optimizers", f"^({names})$", "--seconds", max(10, limits.seconds - 30)]
-    return [python("bench.run", *options, "--out", limits.folder / "peers")]
+    return [python("bench.compare", *options, "--out", limits.folder / "peers")]
 
 
 def profile(limits: Limits) -> list[Command]:
     options = ["--device", "cuda", "--out", limits.folder / "profile"]
     return [
-        python("bench.profile_step", "--steps", 5, *options),
-        python("bench.profile_step", "--frequency", 10, "--steps", 10, *options),
+        python("bench.profile", "--steps", 5, *options),
+        python("bench.profile", "--frequency", 10, "--steps", 10, *options),
     ]
 
 
@@ -142,7 +142,7 @@ def ncu(limits: Limits) -> list[Command]:
     """Two batches' launches of the matrix kernels, in an update and the step behind it."""
     report = limits.folder / "ncu"
     options = ["--clock-control", "none", "--profile-from-start", "off", "-k", "regex:kron_", "-c", "10"]
-    step = python("bench.profile_step", "--nsys", "--steps", 1)
+    step = python("bench.profile", "--nsys", "--steps", 1)
     return [
         ["ncu", *options, "--set", "full", "-o", str(report), "-f", *step],
         ["ncu", "--import", f"{report}.ncu-rep", "--page", "details"],

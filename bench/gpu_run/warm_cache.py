@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
-from bench.gpt2 import GPT2
-from bench.optimizers import dion_muon
-from bench.peers import why_missing
-from bench.workloads import gpt2_matrices
+from bench.common.gpt2 import GPT2
+from bench.common.peers import why_missing
+from bench.common.workloads import gpt2_matrices
+from bench.compare.optimizers import dion_muon
 from rootfree_kernels import IFShampoo, RFRMSProp
 from rootfree_kernels.ops.backends import choose
 from rootfree_kernels.rounding import ROUNDINGS

@@ -1,7 +1,7 @@
 """Measured choices: which of several ways to do the same work is fastest on a device.
 
 A table belongs to a device by its name. For an operation and a class of shapes it says what was fastest there.
-`python -m bench.dispatch` makes it from the records of `make gpu`.
+`python -m bench.make_dispatch_table` makes it from the records of `make gpu`.
 
     operation   choices                     by
     diagonal    triton, cuda, cpp, eager    `numbers`, the elements of the list in all, and its number of `tensors`
@@ -38,7 +38,7 @@ from rootfree_kernels.backend import Backend, FactorDtypes
 from rootfree_kernels.ops.backends import NAMES, choose, forced, named
 
 TABLES = Path(__file__).with_name("dispatch_tables")
-REMEDY = "Make a new table (python -m bench.dispatch), or ignore it: ROOTFREE_DISPATCH=off."
+REMEDY = "Make a new table (python -m bench.make_dispatch_table), or ignore it: ROOTFREE_DISPATCH=off."
 MAX_DOUBLINGS = 1
 """The most doublings by which each size of a shape may differ from a class whose choice it takes."""
 

@@ -9,7 +9,7 @@
 
 The functions of this file are what the optimizers call: their arguments are those of `rootfree_kernels.eager`, followed
 by the backend. They call the backend directly, because PyTorch's dispatcher unpacks and packs every tensor of every
-list, which takes a large part of a step's time on the host (`python -m bench.host_step`). Only compilers, dispatch
+list, which takes a large part of a step's time on the host (`python -m bench.steps.host`). Only compilers, dispatch
 modes and profilers need to see an operator: for them the call goes through `torch.ops.rootfree`.
 
 Schemas are flat: the fields of the named tuples one after the other (those of `Preconditioner` in three places), and

@@ -5,7 +5,7 @@
     StepPlan      the batches of one step, for the parameters that have gradients and the factors that are due
 
 Every step asks whether they are still valid. The checks are passes over lists that run in C, since they are a large
-part of a step's time on the host (`python -m bench.host_step`).
+part of a step's time on the host (`python -m bench.steps.host`).
 """
 
 from __future__ import annotations

@@ -16,8 +16,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import contest, peers, plots, scaling, training
-from bench.optimizers import ENTRIES, Entry
+from bench.common import peers
+from bench.compare import contest, plots, scaling, training
+from bench.compare.optimizers import ENTRIES, Entry
 
 
 class FakeClock:

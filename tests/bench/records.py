@@ -1,11 +1,11 @@
-"""Records of `bench.run`, written by hand, for what is made of them."""
+"""Records of `bench.compare`, written by hand, for what is made of them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any
 
-from bench.contest import OTHER, UPDATE
+from bench.compare.contest import OTHER, UPDATE
 
 SIDES = {"1024²": 1024, "1024×4096": 4096, "GPT-2 124M": 3072, "16²": 16}
 
@@ -50,7 +50,7 @@ def trained(optimizer: str, mean: float, task: str = "GPT-2 124M", **changes: An
 def record(steps: Iterable[dict[str, Any]] = (), device_type: str = "cpu", **changes: Any) -> dict[str, Any]:
     """All of a run, in which nothing but these was measured."""
     return {
-        "command": "python -m bench.run",
+        "command": "python -m bench.compare",
         "date": "2026-01-02",
         "commit": "abc1234",
         "processor": "A processor",

@@ -1,4 +1,4 @@
-"""What `bench.run` measured by several backends can be written back as a dispatch table."""
+"""What `bench.compare` measured by several backends can be written back as a dispatch table."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import json
 import pytest
 import torch
 
-from bench import dispatch
-from bench.contest import OTHER, UPDATE
-from bench.run import main
-from bench.run_alternatives import alternatives, backend_of
-from bench.workloads import Workload
+from bench import make_dispatch_table as dispatch
+from bench.common.workloads import Workload
+from bench.compare.__main__ import main
+from bench.compare.alternatives import alternatives, backend_of
+from bench.compare.contest import OTHER, UPDATE
 from rootfree_kernels import IFShampoo
 from rootfree_kernels.ops.dispatch import parse
 

@@ -8,11 +8,11 @@ from math import inf
 import pytest
 import torch
 
-from bench.contest import OTHER, UPDATE, Contestant, Gradients, Limits, mean_step, run_contest
-from bench.gpu_timing import MAX_LEAD, Timing
-from bench.optimizers import ENTRIES, WHOLE
-from bench.restarts import Spoiled
-from bench.workloads import Workload
+from bench.common.restarts import Spoiled
+from bench.common.timing import MAX_LEAD, Timing
+from bench.common.workloads import Workload
+from bench.compare.contest import OTHER, UPDATE, Contestant, Gradients, Limits, mean_step, run_contest
+from bench.compare.optimizers import ENTRIES, WHOLE
 from tests.bench.fakes import FakeClock, failing_at, fake_entry, stopped_clock, two_costs
 
 CPU = torch.device("cpu")
@@ -140,7 +140,7 @@ def test_one_that_raises_is_recorded_gives_its_memory_back_and_the_others_go_on(
 
 def test_one_that_spoils_the_device_ends_the_contest_which_knows_whose_turn_it_was(contest, monkeypatch):
     one, broken, other = contest.enter(), contest.enter(cost=failing_at(4)), contest.enter()
-    monkeypatch.setattr("bench.contest.is_spoiled", lambda device: True)
+    monkeypatch.setattr("bench.compare.contest.is_spoiled", lambda device: True)
     turns = []
     with pytest.raises(Spoiled, match="broken in step 4"):
         run_contest([one, broken, other], LIMITS, inf, turns.append)

@@ -10,11 +10,11 @@ from collections import Counter
 import pytest
 import torch
 
-from bench.demo import CHOSEN, GPT, SHOWN, Task, batches, parse, standard_library, train
-from bench.demo_peers import MODULES
-from bench.demo_report import Run, seconds_to_baseline
-from bench.peers import PEERS, why_missing
-from bench.tune_demo import RECORD, SPACES, arguments_of, loss_of, points
+from bench.common.peers import PEERS, why_missing
+from bench.demo.__main__ import CHOSEN, GPT, SHOWN, Task, batches, parse, standard_library, train
+from bench.demo.peers import MODULES
+from bench.demo.report import Run, seconds_to_baseline
+from bench.demo.tune import RECORD, SPACES, arguments_of, loss_of, points
 from rootfree_kernels import split_params
 from tests.bench.fakes import without_peers
 

@@ -1,4 +1,4 @@
-"""`bench.dispatch`: from records to a table that dispatch reads."""
+"""`bench.make_dispatch_table`: from records to a table that dispatch reads."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from bench import dispatch, kernels
+from bench import make_dispatch_table as dispatch
+from bench.kernels import __main__ as kernels
 from rootfree_kernels.ops.backends import why_not
 from rootfree_kernels.ops.dispatch import TABLES, device_name, read, slug
 from tests.calls.device import DEVICE

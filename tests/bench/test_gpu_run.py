@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 from bench import gpu_run
+from bench.common.peers import COMMIT, PEERS, Peer
 from bench.gpu_run import __main__ as runner
 from bench.gpu_run import bundle, process, stages
 from bench.gpu_run.process import INTERRUPTED, KILLED, pack, run_commands
 from bench.gpu_run.stages import STAGES, Limits, Stage
-from bench.peers import COMMIT, PEERS, Peer
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENT = (

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from bench import gpu_diagonal, gpu_factors, gpu_machine, gpu_optimizers, gpu_symmetric, kernels, record
-from bench.gpt2 import (
+from bench.common import record
+from bench.common.gpt2 import (
     GPT2,
     Ceilings,
     Work,
@@ -31,10 +31,16 @@ from bench.gpt2 import (
     update_stages,
     whole_step,
 )
-from bench.gpu_cases import TINY, Case, CheckFailed, Context, Sizes, check, poisoned_memory
-from bench.gpu_report import Alternatives, Row, Target, cell, markdown, number
-from bench.gpu_timing import HostClock, Timer, Timing, clock_of, num_inputs
-from bench.restarts import Progress
+from bench.common.report import Alternatives, Row, Target, cell, markdown, number
+from bench.common.restarts import Progress
+from bench.common.timing import HostClock, Timer, Timing, clock_of, num_inputs
+from bench.gpu_run import machine as gpu_machine
+from bench.kernels import __main__ as kernels
+from bench.kernels import kron as gpu_factors
+from bench.kernels import optimizers as gpu_optimizers
+from bench.kernels import rf_rmsprop as gpu_diagonal
+from bench.kernels import symmetric as gpu_symmetric
+from bench.kernels.cases import TINY, Case, CheckFailed, Context, Sizes, check, poisoned_memory
 from rootfree_kernels.eager import EAGER
 from tests.calls.backends import stand_in
 from tests.calls.device import DEVICE

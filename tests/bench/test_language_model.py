@@ -1,4 +1,4 @@
-"""The language model of `bench.language_model`, in a version of seconds on the CPU."""
+"""The language model of `bench.demo.language`, in a version of seconds on the CPU."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ import pytest
 import torch
 from torch import nn
 
-from bench import language_model, language_options, language_settings
-from bench.demo_model import batches, warmup_cosine
-from bench.gpt2 import GPT2
-from bench.language_data import Corpus, read_corpus, sources
-from bench.language_model import Session, round_number, train
-from bench.language_options import is_asked_for, parse
-from bench.language_report import Course, common_step, seconds_to, table, write_report
-from bench.language_settings import METHODS, SIZES, parse_change, settings_of
+from bench.common.gpt2 import GPT2
+from bench.demo import language as language_model
+from bench.demo import language_options, language_settings
+from bench.demo.data import Corpus, read_corpus, sources
+from bench.demo.language import Session, round_number, train
+from bench.demo.language_options import is_asked_for, parse
+from bench.demo.language_report import Course, common_step, seconds_to, table, write_report
+from bench.demo.language_settings import METHODS, SIZES, parse_change, settings_of
+from bench.demo.model import batches, warmup_cosine
 
 TINY = SIZES["tiny"]
 CPU = torch.device("cpu")

@@ -1,4 +1,4 @@
-"""What `bench.run` counts of a step: bytes that are kept, bytes that are taken on the way, launches, and the least that
+"""What `bench.compare` counts of a step: bytes that are kept, bytes that are taken on the way, launches, and the least that
 the step could take; against numbers by hand."""
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from bench import roofline
-from bench.launches import count_launches
-from bench.memory import peak_bytes, state_bytes, storage_bytes, tensors_of
-from bench.optimizers import ENTRIES, WHOLE
-from bench.roofline import Roofline, work_of
-from bench.workloads import Workload
+from bench.common import roofline
+from bench.common.launches import count_launches
+from bench.common.memory import peak_bytes, state_bytes, storage_bytes, tensors_of
+from bench.common.roofline import Roofline, work_of
+from bench.common.workloads import Workload
+from bench.compare.optimizers import ENTRIES, WHOLE
 from rootfree_kernels import eager
 from rootfree_kernels.eager import cpu_matmul_dtype as matmul_dtype
 

@@ -1,14 +1,14 @@
-"""The page of `bench.run`, from records that are written by hand: every figure on it must follow from the record."""
+"""The page of `bench.compare`, from records that are written by hand: every figure on it must follow from the record."""
 
 from __future__ import annotations
 
 import pytest
 
-from bench.contest import UPDATE
-from bench.optimizers import WHOLE
-from bench.page import markdown, step_lines, target_lines
-from bench.page_targets import measured_rows, pick, targets
-from bench.peers import PEERS
+from bench.common.peers import PEERS
+from bench.compare.contest import UPDATE
+from bench.compare.optimizers import WHOLE
+from bench.compare.page import markdown, step_lines, target_lines
+from bench.compare.targets import measured_rows, pick, targets
 from tests.bench.records import SCALING, failed, record, row, timing, trained
 
 

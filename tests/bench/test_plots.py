@@ -1,4 +1,4 @@
-"""Plots of `bench.run`, also from a record that is not whole."""
+"""Plots of `bench.compare`, also from a record that is not whole."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from bench import plots, run
+from bench.compare import __main__ as run
+from bench.compare import plots
 from tests.bench.fakes import no_matplotlib
 from tests.bench.records import SCALING, record, row, scaled
 

@@ -1,4 +1,4 @@
-"""`python -m bench.profile_step`: what it reads out of a trace, the work of the phases, and a run of it."""
+"""`python -m bench.profile`: what it reads out of a trace, the work of the phases, and a run of it."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from bench import phases, profile_step
-from bench.gpt2 import Work, total, whole_step
-from bench.gpu_optimizers import Model
-from bench.phases import Task, markdown, rows_of, tasks_of
-from bench.profile_step import MODELS
-from bench.roofline import Roofline
-from bench.step_trace import read, steps
+from bench.common.gpt2 import Work, total, whole_step
+from bench.common.roofline import Roofline
+from bench.kernels.optimizers import Model
+from bench.profile import __main__ as profile_step
+from bench.profile import phases
+from bench.profile.__main__ import MODELS
+from bench.profile.phases import Task, markdown, rows_of, tasks_of
+from bench.profile.step_trace import read, steps
 from rootfree_kernels import IFShampoo, RFRMSProp
 from tests.calls.cpu import needs_cpp
 

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 
-pytest.importorskip("pytest_benchmark", reason="bench/benchmarks needs pytest-benchmark")
-from bench.benchmarks import conftest as benchmarks
+pytest.importorskip("pytest_benchmark", reason="bench/steps/benchmarks needs pytest-benchmark")
+from bench.steps.benchmarks import conftest as benchmarks
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -77,7 +77,7 @@ def test_calls_before_the_rounds_are_not_measured(seconds, in_units_of):
 def test_what_is_saved_is_the_ratio_and_not_seconds(tmp_path):
     path = tmp_path / "saved.json"
     chosen = ["-k", "rf_rmsprop_in_copies", f"--benchmark-json={path}", "-p", "no:cacheprovider", "-q"]
-    command = [sys.executable, "-m", "pytest", "bench/benchmarks", *chosen]
+    command = [sys.executable, "-m", "pytest", "bench/steps/benchmarks", *chosen]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert "1 passed" in result.stdout or "1 failed" in result.stdout, result.stdout + result.stderr
     (saved,) = json.loads(path.read_text())["benchmarks"]

@@ -1,4 +1,4 @@
-"""What `bench.run` compares: the weights of real models, every optimizer with its period, and other people's packages,
+"""What `bench.compare` compares: the weights of real models, every optimizer with its period, and other people's packages,
 which may be missing or broken."""
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from bench import peers
-from bench.contest import distinct_blocks, shapes_for
-from bench.memory import tensors_of
-from bench.optimizers import ENTRIES, WHOLE
-from bench.peers import PEERS, MissingPeer, find, why_missing
-from bench.workloads import WORKLOADS, Workload
+from bench.common import peers
+from bench.common.memory import tensors_of
+from bench.common.peers import PEERS, MissingPeer, find, why_missing
+from bench.common.workloads import WORKLOADS, Workload
+from bench.compare.contest import distinct_blocks, shapes_for
+from bench.compare.optimizers import ENTRIES, WHOLE
 from tests.bench.fakes import without_peers
 
 # ---- workloads -----------------------------------------------------------------------------------------------------
@@ -234,7 +234,7 @@ def no_metadata(name):
 
 
 def test_the_list_of_peers_has_a_line_for_each_that_is_not_here(none_here, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["bench.peers"])
+    monkeypatch.setattr(sys, "argv", ["bench.common.peers"])
     assert peers.main() == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(PEERS)

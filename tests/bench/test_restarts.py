@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import restarts
-from bench.restarts import RESTART, Progress, is_spoiled, last_change, supervise
+from bench.common import restarts
+from bench.common.restarts import RESTART, Progress, is_spoiled, last_change, supervise
 
 WORKER = """
 import os, signal, sys, time
 from pathlib import Path
-from bench.restarts import RESTART, Progress
+from bench.common.restarts import RESTART, Progress
 
 progress = Progress.load(Path(sys.argv[1]))
 for name in "abcd":
@@ -66,7 +66,7 @@ def test_another_process_goes_on_with_the_next_piece(tmp_path: Path, trouble: st
 FOCUSED = """
 import os, signal, sys
 from pathlib import Path
-from bench.restarts import Progress
+from bench.common.restarts import Progress
 
 progress = Progress.load(Path(sys.argv[1]))
 progress.begin("contest")

@@ -1,4 +1,4 @@
-"""`python -m bench.run` as a whole, at tiny sizes: what it writes, whatever is missing, fails or is cut short."""
+"""`python -m bench.compare` as a whole, at tiny sizes: what it writes, whatever is missing, fails or is cut short."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import contest, run, scaling, training
-from bench.contest import OTHER, UPDATE
-from bench.optimizers import ENTRIES, WHOLE
-from bench.peers import PEERS, why_missing
-from bench.restarts import RESTART, Progress
-from bench.run_options import SECTIONS, chosen_entries, chosen_workloads, parse_arguments
-from bench.run_plans import TINY, TINY_WORKLOADS
-from bench.workloads import WORKLOADS, Workload
+from bench.common.peers import PEERS, why_missing
+from bench.common.restarts import RESTART, Progress
+from bench.common.workloads import WORKLOADS, Workload
+from bench.compare import __main__ as run
+from bench.compare import contest, scaling, training
+from bench.compare.contest import OTHER, UPDATE
+from bench.compare.optimizers import ENTRIES, WHOLE
+from bench.compare.options import SECTIONS, chosen_entries, chosen_workloads, parse_arguments
+from bench.compare.plans import TINY, TINY_WORKLOADS
 from rootfree_kernels import backend as backend_module
 from rootfree_kernels import native
 from rootfree_kernels.eager import cpu_matmul_dtype as matmul_dtype

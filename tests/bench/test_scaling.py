@@ -1,4 +1,4 @@
-"""How `bench.run` follows the cost of a step over sizes and T, and what it reports of whole training steps; times are
+"""How `bench.compare` follows the cost of a step over sizes and T, and what it reports of whole training steps; times are
 those of a clock that moves only when an optimizer steps."""
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from math import inf, log
 import pytest
 import torch
 
-from bench import scaling, training
-from bench.contest import OTHER, UPDATE, Limits
-from bench.demo_peers import Together
-from bench.gpt2 import GPT2
-from bench.optimizers import ENTRIES
-from bench.run_plans import TINY
-from bench.training import GPT2_124M, ROWS, SELDOM, SMALL, Trainee, Transformer, batches
-from bench.workloads import WORKLOADS, Workload
+from bench.common.gpt2 import GPT2
+from bench.common.workloads import WORKLOADS, Workload
+from bench.compare import scaling, training
+from bench.compare.contest import OTHER, UPDATE, Limits
+from bench.compare.optimizers import ENTRIES
+from bench.compare.plans import TINY
+from bench.compare.training import GPT2_124M, ROWS, SELDOM, SMALL, Trainee, Transformer, batches
+from bench.demo.peers import Together
 from tests.bench.fakes import FakeOptimizer, failing_at, fake_entry, stopped_clock, undisturbed
 from tests.calls.tensors import assert_same_bits
 

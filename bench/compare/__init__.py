@@ -1,0 +1,1 @@
+"""Every optimizer side by side: steps, memory, training steps, scaling."""

@@ -1,0 +1,170 @@
+"""What every section of `make gpu` needs: sizes, the device with its ceilings, checks of results against FP64."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from bench.common.gpt2 import GPT2, Ceilings, Work
+from bench.common.report import Row
+from bench.common.timing import Timer, Timing
+from rootfree_kernels.backend import Backend
+from rootfree_kernels.ops.backends import choose, fused_backends
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured; the defaults are those of a full run."""
+
+    numbers: int = 1 << 28
+    """Of the large list of tensors: 1.07 GB of FP32."""
+
+    copied: int = 1 << 29
+    """FP32 numbers of the copy that gives the bandwidth: 2.1 GB are read and as many written."""
+
+    product: int = 8192
+    """Side of the BF16 product that gives the rate."""
+
+    small: int = 1000
+    """Tensors of the list of small ones, and numbers of each."""
+
+    squares: tuple[tuple[int, int], ...] = ((48, 768), (24, 1024), (6, 2048), (2, 4096), (96, 256), (8, 512))
+    """(L, n) of symmetric products: a batch has L of each side."""
+
+    blocks: tuple[tuple[int, int, int], ...] = (
+        *((48, 768, 768), (36, 768, 1024), (49, 1008, 768), (2, 4096, 4096)),
+        *((96, 256, 256), (8, 512, 512)),
+    )
+    """(L, p, d) of updates and steps."""
+
+    row_sum_blocks: tuple[tuple[int, int, int], ...] = ((48, 768, 768), (2, 4096, 4096))
+    """(L, p, d) of updates with clip="row_sum", which take one launch more."""
+
+    model: GPT2 = field(default_factory=GPT2)
+
+
+QUICK = Sizes(
+    blocks=((48, 768, 768), (2, 4096, 4096)), row_sum_blocks=((2, 4096, 4096),), squares=((48, 768), (2, 4096))
+)
+TINY = Sizes(3000, 100, 32, 10, ((1, 16),), ((1, 16, 24),), ((1, 16, 24),), GPT2(1, 8, 50, 4))
+
+
+@dataclass
+class Context:
+    """Where and how is measured."""
+
+    device: torch.device
+    sizes: Sizes
+    timer: Timer
+    ceilings: Ceilings | None = None
+    chosen: Backend | None = None
+
+    @cached_property
+    def backend(self) -> Backend:
+        """The backend whose kernels are measured: the chosen one, or else the best that has all operators."""
+        return self.chosen or fused_backends(self.device, torch.float32, (torch.bfloat16, None))[0]
+
+    @cached_property
+    def eager(self) -> Backend:
+        """The yardstick."""
+        return choose(self.device, torch.float32, fused=False)
+
+    def other_backend(self) -> Backend | None:
+        """Return the best other backend with kernels for lists of tensors, None if there is none."""
+        others = [backend for backend in fused_backends(self.device, torch.float32) if backend is not self.backend]
+        return others[0] if others else None
+
+    def fraction(self, work: Work, timing: Timing) -> float | None:
+        """The least time of the work over the measured one; None where the ceilings were not measured."""
+        return self.ceilings.limit(work) / timing.median if self.ceilings else None
+
+
+class Case(NamedTuple):
+    """What is measured together; an error of its function is recorded and stops no other case."""
+
+    table: str
+    name: str
+    run: Callable[[], Sequence[Row]]
+
+
+def ratio(theirs: Timing, ours: Timing) -> float:
+    """How many times as long the other one takes."""
+    return theirs.median / ours.median
+
+
+def attempt(rows: list[Row], table: str, name: str, function: Callable[[], Any]) -> Any:
+    """What `function` gives; where it fails, None, and a row that says why."""
+    try:
+        return function()
+    except Exception as error:  # of any kind: what fails is recorded, and the rest is measured
+        rows.append(Row(table, name, error=f"{type(error).__name__}: {error}"))
+        return None
+
+
+# ---- checks ------------------------------------------------------------------------------------------------------
+
+TOLERANCE = {
+    torch.float32: 3e-5,  # a few roundings of 6e-8, amplified by a sum
+    torch.bfloat16: 3e-2,  # a handful of roundings of 4e-3, of operands, intermediate results and what is stored
+}
+"""How far results may be from FP64, as a relative Frobenius error, by dtype of what is stored."""
+
+
+COMPUTES = os.environ.get("ROOTFREE_FAKE_GPU") != "1"
+"""Whether results can be right: the fake GPU of tests/fake_gpu, which drives these benchmarks, computes nothing."""
+
+
+class CheckFailed(Exception):
+    """A result is wrong: nothing is timed."""
+
+
+def relative_error(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """‖actual − expected‖ / ‖expected‖ over all numbers of two lists, in FP64; NaN where any is."""
+    difference = sum(float((x.double() - y).norm()) ** 2 for x, y in zip(actual, expected, strict=True))
+    return math.sqrt(difference) / max(math.sqrt(sum(float(y.norm()) ** 2 for y in expected)), 1e-300)
+
+
+def check(name: str, actual: Sequence[Tensor], expected: Sequence[Tensor], dtype: torch.dtype | None = None) -> float:
+    """The relative error of a list of tensors.
+
+    Raises:
+        CheckFailed: the error is larger than the tolerance of the dtype, or NaN.
+    """
+    error, allowed = relative_error(actual, expected), TOLERANCE[dtype or actual[0].dtype]
+    require(error <= allowed, f"{name}: relative error {error:.2e} against FP64, {allowed:.0e} allowed")
+    return error
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise CheckFailed unless a condition holds."""
+    if COMPUTES and not condition:
+        raise CheckFailed(message)
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fill with NaN (whole numbers with their least) what PyTorch hands out as empty, so that what a kernel leaves
+    unwritten shows."""
+
+    def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*args: Any, **options: Any) -> Tensor:
+            x = make(*args, **options)
+            if x.dtype == torch.bool:
+                return x
+            return x.fill_(torch.nan if x.is_floating_point() else torch.iinfo(x.dtype).min)
+
+        return call
+
+    with ExitStack() as stack:
+        for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty"), (torch, "empty_strided")):
+            stack.enter_context(patch.object(owner, name, poisoned(getattr(owner, name))))
+        yield
