@@ -16,6 +16,7 @@ VENV := .venv
 VPY := $(VENV)/bin/python
 PIP := $(VPY) -m pip --disable-pip-version-check --quiet
 STAMP := $(VENV)/.installed
+DOCS_STAMP := $(VENV)/.installed-docs
 GPU_VENV := .venv-gpu
 GPU_STAMP := $(GPU_VENV)/.installed-$(GPU_TORCH)-$(GPU_TRITON)
 ON_FAKE_GPU := python -m pytest -p tests.fake_gpu.plugin -p no:cacheprovider -q --timeout 300
@@ -27,7 +28,7 @@ OLDEST := $(CURDIR)/$(VENV)/triton-$(OLDEST_TRITON)
 BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
 .DEFAULT_GOAL := help
-.PHONY: help install test kernels sanitize gpu gpu-bundle fake-gpu demo peers bench gpu-bench bench-pytest lint clean
+.PHONY: help install test kernels sanitize gpu gpu-bundle fake-gpu demo peers bench gpu-bench bench-pytest docs lint clean
 
 help:
 	@echo "make install   set up $(VENV): pinned dependencies and this package, editable"
@@ -47,6 +48,7 @@ help:
 	@echo "               bench/results/; BENCH_ARGS='--only 1024 --optimizers Shampoo --sections steps' chooses"
 	@echo "make gpu-bench the same on a machine with a GPU, in \$$(PYTHON)'s own environment"
 	@echo "make bench-pytest  benchmarks that hold steps to a reference operation, by pytest-benchmark"
+	@echo "make docs      build the documentation into build/docs/; a warning is an error"
 	@echo "make lint      ruff and mypy"
 	@echo "make clean     remove $(VENV), builds and caches"
 	@echo
@@ -93,6 +95,11 @@ gpu-bench:
 bench-pytest: $(STAMP)
 	@$(VPY) -m pytest bench/steps/benchmarks --benchmark-autosave $(PYTEST_ARGS)
 
+# -E reads all pages again: a build that leaves out unchanged pages also leaves out their warnings.
+docs: $(DOCS_STAMP)
+	@$(VPY) -m sphinx -E -q -W --keep-going docs build/docs
+	@echo "built build/docs/index.html"
+
 lint: $(STAMP)
 	@$(VPY) -m ruff check .
 	@$(VPY) -m ruff format --check .
@@ -110,6 +117,14 @@ $(STAMP): $(BUILD_INPUTS) | $(VPY)
 	@$(PIP) install -c constraints.txt torch setuptools wheel pybind11 ninja
 	@$(PIP) install --no-build-isolation -c constraints.txt -e '.[dev,bench]'
 	@$(VPY) -m rootfree_kernels
+	@touch $@
+
+# The group "docs" of pyproject.toml, which only this target needs.
+$(DOCS_STAMP): $(STAMP)
+	@echo "installing Sphinx (again only when the dependencies change) ..."
+	@$(PIP) install -c constraints.txt $$($(VPY) -c 'import importlib.metadata as metadata; \
+	  found = [r.split(";") for r in metadata.requires("rootfree-kernels")]; \
+	  print(*[name for name, *marker in found if "docs" in "".join(marker)])')
 	@touch $@
 
 $(GPU_STAMP): $(BUILD_INPUTS) bench/gpu_run/requirements.txt | $(GPU_VENV)/bin/python
