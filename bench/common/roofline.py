@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from bench.common.gpt2 import Work, diagonal_bytes, random_tensors, step_stages, total, update_stages
+from bench.common.optimizers import Entry
 from bench.common.timing import Timer
 from bench.common.workloads import Workload
 from bench.compare.contest import UPDATE
-from bench.compare.optimizers import Entry
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def products(side: int, dtype: torch.dtype, device: torch.device) -> dict[str, C
 
 def work_of(entry: Entry, workload: Workload, block: int, kind: str) -> tuple[Work, torch.dtype] | None:
     """What a step of an entry has to do and the dtype of its products; None where that is not known."""
-    if entry.name.startswith("IFShampoo"):
+    if entry.name.startswith("IFShampoo") and entry.option("direction") != "whitened":
         return _if_shampoo(entry, workload, block, kind)
     if entry.family == "diagonal":
         return _diagonal(entry, workload), torch.float32
