@@ -11,8 +11,9 @@ from torch import Tensor
 from bench.common.report import Alternatives, Row, Target
 from bench.common.roofline import Work, update_stages
 from bench.common.timing import Timing, num_inputs
+from bench.kernels.blocks import OPTIONS, Blocks, near_identity
 from bench.kernels.cases import Case, Context, check, poisoned_memory, ratio, require
-from bench.kernels.kron import OPTIONS, Blocks, check_symmetric, check_update, near_identity
+from bench.kernels.kron import check_symmetric, check_update
 from rootfree_kernels.eager.products import curvature_step
 
 SYMMETRIC = "Symmetric products"
