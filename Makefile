@@ -7,6 +7,7 @@ KERNEL_ARGS ?=
 STAGES ?=
 GPU_PYTHON ?= python3.12
 BENCH_ARGS ?=
+PROFILE_ARGS ?=
 
 # What the GPU machine runs: `make gpu-bundle` compiles for these.
 GPU_TORCH ?= 2.11.0
@@ -27,7 +28,7 @@ OLDEST := $(CURDIR)/$(VENV)/triton-$(OLDEST_TRITON)
 BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
 .DEFAULT_GOAL := help
-.PHONY: help install test kernels sanitize gpu gpu-bundle fake-gpu demo peers bench gpu-bench bench-pytest lint clean
+.PHONY: help install test kernels sanitize gpu gpu-bundle fake-gpu demo peers bench gpu-bench bench-pytest profile lint clean
 
 help:
 	@echo "make install   set up $(VENV): pinned dependencies and this package, editable"
@@ -47,6 +48,8 @@ help:
 	@echo "               bench/results/; BENCH_ARGS='--only 1024 --optimizers Shampoo --sections steps' chooses"
 	@echo "make gpu-bench the same on a machine with a GPU, in \$$(PYTHON)'s own environment"
 	@echo "make bench-pytest  benchmarks that hold steps to a reference operation, by pytest-benchmark"
+	@echo "make profile   where the time of a step goes on this machine's CPU, by phase: a table and a trace in runs/profile/;"
+	@echo "               PROFILE_ARGS='--optimizer RFRMSProp --frequency 10' chooses"
 	@echo "make lint      ruff and mypy"
 	@echo "make clean     remove $(VENV), builds and caches"
 	@echo
@@ -92,6 +95,9 @@ gpu-bench:
 
 bench-pytest: $(STAMP)
 	@$(VPY) -m pytest bench/steps/benchmarks --benchmark-autosave $(PYTEST_ARGS)
+
+profile: $(STAMP)
+	@$(VPY) -m bench.profile --device cpu $(PROFILE_ARGS)
 
 lint: $(STAMP)
 	@$(VPY) -m ruff check .
