@@ -51,6 +51,7 @@ from bench.compare.contest import (
 )
 from bench.compare.options import chosen_entries, chosen_workloads, parse_arguments
 from bench.compare.plans import CPU, GPU, TINY, Plan
+from bench.compare.work import work_of
 
 STALL = 150.0
 """Seconds without a finished piece after which a process on a GPU is ended."""
@@ -212,7 +213,7 @@ def _figures(run: Run, workload: Workload, contestant: Contestant) -> dict[str, 
     figures = contestant.measured()
     roof = run.record["roofline"]
     for kind in (UPDATE, OTHER):
-        work = roofline.work_of(entry, workload, block, kind)
+        work = work_of(entry, workload, block, kind)
         if work and roof:
             least = roofline.Roofline(**roof).limit(*work)
             figures[f"roofline of {kind}"] = least / figures[kind]["median"]
