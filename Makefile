@@ -5,6 +5,7 @@ PYTHON ?= python3
 PYTEST_ARGS ?=
 KERNEL_ARGS ?=
 BENCH_ARGS ?=
+PROFILE_ARGS ?=
 STAGES ?=
 
 # Versions on the GPU machine, for which `make gpu-bundle` compiles.
@@ -31,7 +32,7 @@ WHEEL_STAMP := $(WHEEL_VENV)/.installed-$(CIBUILDWHEEL)
 BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(wildcard build_support/*.py csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
 .DEFAULT_GOAL := help
-.PHONY: help install test lint types docs kernels sanitize fake-gpu demo bench bench-pytest peers
+.PHONY: help install test lint types docs kernels sanitize fake-gpu demo bench bench-pytest profile peers
 .PHONY: gpu gpu-bench gpu-bundle dist wheels clean
 
 help:
@@ -51,6 +52,7 @@ help:
 	@echo "  make demo          train a small language model with AdamW, Muon and IFShampoo"
 	@echo "  make bench         compare all optimizers on this CPU               BENCH_ARGS='--only 1024 --sections steps'"
 	@echo "  make bench-pytest  time steps relative to a reference operation     PYTEST_ARGS='--benchmark-compare'"
+	@echo "  make profile       measure the phases of a step on this CPU         PROFILE_ARGS='--optimizer RFRMSProp'"
 	@echo "  make peers         install the optimizers to compare with"
 	@echo
 	@echo "On a machine with a GPU (in the environment of PYTHON; nothing is downloaded)"
@@ -104,6 +106,9 @@ gpu-bench:
 
 bench-pytest: $(STAMP)
 	@$(VPY) -m pytest bench/steps/benchmarks --benchmark-autosave $(PYTEST_ARGS)
+
+profile: $(STAMP)
+	@$(VPY) -m bench.profile --device cpu $(PROFILE_ARGS)
 
 # -E reads all pages again. Otherwise warnings of unchanged pages would not be repeated.
 docs: $(DOCS_STAMP)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import json
 import os
 import platform
 import re
@@ -15,6 +16,15 @@ import torch
 
 from rootfree_kernels.ops.dispatch import device_name, processor
 from rootfree_kernels.ops.dispatch import slug as slug
+
+
+def write_json(path: Path, record: Any) -> None:
+    """Write a record, whole or not at all, and make its folder if there is none."""
+    text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
 
 
 def commit() -> str:

@@ -30,6 +30,7 @@ import torch
 
 from bench.common import roofline
 from bench.common.memory import state_bytes
+from bench.common.optimizers import ENTRIES, Entry, muon_is_fp32
 from bench.common.paths import RESULTS
 from bench.common.peers import PEERS, why_missing
 from bench.common.record import gpu, provenance, slug
@@ -48,9 +49,9 @@ from bench.compare.contest import (
     run_contest,
     shapes_for,
 )
-from bench.compare.optimizers import ENTRIES, Entry
 from bench.compare.options import chosen_entries, chosen_workloads, parse_arguments
 from bench.compare.plans import CPU, GPU, TINY, Plan
+from bench.compare.work import work_of
 
 STALL = 150.0
 """Seconds without a finished piece after which a process on a GPU is ended."""
@@ -212,7 +213,7 @@ def _figures(run: Run, workload: Workload, contestant: Contestant) -> dict[str, 
     figures = contestant.measured()
     roof = run.record["roofline"]
     for kind in (UPDATE, OTHER):
-        work = roofline.work_of(entry, workload, block, kind)
+        work = work_of(entry, workload, block, kind)
         if work and roof:
             least = roofline.Roofline(**roof).limit(*work)
             figures[f"roofline of {kind}"] = least / figures[kind]["median"]
@@ -322,6 +323,7 @@ def new_record(device: torch.device, given: Sequence[str]) -> dict[str, Any]:
         **provenance(shlex.join(["python", "-m", "bench.compare", *given])),
         **gpu(device),
         "device_type": device.type,
+        "muon_is_fp32": muon_is_fp32(device),
         "peers": {peer.title: peer.version() for peer in PEERS.values() if peer.module not in missing},
         "missing": {PEERS[module].title: why for module, why in missing.items()},
         "missing_modules": list(missing),

@@ -24,10 +24,10 @@ from torch.optim import Optimizer
 
 from bench.common.launches import count_launches
 from bench.common.memory import peak_bytes, state_bytes
+from bench.common.optimizers import Entry
 from bench.common.restarts import Spoiled, is_spoiled
 from bench.common.timing import MAX_LEAD, Timing
 from bench.common.workloads import Matrix, Workload
-from bench.compare.optimizers import Entry
 
 PERIOD = 2
 UPDATE, OTHER = "update", "other"

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
+from bench.common.optimizers import ENTRIES, Entry
 from bench.common.workloads import WORKLOADS, Workload
-from bench.compare.optimizers import ENTRIES, Entry
 from bench.compare.plans import TINY_WORKLOADS
 
 SECTIONS = ("steps", "training", "scaling")

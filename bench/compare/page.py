@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from bench.common.optimizers import ENTRIES, WHOLE
 from bench.common.report import Target, number
 from bench.compare.contest import OTHER, UPDATE, mean_step
-from bench.compare.optimizers import ENTRIES, WHOLE
 from bench.compare.scaling import exponent, theory
 from bench.compare.targets import DEFAULT, FP32, LEAST, META, Record, Row, measured_rows, pick, targets
 from bench.compare.training import BASELINE
@@ -169,7 +169,7 @@ def training_lines(record: Record) -> list[str]:
     text = (
         f"{record['training'][0]['task']}, forward, backward and step, random tokens; means over whole cycles of T. "
         "Second-order optimizers step the matrices of the layers; embeddings and vectors take AdamW beside theirs, the "
-        "diagonal step beside ours."
+        "diagonal step beside ours. T is 1 where no other is named."
     )
     if record["device_type"] == "cuda":
         text += " One trains after the other, so that the memory is its own."
@@ -237,6 +237,10 @@ def head_lines(record: Record) -> list[str]:
         f"- Launches: {'kernels, copies and fills' if on_gpu else 'operators of PyTorch'}, update / other.",
         "- Of roofline: the least time by the figures above over the measured one, update / other; above 1 where the "
         "data stays in a cache.",
+        *(
+            ["- Muon of torch iterates in FP32 here, since this CPU multiplies BF16 slowly."]
+            * bool(record.get("muon_is_fp32"))
+        ),
         "",
     ]
 

@@ -7,8 +7,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from bench.common.optimizers import ENTRIES
 from bench.compare.contest import OTHER, UPDATE, mean_step
-from bench.compare.optimizers import ENTRIES
 from bench.compare.page import block_name
 from bench.compare.targets import Record, measured_rows
 

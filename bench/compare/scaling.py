@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
+from bench.common.optimizers import ENTRIES, WHOLE, Entry
 from bench.common.timing import Timing
 from bench.common.workloads import Workload
 from bench.compare.contest import OTHER, UPDATE, Contestant, Gradients, Limits, release, run_contest, shapes_for
-from bench.compare.optimizers import ENTRIES, WHOLE, Entry
 
 SERIES = (
     "IFShampoo",

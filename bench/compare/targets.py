@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from bench.common.optimizers import ENTRIES, WHOLE
 from bench.common.report import Target
 from bench.compare.contest import OTHER, UPDATE, mean_step
-from bench.compare.optimizers import ENTRIES, WHOLE
 from bench.compare.training import BASELINE
 
 Row = dict[str, Any]

@@ -20,10 +20,11 @@ from torch.optim import Optimizer
 
 from bench.common.gpt2 import GPT2
 from bench.common.memory import peak_bytes, state_bytes
+from bench.common.optimizers import ENTRIES, Entry
 from bench.common.timing import Timing
 from bench.compare.contest import release
-from bench.compare.optimizers import ENTRIES, Entry
 from bench.demo.peers import Together
+from rootfree_kernels import IFShampoo
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,12 @@ def in_groups(entry: Entry, model: Transformer, period: int) -> Optimizer:
     return entry.make(groups, period, 1024)
 
 
+def by_recipe(entry: Entry, model: Transformer, period: int) -> Optimizer:
+    """The recipe for the whole model, as `IFShampoo.for_model` splits it."""
+    options = {"precondition_frequency": period, "max_preconditioner_dim": 1024, **entry.make.keywords}
+    return IFShampoo.for_model(model, **options)
+
+
 def beside_adamw(entry: Entry, model: Transformer, period: int) -> Optimizer:
     """Theirs for the matrices, AdamW for the rest."""
     adamw = torch.optim.AdamW(model.rest(), lr=1e-4, fused=True)
@@ -121,6 +128,7 @@ ROWS: dict[str, tuple[str, int, Callable[[Entry, Transformer, int], Optimizer]]]
     "IFShampoo, T = 10": ("IFShampoo", SELDOM, in_groups),
     "IFShampoo, T = 10, embeddings too": ("IFShampoo", SELDOM, whole),
     "IFShampoo, FP32 factors, T = 10": ("IFShampoo, FP32 factors", SELDOM, in_groups),
+    "IFShampoo, recipe": ("IFShampoo, recipe", ALWAYS, by_recipe),
     "Muon of torch": ("Muon of torch", ALWAYS, beside_adamw),
     "Muon of Dion, Triton": ("Muon of Dion, Triton", ALWAYS, beside_adamw),
     "Distributed Shampoo, eigh, T = 10": ("Distributed Shampoo, eigh, unpacked", SELDOM, beside_adamw),

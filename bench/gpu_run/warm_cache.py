@@ -19,9 +19,9 @@ import torch
 from torch.nn import Parameter
 
 from bench.common.gpt2 import GPT2
+from bench.common.optimizers import dion_muon
 from bench.common.peers import why_missing
 from bench.common.workloads import gpt2_matrices
-from bench.compare.optimizers import dion_muon
 from rootfree_kernels import IFShampoo, RFRMSProp
 from rootfree_kernels.ops.backends import choose
 from rootfree_kernels.rounding import ROUNDINGS

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from bench.common import peers
+from bench.common.optimizers import ENTRIES, Entry
 from bench.compare import contest, plots, scaling, training
-from bench.compare.optimizers import ENTRIES, Entry
 
 
 class FakeClock:

@@ -8,11 +8,11 @@ from math import inf
 import pytest
 import torch
 
+from bench.common.optimizers import ENTRIES, WHOLE
 from bench.common.restarts import Spoiled
 from bench.common.timing import MAX_LEAD, Timing
 from bench.common.workloads import Workload
 from bench.compare.contest import OTHER, UPDATE, Contestant, Gradients, Limits, mean_step, run_contest
-from bench.compare.optimizers import ENTRIES, WHOLE
 from tests.bench.fakes import FakeClock, failing_at, fake_entry, stopped_clock, two_costs
 
 CPU = torch.device("cpu")

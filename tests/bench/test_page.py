@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from bench.common.optimizers import WHOLE
 from bench.common.peers import PEERS
 from bench.compare.contest import UPDATE
-from bench.compare.optimizers import WHOLE
 from bench.compare.page import markdown, step_lines, target_lines
 from bench.compare.targets import measured_rows, pick, targets
 from tests.bench.records import SCALING, failed, record, row, timing, trained

@@ -17,10 +17,10 @@ from torch.nn import Parameter
 
 from bench.common import peers
 from bench.common.memory import tensors_of
+from bench.common.optimizers import ENTRIES, WHOLE
 from bench.common.peers import PEERS, MissingPeer, find, why_missing
 from bench.common.workloads import WORKLOADS, Workload
 from bench.compare.contest import distinct_blocks, shapes_for
-from bench.compare.optimizers import ENTRIES, WHOLE
 from tests.bench.fakes import without_peers
 
 # ---- workloads -----------------------------------------------------------------------------------------------------

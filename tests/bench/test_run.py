@@ -12,13 +12,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from bench.common.optimizers import ENTRIES, WHOLE
 from bench.common.peers import PEERS, why_missing
 from bench.common.restarts import RESTART, Progress
 from bench.common.workloads import WORKLOADS, Workload
 from bench.compare import __main__ as run
 from bench.compare import contest, scaling, training
 from bench.compare.contest import OTHER, UPDATE
-from bench.compare.optimizers import ENTRIES, WHOLE
 from bench.compare.options import SECTIONS, chosen_entries, chosen_workloads, parse_arguments
 from bench.compare.plans import TINY, TINY_WORKLOADS
 from rootfree_kernels import backend as backend_module

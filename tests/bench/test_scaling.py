@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from bench.common.gpt2 import GPT2
+from bench.common.optimizers import ENTRIES
 from bench.common.workloads import WORKLOADS, Workload
 from bench.compare import scaling, training
 from bench.compare.contest import OTHER, UPDATE, Limits
-from bench.compare.optimizers import ENTRIES
 from bench.compare.plans import TINY
 from bench.compare.training import GPT2_124M, ROWS, SELDOM, SMALL, Trainee, Transformer, batches
 from bench.demo.peers import Together

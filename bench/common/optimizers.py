@@ -20,7 +20,9 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from bench.common.peers import find
-from rootfree_kernels import IFShampoo, RFRMSProp
+from bench.demo.fp32_muon import use_fp32
+from rootfree_kernels import RECIPE, IFShampoo, RFRMSProp
+from rootfree_kernels.eager import cpu_matmul_dtype
 from rootfree_kernels.ops.backends import BACKENDS, why_not
 
 LR = 1e-4
@@ -90,19 +92,30 @@ class Entry:
 
 
 def if_shampoo(params: Sequence[Parameter], period: int, block: int, **options: Any) -> Optimizer:
-    options = {**SETTINGS, "max_preconditioner_dim": block, **options}
-    return IFShampoo(params, lr=LR, precondition_frequency=period, **options)
+    options = {"lr": LR, **SETTINGS, "max_preconditioner_dim": block, **options}
+    return IFShampoo(params, precondition_frequency=period, **options)
 
 
 def rf_rmsprop(params: Sequence[Parameter], period: int, block: int, **options: Any) -> Optimizer:
     return RFRMSProp(params, lr=LR, batch_size=16, **options)
 
 
+RECIPE_OPTIONS = {"lr": 0.045, **RECIPE}
+"""Options of IFShampoo for the recipe, with the learning rate that is usual for it."""
+
 LEAST_MEMORY = {"packed_momentum": True, "state_dtype": BF16, "cache_products": False}
 """Options of IFShampoo that save memory: with BF16 factors 8 + 2/n bytes a weight of an n × n block."""
 
 
-def _ours(name: str, family: str, on_cpu: bool = True, backend: str = "", weights: Any = FP32, **options: Any) -> Entry:
+def _ours(
+    name: str,
+    family: str,
+    on_cpu: bool = True,
+    backend: str = "",
+    weights: Any = FP32,
+    devices: tuple[str, ...] = ("cpu", "cuda"),
+    **options: Any,
+) -> Entry:
     """An entry of ours that differs by options from the first of its family, measured with blocks of 1024 only."""
     diagonal = family == "diagonal"
     make = partial(rf_rmsprop if diagonal else if_shampoo, **options)
@@ -113,7 +126,7 @@ def _ours(name: str, family: str, on_cpu: bool = True, backend: str = "", weight
         has_period=not diagonal,
         blocks=(1024,),
         on_cpu=on_cpu,
-        devices=("cuda",) if backend == "cuda" else ("cpu", "cuda"),
+        devices=("cuda",) if backend == "cuda" else devices,
         weights=weights,
         backend=backend,
     )
@@ -122,6 +135,8 @@ def _ours(name: str, family: str, on_cpu: bool = True, backend: str = "", weight
 OURS = (
     Entry("IFShampoo", "IFShampoo", partial(if_shampoo)),
     Entry("IFShampoo, FP32 factors", "IFShampoo", partial(if_shampoo, factor_dtype=FP32)),
+    _ours("IFShampoo, recipe", "IFShampoo", **RECIPE_OPTIONS),
+    _ours("IFShampoo, recipe, FP32 factors", "IFShampoo", devices=("cpu",), factor_dtype=FP32, **RECIPE_OPTIONS),
     _ours("IFShampoo, FP64 factors", "IFShampoo", on_cpu=False, factor_dtype=torch.float64),
     _ours("IFShampoo, compensated", "IFShampoo", rounding="compensated"),
     _ours("IFShampoo, nearest", "IFShampoo", on_cpu=False, rounding="nearest"),
@@ -145,6 +160,17 @@ OURS = (
 # ---- PyTorch's ---------------------------------------------------------------------------------------------------
 
 
+def muon_is_fp32(device: torch.device) -> bool:
+    """Return whether Muon of torch iterates in FP32: on CPUs that multiply BF16 slowly, as ours does there."""
+    return device.type == "cpu" and cpu_matmul_dtype(BF16, device) != BF16
+
+
+def muon_of_torch(params: Sequence[Parameter], period: int, block: int) -> Optimizer:
+    if muon_is_fp32(params[0].device):
+        use_fp32()
+    return torch.optim.Muon(params, lr=LR, momentum=0.9)
+
+
 def of_torch(name: str, params: Sequence[Parameter], period: int, block: int, **options: Any) -> Optimizer:
     optimizer: Optimizer = getattr(torch.optim, name)(params, lr=LR, **options)
     return optimizer
@@ -161,7 +187,7 @@ TORCH = (
         weights=BF16,
     ),
     Entry("SGD, fused", "diagonal", partial(of_torch, "SGD", fused=True, momentum=0.9), has_period=False),
-    Entry("Muon of torch", "Muon", partial(of_torch, "Muon", momentum=0.9), has_period=False, cuts=False),
+    Entry("Muon of torch", "Muon", partial(muon_of_torch), has_period=False, cuts=False),
 )
 
 
