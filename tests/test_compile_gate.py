@@ -142,7 +142,7 @@ def violations(rows: list[dict[str, Any]], configuration: Configuration) -> dict
 
 
 @pytest.mark.parametrize("name", PASSING)
-def test_passes(gate: tuple[int, str, list[dict[str, Any]]], name: str) -> None:
+def test_kernel_passes(gate: tuple[int, str, list[dict[str, Any]]], name: str) -> None:
     assert violations(gate[2], PASSING[name]) == {target: [] for target in TARGETS}
 
 
@@ -161,7 +161,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", FAILING)
-def test_fails(gate: tuple[int, str, list[dict[str, Any]]], name: str) -> None:
+def test_kernel_fails(gate: tuple[int, str, list[dict[str, Any]]], name: str) -> None:
     status, printed, rows = gate
     assert violations(rows, FAILING[name]) == BROKEN[name]
     assert status == 1
@@ -178,26 +178,26 @@ def test_the_gate_says_which_triton_it_ran_with(gate: tuple[int, str, list[dict[
     assert f" by Triton {triton.__version__} in " in gate[1].splitlines()[-1]
 
 
-def test_exit_status_is_0_where_all_pass(folder: Path) -> None:
+def test_exit_status_is_0_if_all_kernels_pass(folder: Path) -> None:
     status, printed, rows = run_gate(folder, "--only", "scale_wide.*BLOCK=1024", "--targets", "sm_90,gfx942", "--all")
     assert status == 0 and len(rows) == 2
     assert "✗" not in printed and "2 ≥1" in printed and "all pass" in printed
 
 
-def test_nothing_to_compile_does_not_pass(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_to_compile_is_a_failure(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # which main takes out of the environment; this puts it back
     assert compile_kernels.main(["--module", "json"]) == 1
     assert "nothing to compile" in capsys.readouterr().out
 
 
-def test_a_kernel_without_configurations_is_named() -> None:
+def test_gate_names_a_kernel_without_configurations() -> None:
     module = ModuleType("module")
     module.listed_kernel, module.forgotten_kernel, module.helper = scale_wide, product, scale_narrow
     listed = [PASSING["vector"]._replace(kernel=SimpleNamespace(__name__="listed_kernel"))]
     assert compile_kernels.forgotten([module], listed) == ["forgotten_kernel"]
 
 
-def test_a_crash_of_the_compiler_is_laid_at_the_right_door(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_of_the_compiler_is_reported_for_the_right_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     def compile_one(job: Job) -> tuple[Row, bytes]:
         if job.target == "sm_90":
             os._exit(1)
@@ -264,7 +264,7 @@ def test_resource_usage() -> None:
     assert parse_resource_usage(text) == {"registers": 255, "stack": 104}
 
 
-def test_worst_takes_the_greatest_of_upper_and_the_least_of_lower_bounds() -> None:
+def test_worst_combines_the_worst_numbers_of_all_rows() -> None:
     numbers = {"registers": 40, "stack": 0, "spills": 0, "shared": 0, "loads128": 2}
     rows = [
         Row("kernel", "elementwise", "first", "gfx942", measured=numbers),

@@ -23,7 +23,7 @@ def symmetric(num: int, size: int, dtype: torch.dtype) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP64], ids=str)
 @pytest.mark.parametrize("size", SIZES)
-def test_a_packed_matrix_has_a_triangle_s_numbers_and_comes_back_to_the_bit(size: int, dtype: torch.dtype) -> None:
+def test_packing_and_unpacking_keeps_every_bit(size: int, dtype: torch.dtype) -> None:
     matrices = symmetric(3, size, dtype)
     packed = torch.full((3, *packed_shape(size)), torch.nan, dtype=dtype)
     assert packed[0].numel() == size * (size + 1) // 2
@@ -42,7 +42,7 @@ def test_a_packed_matrix_has_a_triangle_s_numbers_and_comes_back_to_the_bit(size
     ],
     ids=len,
 )
-def test_the_format_is_that_of_lapack(rows: list[str]) -> None:
+def test_format_matches_the_examples_of_lapack(rows: list[str]) -> None:
     """The cases are those of its documentation (TRANSR = 'N', UPLO = 'L'): digits are the row and the column."""
     expected = torch.tensor([[float(digits) for digits in row.split()] for row in rows])
     size = int(expected.max() // 10) + 1
@@ -54,7 +54,7 @@ def test_the_format_is_that_of_lapack(rows: list[str]) -> None:
 
 
 @pytest.mark.parametrize("size", [2, 5, 8])
-def test_what_is_symmetric_but_for_roundings_becomes_so_to_the_bit(size: int) -> None:
+def test_an_almost_symmetric_matrix_becomes_exactly_symmetric(size: int) -> None:
     """Each pair takes one of its two numbers."""
     matrices = gradients([(2, size, size)], 0, FP32)[0]
     packed = torch.empty(2, *packed_shape(size))

@@ -150,19 +150,19 @@ def test_on_a_cpu_both_phases_of_eager_pytorch_take_turns_by_slices(attach: Any,
 
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("cpp", marks=needs_cpp)])
-def test_where_no_tool_is_attached_a_step_asks_once(backend: str, attach: Any, monkeypatch: Any) -> None:
+def test_a_step_looks_for_a_tool_once_if_none_is_attached(backend: str, attach: Any, monkeypatch: Any) -> None:
     step, nvtx = start(SHAMPOO, backend, monkeypatch), attach(answers=False)
     step(), step()
     assert nvtx.calls == ["push IFShampoo.step"] * 2
 
 
-def test_a_tool_that_counts_no_levels_is_known_by_what_it_injects(attach: Any, monkeypatch: Any) -> None:
+def test_a_tool_that_counts_no_levels_is_recognised_by_its_injection_library(attach: Any, monkeypatch: Any) -> None:
     step, nvtx = start(SHAMPOO, "eager", monkeypatch), attach(answers=False, injected=True)
     step()
     assert nvtx.tree() == expected("eager", update=True)
 
 
-def test_nvtx_is_left_alone_where_pytorch_has_none() -> None:
+def test_nvtx_is_not_called_if_pytorch_lacks_it() -> None:
     """Its functions raise there."""
     has_nvtx = bool(torch.version.cuda) and hasattr(torch._C, "_nvtx")
     assert (ranges._nvtx is not None) == has_nvtx
@@ -198,7 +198,7 @@ def test_ranges_are_closed_when_an_exception_passes(operator: str, attach: Any, 
     assert [name for name, _ in again.tree()] == ["IFShampoo.step"] * 2
 
 
-def test_a_step_that_is_refused_leaves_no_range_open(attach: Any, monkeypatch: Any) -> None:
+def test_a_step_that_raises_leaves_no_range_open(attach: Any, monkeypatch: Any) -> None:
     model, optimizer = SHAMPOO.start()
     train(model, optimizer, [0])
     nvtx = attach()
@@ -208,7 +208,7 @@ def test_a_step_that_is_refused_leaves_no_range_open(attach: Any, monkeypatch: A
     assert nvtx.tree() == leaves("IFShampoo.step")
 
 
-def test_every_thread_has_ranges_of_its_own(attach: Any, monkeypatch: Any) -> None:
+def test_every_thread_has_its_own_ranges(attach: Any, monkeypatch: Any) -> None:
     """Two threads take turns from batch to batch."""
     steps = [start(SHAMPOO, "eager", monkeypatch) for _ in range(2)]
     nvtx, turn, trees = attach(), threading.Barrier(2, timeout=60), []
@@ -291,7 +291,7 @@ def test_a_range_lies_within_an_operator_or_around_it(backend: str, monkeypatch:
     assert any("rootfree::kron_step" in name for *_, name in spans)
 
 
-def test_profilers_of_pytorch_go_before_nvtx(attach: Any, monkeypatch: Any) -> None:
+def test_profilers_of_pytorch_have_priority_over_nvtx(attach: Any, monkeypatch: Any) -> None:
     """Otherwise `torch.autograd.profiler.emit_nvtx`, one of them, would report every range to NVTX twice."""
     step, nvtx = start(SHAMPOO, "eager", monkeypatch), attach()
     assert profiled(step) == expected("eager", update=True)

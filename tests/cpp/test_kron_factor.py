@@ -18,7 +18,7 @@ pytestmark = needs_cpp
 
 
 @with_examples
-def test_an_update_of_the_factors_is_the_reference_s(batch, run):
+def test_factor_update_matches_the_reference(batch, run):
     assert_an_update_is_the_reference_s(batch, run)
 
 
@@ -26,7 +26,7 @@ def test_an_update_of_the_factors_is_the_reference_s(batch, run):
     ("clip", "norm"), [("frobenius", "above 1"), ("row_sum", "above 1"), ("none", ""), ("frobenius", "")]
 )
 @pytest.mark.parametrize("matmul", [FP32, BF16], ids=str)
-def test_factors_move_as_the_reference_s_and_as_those_of_eager_pytorch(clip, norm, matmul):
+def test_factor_changes_match_the_reference_and_eager_pytorch(clip, norm, matmul):
     """C′ − C by itself, of which the FP32 value that a compensated pair keeps shows every step."""
     small = {"gamma": 0.0, "batch_size": 0.01, "damping": 0.0, "riemannian_momentum": 0.1}
     numbers = small if norm == "" and clip == "frobenius" else {"riemannian_momentum": 0.1}
@@ -54,7 +54,7 @@ def with_symmetric_residuals(t: Tensors) -> Tensors:
 @pytest.mark.parametrize("sides", [(37, 18), (136, 5)], ids=str)
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("direction", ["root_free", "whitened"])
-def test_factors_are_rounded_as_in_eager_pytorch_to_the_bit(direction, rounding, sides):
+def test_factors_are_rounded_bitwise_as_in_eager_pytorch(direction, rounding, sides):
     """G and m are 0, so that m′ is −γ/2 times I, and C′ = C(1 + 2⁻⁹) rounded but once."""
     numbers = {"beta2": 2.0**-8, "riemannian_momentum": 0.0, "damping": 0.0}
     batch = cpp_batch(*sides, PLACES[2], dtype=BF16, matmul=BF16, rounding=rounding, clip="none", options=numbers)
@@ -77,7 +77,7 @@ def test_factors_are_rounded_as_in_eager_pytorch_to_the_bit(direction, rounding,
 @pytest.mark.parametrize("side", ["m_c", "m_k"])
 @pytest.mark.parametrize("bad", [torch.inf, torch.nan])
 @pytest.mark.parametrize("clip", CLIPS)
-def test_a_block_whose_momentum_is_not_finite_on_one_side_stays_on_both(side, bad, clip):
+def test_a_momentum_that_is_not_finite_keeps_both_factors(side, bad, clip):
     batch = cpp_batch(37, 34, ((0, 2, 0, 1),), clip=clip)
     was, t = batch.tensors(), batch.tensors()
     for each in (was, t):
@@ -95,7 +95,7 @@ def test_a_block_whose_momentum_is_not_finite_on_one_side_stays_on_both(side, ba
 @pytest.mark.parametrize("sides", [(31, 33), (64, 5), (200, 129)], ids=str)
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
-def test_whitened_factors_stay_symmetric_to_the_bit(dtype, rounding, sides):
+def test_whitened_factors_stay_bitwise_symmetric(dtype, rounding, sides):
     batch = cpp_batch(*sides, PLACES[2], dtype=dtype, matmul=dtype, rounding=rounding, rule=WHITENED)
     t = batch.tensors()
     for _ in range(3):
@@ -106,7 +106,7 @@ def test_whitened_factors_stay_symmetric_to_the_bit(dtype, rounding, sides):
 
 @pytest.mark.parametrize("rule", [WHITENED, ROOT_FREE], ids=["whitened", "root_free"])
 @pytest.mark.parametrize("rounding", ROUNDINGS)
-def test_a_block_without_a_gradient_stays_to_the_bit_and_is_ok_and_one_that_overflows_is_not(rounding, rule):
+def test_zero_gradient_keeps_factors_and_overflow_is_not_ok(rounding, rule):
     batch = cpp_batch(37, 18, ((0, 5, 0, 1),), dtype=BF16, matmul=BF16, rounding=rounding, rule=rule)
     t, was = batch.tensors(), batch.tensors()
     gradients = batch.blocks(t.grads)

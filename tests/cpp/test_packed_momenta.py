@@ -41,7 +41,7 @@ def with_packed_momenta(stem: str, *args: Any) -> Any:
 @example(cpp_batch(257, 256, PLACES[1]), 2, False)
 @example(cpp_batch(3, 389, dtype=BF16, matmul=BF16, rounding="stochastic", clip="row_sum"), 1, False)
 @example(cpp_batch(64, 64, ((0, 9, 0, 9),)), 2, True)
-def test_an_update_of_packed_momenta_is_that_of_whole_ones_to_the_bit(batch, num_threads, skips):
+def test_update_of_packed_momenta_is_bitwise_equal(batch, num_threads, skips):
     """This includes blocks that are left out, whose m stays."""
     expected, actual = batch.tensors(), batch.tensors()
     if skips:
@@ -55,7 +55,7 @@ def test_an_update_of_packed_momenta_is_that_of_whole_ones_to_the_bit(batch, num
 
 
 @pytest.mark.parametrize("shape", [(1, 5, 3), (1, 4, 3), (2, 5, 2)], ids=str)
-def test_momenta_of_another_shape_are_refused_before_anything_changes(shape):
+def test_momenta_of_another_shape_are_an_error_before_anything_changes(shape):
     batch = cpp_batch(5, 4)
     t = batch.tensors()
     t.m_k = torch.zeros(shape)

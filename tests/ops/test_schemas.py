@@ -49,5 +49,5 @@ SCHEMAS = {
 
 
 @pytest.mark.parametrize("stem", STEMS)
-def test_a_schema_stays_the_same(stem: str) -> None:
+def test_schema_is_unchanged(stem: str) -> None:
     assert str(operator(stem)._schema) == f"rootfree::{SCHEMAS[stem]}"

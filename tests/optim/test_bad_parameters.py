@@ -66,12 +66,12 @@ def test_duplicate_parameters_are_refused(optimizer: Any) -> None:
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("params", [[], {}], ids=["list", "dict"])
-def test_no_parameters_at_all_are_refused(optimizer: Any, params: Any) -> None:
+def test_an_empty_list_of_parameters_is_an_error(optimizer: Any, params: Any) -> None:
     with pytest.raises(ValueError, match="empty parameter list"):
         optimizer(params, **OPTIONS)
 
 
-def test_a_group_that_is_no_dict_is_refused(case: Case) -> None:
+def test_a_group_that_is_not_a_dict_is_an_error(case: Case) -> None:
     _, optimizer = case.start()
     with pytest.raises(TypeError, match="dict"):
         optimizer.add_param_group([nn.Parameter(torch.ones(3))])
@@ -149,7 +149,7 @@ def test_a_bad_gradient_names_its_parameter(case: Case) -> None:
 
 
 @pytest.mark.parametrize("optimizer", [RFRMSProp, IFShampoo])
-def test_a_dtype_for_which_the_state_was_not_made_is_refused_before_anything_changes(optimizer: Any) -> None:
+def test_changing_the_dtype_of_a_parameter_is_an_error_before_anything_changes(optimizer: Any) -> None:
     model = Model()
     opt = optimizer(model.parameters(), **OPTIONS, weight_rounding="compensated")
     train(model, opt, range(2))

@@ -113,7 +113,7 @@ def replay(run: Run, graph: Any, steps: Iterable[int]) -> None:
 
 
 @pytest.mark.parametrize("capturable", [True, False], ids=["", "against-not-capturable"])
-def test_replays_are_the_steps(case: Case, capturable: bool) -> None:
+def test_replays_match_eager_steps(case: Case, capturable: bool) -> None:
     """Bit for bit, with new gradients and a new learning rate each time."""
     run, graph = captured_run(case)
     plain = Run(case, capturable=capturable)
@@ -140,7 +140,7 @@ def test_steps_without_the_graph_may_come_between(case: Case) -> None:
     assert_same_bits(run.snapshot(), plain.snapshot())
 
 
-def test_a_graph_that_is_made_anew_goes_on_where_the_old_one_stopped(case: Case) -> None:
+def test_a_new_graph_continues_after_the_old_one(case: Case) -> None:
     """For instance after the addresses of gradients changed."""
     run, graph = captured_run(case)
     replay(run, graph, [1, 2])
@@ -155,7 +155,7 @@ def test_a_graph_that_is_made_anew_goes_on_where_the_old_one_stopped(case: Case)
     assert_same_bits(run.snapshot(), plain.snapshot())
 
 
-def test_a_compiled_step_is_the_step(case: Case) -> None:
+def test_a_compiled_step_matches_the_eager_step(case: Case) -> None:
     torch._dynamo.reset()
     run, plain = Run(case), Run(case)
     compiled = torch.compile(run.optimizer.step, backend="aot_eager")
@@ -180,7 +180,7 @@ def waiting_is_an_error() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode(before)
 
 
-def test_waiting_is_noticed() -> None:
+def test_the_check_notices_a_wait() -> None:
     with waiting_is_an_error(), pytest.raises(RuntimeError, match="synchroniz"):
         torch.ones((), device=DEVICE).item()
 
@@ -199,7 +199,7 @@ def test_the_host_never_waits(case: Case, capturable: bool, moved: bool) -> None
             run.optimizer.step()
 
 
-def test_the_host_never_waits_for_when_to_update() -> None:
+def test_deciding_when_to_update_does_not_wait() -> None:
     run = Run(Case(IFShampoo, torch.float32, BLOCKS), capturable=False, precondition_frequency=3)
     run.take(range(4))
     for step in range(4, 8):

@@ -20,7 +20,7 @@ def fresh_compiler() -> None:
     torch._dynamo.reset()
 
 
-def test_a_compiled_step_is_the_eager_step(case: Case) -> None:
+def test_a_compiled_step_matches_the_eager_step(case: Case) -> None:
     """Bit for bit, from the first step, which makes the state, to the third update at T = 3."""
     steps = range(8)
     model, optimizer = case.start()

@@ -252,7 +252,7 @@ def test_a_bad_gradient_is_refused_before_anything_changes(case: Case) -> None:
         assert_same_bits(snapshot(optimizer), before)
 
 
-def test_nothing_is_kept_of_an_optimizer_that_is_gone() -> None:
+def test_a_deleted_optimizer_is_freed() -> None:
     """Its compiled graph, which has its tensors built in, does not keep it alive."""
     twins = Twins(Case("IFShampoo", IFShampoo, OPTIONS))
     twins.take(range(2))

@@ -83,7 +83,7 @@ def test_an_averaged_loss_with_its_batch_size_gives_the_weights_of_the_summed_lo
     assert_exact(averaged, summed)
 
 
-def test_but_not_from_the_same_start():
+def test_averaged_and_summed_losses_differ_from_the_same_start():
     summed, averaged = scaled_loss_runs(same_start=True)
     assert (summed - averaged).norm() > 1e-3 * summed.norm()
 
@@ -214,7 +214,7 @@ def test_with_a_clip_an_update_keeps_the_eigenvalues_between_1_minus_beta2_and_1
         assert ratio.min() >= 1 - beta2 - EXACT and ratio.max() <= 1 + beta2 / 2 + EXACT
 
 
-def test_without_a_clip_they_leave_that_range():
+def test_without_a_clip_the_eigenvalues_leave_that_range():
     assert step_ratio("none", 0.3, 0).min() < 0
 
 
@@ -245,6 +245,6 @@ def test_the_factors_follow_root_free_shampoo_to_second_order_at_a_fixed_number_
     assert np.log2(np.divide(errors[:-1], errors[1:])) == pytest.approx([2.0, 2.0], abs=0.1)
 
 
-def test_and_to_first_order_at_a_fixed_horizon():
+def test_the_factors_follow_root_free_shampoo_to_first_order_at_a_fixed_horizon():
     errors = [distance_to_root_free_shampoo(0.02 / steps, steps) for steps in (64, 128, 256)]
     assert np.log2(np.divide(errors[:-1], errors[1:])) == pytest.approx([1.0, 1.0], abs=0.1)

@@ -80,7 +80,7 @@ SCALED = ["scaled_squares_kernel", "scaled_average_kernel", "scaled_step_kernel"
 
 
 @pytest.mark.parametrize(("num_layers", "frequency", "dtype"), [(1, 1, FP32), (1, 3, BF16), (5, 3, FP32)], ids=str)
-def test_an_update_is_seven_launches_beside_the_gather_and_another_step_two(
+def test_number_of_launches_of_a_step(
     num_layers: int, frequency: int, dtype: torch.dtype
 ) -> None:
     """The number of layers does not matter, and nothing is padded, cast or copied. Sides are multiples of 8."""
@@ -96,7 +96,7 @@ def test_an_update_is_seven_launches_beside_the_gather_and_another_step_two(
             assert notes == [*GATHER, *(UPDATE if step % frequency == 0 else []), *STEP], f"step {step}"
 
 
-def test_clipping_by_row_sums_is_one_launch_more() -> None:
+def test_clipping_by_row_sums_adds_one_launch() -> None:
     params = parameters(start([(16, 24)] * 2, FP32))
     optimizer = IFShampoo(params, **{**OPTIONS, "lr": torch.tensor(0.01, device=DEVICE)}, clip="row_sum")
     set_gradients(params, 0)
@@ -109,7 +109,7 @@ def test_clipping_by_row_sums_is_one_launch_more() -> None:
 
 
 @pytest.mark.parametrize("num_layers", [1, 3])
-def test_the_recipe_is_twelve_launches_beside_the_gather_and_three_for_vectors(num_layers: int) -> None:
+def test_number_of_launches_of_the_recipe(num_layers: int) -> None:
     params = parameters(start([(16, 24)] * num_layers + [(24,)] * num_layers, FP32))
     options = {**OPTIONS, **RECIPE, "lr": torch.tensor(0.01, device=DEVICE)}
     optimizer = IFShampoo(params, **options)
@@ -123,7 +123,7 @@ def test_the_recipe_is_twelve_launches_beside_the_gather_and_three_for_vectors(n
     assert [name for name in notes if name in SCALED] == SCALED
 
 
-def test_numbers_that_change_compile_nothing() -> None:
+def test_changed_numbers_do_not_recompile() -> None:
     params = parameters(start([(16, 24)], BF16))
     optimizer = IFShampoo(params, **OPTIONS)
     with backend("triton"):
@@ -141,7 +141,7 @@ def test_numbers_that_change_compile_nothing() -> None:
 # ---- tables, versions ------------------------------------------------------------------------------------------------
 
 
-def test_gradients_that_keep_their_places_cost_no_table(no_tables: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unchanged_addresses_need_no_new_table(no_tables: None, monkeypatch: pytest.MonkeyPatch) -> None:
     copied = note_copies(monkeypatch)
     params = parameters(start([(9, 5), (9, 5), (6,)]))
     optimizer = IFShampoo(params, **OPTIONS)
@@ -154,7 +154,7 @@ def test_gradients_that_keep_their_places_cost_no_table(no_tables: None, monkeyp
 
 
 @pytest.mark.parametrize("optimizer", [IFShampoo, RFRMSProp])
-def test_a_default_device_of_the_user_s_stays_out_of_a_step(optimizer: Any, no_tables: None) -> None:
+def test_default_device_does_not_affect_a_step(optimizer: Any, no_tables: None) -> None:
     params = parameters(start([(9, 5), (6,)]))
     optimizer = optimizer(params, **OPTIONS)
     set_gradients(params, 0)

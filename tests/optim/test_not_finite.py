@@ -104,13 +104,13 @@ def assert_leaves_out_one_block(case: Case, bad: float, steps_before: int) -> No
 @SHAMPOOS
 @NON_FINITE
 @pytest.mark.parametrize("steps_before", [0, 3, 4], ids=["first-step", "update-step", "other-step"])
-def test_a_non_finite_gradient_leaves_out_its_block_alone(case: Case, bad: float, steps_before: int) -> None:
+def test_a_non_finite_gradient_skips_only_its_block(case: Case, bad: float, steps_before: int) -> None:
     assert_leaves_out_one_block(case, bad, steps_before)
 
 
 @OF_THE_PAPER
 @pytest.mark.parametrize("steps_before", [0, 3], ids=["first-step", "update-step"])
-def test_factors_that_would_overflow_leave_out_the_weights_as_well(case: Case, steps_before: int) -> None:
+def test_an_overflow_of_the_factors_skips_the_weights_as_well(case: Case, steps_before: int) -> None:
     """AAᵀ of such a gradient has no finite norm in FP32, but the step of the weights would have one. (In the recipe
     the gradient's scale plays no part.)"""
     assert_leaves_out_one_block(case, 1e17, steps_before)
@@ -118,7 +118,7 @@ def test_factors_that_would_overflow_leave_out_the_weights_as_well(case: Case, s
 
 @NON_FINITE
 @pytest.mark.parametrize("steps_before", [0, 3], ids=["first-step", "later"])
-def test_the_diagonal_step_leaves_out_the_elements_concerned_alone(case: Case, bad: float, steps_before: int) -> None:
+def test_the_diagonal_step_skips_only_elements_that_are_not_finite(case: Case, bad: float, steps_before: int) -> None:
     """In the recipe it leaves out the whole tensor, since an update's norm depends on all of its elements."""
     left_out = slice(None) if case.is_recipe else 2
     before, actual, clean, model, optimizer = runs_with_and_without(case, steps_before, "bias", 2, bad)

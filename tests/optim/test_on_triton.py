@@ -182,7 +182,7 @@ def test_grad_scaler_s_numbers_act_as_in_eager_pytorch(optimizer: Any) -> None:
     ],
     ids=str,
 )
-def test_what_the_kernels_cannot_do_is_an_error_that_says_why_and_changes_nothing(
+def test_unsupported_arguments_are_an_error_before_anything_changes(
     dtype: torch.dtype, options: dict[str, Any], reason: str
 ) -> None:
     params = parameters(start([(9, 5), (6,)], dtype))

@@ -88,7 +88,7 @@ NOT_FINITE = (1, 5)
 
 
 @pytest.mark.parametrize(("backend", "options"), COMBINATIONS)
-def test_a_run_is_the_same_to_the_bit(backend: str, options: dict[str, Any]) -> None:
+def test_packed_and_unpacked_runs_are_bitwise_equal(backend: str, options: dict[str, Any]) -> None:
     """Updates and other steps, with gradients that are missing, and some that are left out, which change no m."""
     with served_by(backend) as device:
         params = [
@@ -115,7 +115,7 @@ def test_a_run_is_the_same_to_the_bit(backend: str, options: dict[str, Any]) -> 
 @pytest.mark.parametrize("shape", [(37, 24), (150, 70)], ids=str)
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 @needs_cpp
-def test_m_of_the_kernels_is_symmetric_to_the_bit(shape: tuple[int, int], dtype: torch.dtype) -> None:
+def test_kernels_keep_m_bitwise_symmetric(shape: tuple[int, int], dtype: torch.dtype) -> None:
     """One triangle is therefore enough."""
     with served_by("cpp"):
         params = [nn.Parameter(x) for x in gradients([shape], -1, FP32)]
@@ -127,7 +127,7 @@ def test_m_of_the_kernels_is_symmetric_to_the_bit(shape: tuple[int, int], dtype:
                 assert same_bits(optimizer.state[params[0]][name], optimizer.state[params[0]][name].mT)
 
 
-def test_where_m_is_symmetric_but_for_roundings_a_run_is_the_same_but_for_them() -> None:
+def test_packing_an_almost_symmetric_m_changes_a_run_by_roundings_only() -> None:
     """This is the case of FP64 in eager PyTorch on some processors."""
     params = [[nn.Parameter(x) for x in gradients([(65, 34)], -1, FP64)] for _ in range(2)]
     options = {**OPTIONS, "factor_dtype": FP64}
@@ -142,7 +142,7 @@ def test_where_m_is_symmetric_but_for_roundings_a_run_is_the_same_but_for_them()
         assert error <= tolerance("a chain", FP64) * expected[name].double().norm(), name
 
 
-def test_the_matrices_of_one_batch_at_a_time_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_one_batch_is_unpacked_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[weakref.ref[Tensor]] = []
     alive = []
 
@@ -168,7 +168,7 @@ SMALL = {"packed_momentum": True, "state_dtype": BF16, "cache_products": False}
 
 
 @pytest.mark.parametrize(("options", "limit"), [({}, 12.001), (SMALL, 8.01)], ids=["default", "small"])
-def test_bytes_of_state_a_weight(options: dict[str, Any], limit: float) -> None:
+def test_bytes_of_state_per_weight(options: dict[str, Any], limit: float) -> None:
     """The weight is one square block. Nothing of its size is kept beside the state."""
     param = nn.Parameter(torch.zeros(512, 512))
     param.grad = torch.ones_like(param)
@@ -193,7 +193,7 @@ def trained(steps: range = range(3), **options: Any) -> tuple[Model, IFShampoo]:
 
 
 @pytest.mark.parametrize("packed", [True, False])
-def test_a_checkpoint_brings_its_own_layout(packed: bool) -> None:
+def test_loading_a_checkpoint_sets_its_layout(packed: bool) -> None:
     """Packing is an option, and checkpoints hold options. It cannot be changed once there is state."""
     source, saver = trained(packed_momentum=packed)
     model, loader = trained(packed_momentum=not packed)
@@ -211,7 +211,7 @@ def test_a_checkpoint_brings_its_own_layout(packed: bool) -> None:
 
 
 @pytest.mark.parametrize("packed", [True, False])
-def test_state_of_the_other_layout_is_refused(packed: bool) -> None:
+def test_state_of_the_other_layout_is_an_error(packed: bool) -> None:
     _, optimizer = trained(packed_momentum=packed)
     saved = copy.deepcopy(optimizer.state_dict())
     saved["param_groups"][0]["packed_momentum"] = not packed
@@ -222,7 +222,7 @@ def test_state_of_the_other_layout_is_refused(packed: bool) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:torch.distributed")  # no process group: one process, as is meant
-def test_a_distributed_checkpoint_of_the_other_layout_is_refused(tmp_path: Path) -> None:
+def test_a_distributed_checkpoint_of_the_other_layout_is_an_error(tmp_path: Path) -> None:
     """PyTorch reads into state that exists, and names the entry and the shapes that do not fit."""
     saved = get_optimizer_state_dict(*trained(packed_momentum=True))
     dcp.save({"optimizer": saved}, checkpoint_id=tmp_path, no_dist=True)

@@ -60,7 +60,7 @@ def test_plans_are_made_once(case: Case, made: list[str]) -> None:
     assert made == first
 
 
-def test_gradients_that_come_and_go_have_a_plan_for_each_set(case: Case, made: list[str]) -> None:
+def test_each_set_of_gradients_has_its_own_plan(case: Case, made: list[str]) -> None:
     model, optimizer = case.start()
     train(model, optimizer, range(3))
 
@@ -132,7 +132,7 @@ def test_the_number_of_operations_does_not_grow_with_that_of_parameters(
     assert operations(2) == operations(50) < 15
 
 
-def test_operators_are_called_past_the_dispatcher_unless_somebody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_operators_bypass_the_dispatcher_unless_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     model, optimizer = SHAMPOO.start()
     train(model, optimizer, range(1))
     seen: list[str] = []
@@ -247,7 +247,7 @@ TAKEN = [
 
 
 @pytest.mark.parametrize(("shape", "options", "partly"), [pytest.param(*case, marks=interpreted) for case in TAKEN])
-def test_what_is_reserved_is_what_kernels_take(
+def test_reserved_memory_suffices_for_the_kernels(
     shape: tuple[int, ...], options: dict[str, Any], partly: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At most half as much again is reserved, also where some parameters of a batch have no gradient."""

@@ -116,7 +116,7 @@ AMBIENT = {
 
 
 @pytest.mark.parametrize("mode", AMBIENT)
-def test_modes_around_a_step_do_not_change_it(case: Case, mode: str) -> None:
+def test_context_managers_do_not_change_a_step(case: Case, mode: str) -> None:
     model, optimizer = case.start()
     for step in BEFORE:
         optimizer.zero_grad()

@@ -139,7 +139,7 @@ def test_another_stream_waits_for_what_is_shared(first: str, second: str, found:
     assert found[f"{first}, {second}"] == []
 
 
-def test_without_waiting_there_is_a_race(found: dict[str, list[str]]) -> None:
+def test_the_check_finds_a_race_without_waiting(found: dict[str, list[str]]) -> None:
     """The test above can fail."""
     assert found["without waiting"]
 
@@ -153,7 +153,7 @@ def test_a_step_in_another_stream_reads_the_same_tables(monkeypatch: pytest.Monk
     assert copied == [] and num_kept() == numbers
 
 
-def test_a_table_that_is_given_up_is_known_to_every_stream_that_read_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_freed_table_is_recorded_in_every_stream_that_read_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """The allocator waits for them before it hands the memory out again."""
     noted: list[tuple[int, int]] = []
     record = Tensor.record_stream
@@ -171,7 +171,7 @@ def test_a_table_that_is_given_up_is_known_to_every_stream_that_read_it(monkeypa
     assert {(x.data_ptr(), stream.cuda_stream) for x in kept.tensors} <= set(noted)
 
 
-def test_capturing_again_keeps_nothing_more() -> None:
+def test_capturing_again_keeps_no_more_memory() -> None:
     """A graph's tables stay for good; those of a second graph of the same step are the same ones."""
     optimizer = IFShampoo(parameters(), lr=torch.tensor(1e-3, device="cuda"), batch_size=4, fused=True, capturable=True)
     for _ in range(3):

@@ -75,7 +75,7 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_floating_dtype_of_weights_is_served(case: Case, dtype: torch.dtype) -> None:
+def test_every_floating_dtype_of_weights_is_supported(case: Case, dtype: torch.dtype) -> None:
     """The trajectory of FP64 weights but for seven roundings of the weight, at the start and after each of six
     steps, of at most one unit in the last place (eps · |w|) each; one more for those of the gradients."""
 
