@@ -1,4 +1,4 @@
-"""Every function of the package is annotated, except Triton's kernels.
+"""All functions of the package are annotated, except Triton's kernels.
 
 mypy demands annotations in rootfree_kernels only. In triton_kernels it cannot, because Triton gives the annotations of
 a kernel's parameters a meaning of its own; this test does.

@@ -1,4 +1,4 @@
-"""How a parameter is cut into blocks."""
+"""Cutting parameters into blocks."""
 
 from __future__ import annotations
 

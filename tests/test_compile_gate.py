@@ -1,4 +1,4 @@
-"""`make kernels`, the compile gate, on small kernels: what it reads, what it lets pass and what it stops."""
+"""`make kernels`, the compile gate, on small kernels: what it measures, and which kernels pass."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from rootfree_kernels.triton_kernels.configuration import Configuration
 ROOT = Path(__file__).resolve().parents[1]
 
 
-# ---- kernels: the gate imports this file in a process of its own -------------------------------------------------
+# ---- kernels: the gate imports this file in another process --------------------------------------------------------
 
 
 @triton.jit
 def scale_wide(x_ptr, y_ptr, size_16, factor, BLOCK: tl.constexpr):
-    """y = factor·x of a size that Triton can see to be a multiple of 16."""
+    """y = factor·x, where Triton can see that the size is a multiple of 16."""
     offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < size_16 * 16
     tl.store(y_ptr + offsets, tl.load(x_ptr + offsets, mask=mask) * factor, mask=mask)
@@ -49,7 +49,7 @@ def scale_narrow(x_ptr, y_ptr, size, factor, BLOCK: tl.constexpr):
 
 @triton.jit
 def normalise(x_ptr, y_ptr, size_16, factor, BLOCK: tl.constexpr):
-    """y = factor·x / Σx: every number is kept until the sum is known."""
+    """y = factor·x / Σx. Every element is kept until the sum is known."""
     offsets = tl.arange(0, BLOCK)
     mask = offsets < size_16 * 16
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0)
@@ -70,7 +70,7 @@ def product(a_ptr, b_ptr, c_ptr, num_tiles, M: tl.constexpr, N: tl.constexpr, K:
 
 @triton.jit
 def our_product(a_ptr, b_ptr, c_ptr, SIZE: tl.constexpr):
-    """C = AB of row-major A, B and C [SIZE, SIZE], by the product that all matrix kernels use."""
+    """C = AB of row-major A, B and C [SIZE, SIZE], with the product that all matrix kernels use."""
     offsets = tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
     total = dot(tl.load(a_ptr + offsets), tl.load(b_ptr + offsets), tl.zeros((SIZE, SIZE), tl.float32))
     tl.store(c_ptr + offsets, total)
@@ -101,7 +101,7 @@ def configurations() -> Iterator[Configuration]:
     yield IN_FP32
 
 
-# ---- the gate on them --------------------------------------------------------------------------------------------
+# ---- results of the gate -------------------------------------------------------------------------------------------
 
 
 def run_gate(folder: Path, *arguments: str) -> tuple[int, str, list[dict[str, Any]]]:
@@ -136,7 +136,7 @@ def gate(folder: Path) -> tuple[int, str, list[dict[str, Any]]]:
 
 
 def violations(rows: list[dict[str, Any]], configuration: Configuration) -> dict[str, list[str]]:
-    """The broken bounds of a configuration, by target."""
+    """Return the violated bounds of a configuration, by target."""
     line = compile_kernels.describe(configuration)
     return {row["target"]: row["violations"] for row in rows if row["configuration"] == line}
 
@@ -170,7 +170,7 @@ def test_kernel_fails(gate: tuple[int, str, list[dict[str, Any]]], name: str) ->
 
 @pytest.mark.parametrize("target", [name for name, target in TARGETS.items() if target.backend == "cuda"])
 def test_fp32_operands_are_not_rounded_to_tf32(gate: tuple[int, str, list[dict[str, Any]]], target: str) -> None:
-    """The tensor cores of NVIDIA's GPUs take FP32 only as TF32, which has 10 bits of mantissa: none may be used."""
+    """Tensor cores of NVIDIA GPUs round FP32 to TF32, which has 10 bits of mantissa. They may not be used."""
     assert "mma" in violations(gate[2], IN_FP32)[target]
 
 
@@ -208,7 +208,7 @@ def test_a_crash_of_the_compiler_is_reported_for_the_right_kernel(monkeypatch: p
     assert {row.target: row.error for row in rows} == {**dict.fromkeys(TARGETS, ""), "sm_90": "the compiler crashed"}
 
 
-# ---- what it reads -----------------------------------------------------------------------------------------------
+# ---- parsers -------------------------------------------------------------------------------------------------------
 
 SASS = """\
 	.headerflags	@"EF_CUDA_64BIT_ADDRESS EF_CUDA_ACCELERATORS EF_CUDA_SM90 EF_CUDA_VIRTUAL_SM(EF_CUDA_SM90)"

@@ -9,7 +9,7 @@ from rootfree_kernels import RFRMSProp, split_params
 
 
 class Tied(nn.Module):
-    """A language model whose head shares the embedding's weight, with a second head of its own."""
+    """A language model with one head that shares the embedding's weight, and a second head."""
 
     def __init__(self):
         super().__init__()

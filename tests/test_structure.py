@@ -1,4 +1,4 @@
-"""The structure of the source: short signatures, no circles, few changes of file on the way through a step."""
+"""Structure of the source: short signatures, no import cycles, few changes between files during a step."""
 
 from __future__ import annotations
 

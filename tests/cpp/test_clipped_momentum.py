@@ -53,7 +53,7 @@ def test_momentum_and_clip_match_the_reference(num_blocks, sizes, dtype, clip, a
 @pytest.mark.parametrize("clip", ["frobenius", "none"])
 @pytest.mark.parametrize("shape", [(1,), (17,), (3 * CHUNK + 5,), (2, 3, 5)], ids=str)
 def test_blocks_may_have_any_number_of_axes(shape, clip):
-    """Diagonals, say; the norm is that of all their numbers."""
+    """An example is a diagonal. The norm includes all elements."""
     momenta, deltas = sides(3, [shape, (7,)])
     old = clones(momenta)
     clips = momentum(momenta, deltas, None, 0.5, clip)
@@ -65,7 +65,7 @@ def test_blocks_may_have_any_number_of_axes(shape, clip):
 @pytest.mark.parametrize("bad", [float("nan"), -float("inf"), 1e38])
 @pytest.mark.parametrize("place", [(0, 0), (129, 129), (40, 5)], ids=str)
 def test_a_block_that_is_not_finite_keeps_all_momenta(clip, bad, place):
-    """1e38 is finite; its square is not, nor is the sum of a row of it."""
+    """1e38 is finite. Its square and the sum of a row are not."""
     for side in (0, 1):
         momenta, deltas = sides(3, [(130, 130), (130, 130)], BF16)
         if bad == 1e38 and clip == "row_sum":

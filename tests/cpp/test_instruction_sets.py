@@ -1,4 +1,4 @@
-"""Every instruction set gives the same bits."""
+"""Every instruction set gives bitwise the same results."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ def test_factor_update_matches_the_reference(batch, run):
 )
 @pytest.mark.parametrize("matmul", [FP32, BF16], ids=str)
 def test_factor_changes_match_the_reference_and_eager_pytorch(clip, norm, matmul):
-    """C′ − C by itself, of which the FP32 value that a compensated pair keeps shows every step."""
+    """Compare C′ − C. The FP32 value of a compensated pair shows every step."""
     small = {"gamma": 0.0, "batch_size": 0.01, "damping": 0.0, "riemannian_momentum": 0.1}
     numbers = small if norm == "" and clip == "frobenius" else {"riemannian_momentum": 0.1}
     batch = cpp_batch(136, 70, dtype=BF16, matmul=matmul, rounding="compensated", clip=clip, options=numbers)
@@ -55,7 +55,7 @@ def with_symmetric_residuals(t: Tensors) -> Tensors:
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("direction", ["root_free", "whitened"])
 def test_factors_are_rounded_bitwise_as_in_eager_pytorch(direction, rounding, sides):
-    """G and m are 0, so that m′ is −γ/2 times I, and C′ = C(1 + 2⁻⁹) rounded but once."""
+    """G and m are 0, so m′ is −γ/2 times I, and C′ = C(1 + 2⁻⁹) is rounded once."""
     numbers = {"beta2": 2.0**-8, "riemannian_momentum": 0.0, "damping": 0.0}
     batch = cpp_batch(*sides, PLACES[2], dtype=BF16, matmul=BF16, rounding=rounding, clip="none", options=numbers)
     batch.rule = {"direction": direction}
@@ -124,7 +124,7 @@ def test_zero_gradient_keeps_factors_and_overflow_is_not_ok(rounding, rule):
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 @pytest.mark.parametrize("found_inf", [None, 1.0])
 def test_a_block_starts_at_its_first_gradient_as_in_eager_pytorch(found_inf, dtype, rounding):
-    """With β₂ = 0 the factors stay where they start: at (q(1 + λ))^(−1/4)·I."""
+    """With β₂ = 0 the factors keep their initial value (q(1 + λ))^(−1/4)·I."""
     batch = cpp_batch(37, 18, ((0, 4, 0, 1),), dtype=dtype, rounding=rounding, options={"beta2": 0.0}, rule=ROOT_FREE)
     batch.found_inf = found_inf
     t, other, was = batch.tensors(), batch.tensors(), batch.tensors()
@@ -143,7 +143,7 @@ def test_a_block_starts_at_its_first_gradient_as_in_eager_pytorch(found_inf, dty
 
 
 def test_factors_with_gaps_are_an_error():
-    """They would be read as if they were contiguous."""
+    """Kernels would read them as if they were contiguous."""
     batch = torch.eye(5).expand(2, 5, 5).contiguous()
     with pytest.raises(ValueError, match="not contiguous: pass a contiguous tensor"):
         torch.ops.rootfree_native.kron_factor(

@@ -1,4 +1,4 @@
-"""`kron_gather` in C++: blocks of gradients, bit by bit, and sums of their squares."""
+"""`kron_gather` in C++: bitwise comparison of blocks of gradients, and sums of their squares."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = needs_cpp
 
 @with_examples
 def test_gather_returns_the_scaled_blocks_bitwise_and_their_sums_of_squares(batch, run):
-    """Scales are powers of two here, so that only the rounding to the dtype of G is left."""
+    """Scales are powers of two, so only the conversion to the dtype of G rounds."""
     t = batch.tensors()
     batch.gather(t, run)
     factor = (-1 if batch.maximize else 1) / (batch.grad_scale or 1)

@@ -36,7 +36,7 @@ def test_step_of_the_weights_matches_the_reference(batch, run):
 
 @pytest.mark.parametrize("batch", EXACT, ids=str)
 def test_weights_are_rounded_bitwise_as_in_eager_pytorch(batch):
-    """No decay, so that a number is rounded in the same places whatever is fused; and no norms, which are not exact."""
+    """Without decay, fusion does not change rounding. Norms are left out, because they are not exact."""
     batch = replace(batch, rule={**batch.rule, "scales": False})
     batch = replace(batch, descent={"momentum": 0.5, "weight_decay": 0.0}, lr=2.0**-5)
     results = []
@@ -62,7 +62,7 @@ def test_weights_are_rounded_bitwise_as_in_eager_pytorch(batch):
     ],
 )
 def test_a_block_that_is_not_finite_is_skipped_and_counted(bad, clip, rounding):
-    """The square of 1e30 is infinite; that of 1e15 is not, but the norm of its m is. Other blocks step as ever."""
+    """The square of 1e30 is infinite. That of 1e15 is not, but the norm of its m is. Other blocks step as usual."""
     batch = cpp_batch(13, 9, ((0, 1, 0, 2), (0, 1, 0, 1)), clip=clip, dtype=BF16, matmul=BF16, param=BF16)
     batch = replace(batch, rounding=rounding, weight_rounding=rounding)
     was, clean, t = batch.tensors(), batch.run(), batch.tensors()
@@ -152,7 +152,7 @@ def test_zero_update_stays_zero_and_norms_ignore_elements_that_are_not_finite():
 
 @pytest.mark.parametrize("buffer", [FP32, BF16], ids=str)
 def test_the_average_is_preconditioned_before_it_is_rounded(buffer):
-    """With C = I and K = I, the step is M′ itself."""
+    """With C = I and K = I, the step is M′."""
     rule, descent = {**WHITENED, "scales": False}, {"momentum": 0.9, "weight_decay": 0.0}
     batch = cpp_batch(13, 8, buffer=buffer, rule=rule, descent=descent, lr=1.0)
     t, was = batch.tensors(), batch.tensors()

@@ -64,7 +64,7 @@ CALLS = st.builds(
 @example(cpp_call(SHAPES, LAYOUTS[::-1], FP16, FP64, BF16, FP32, "compensated", "nearest"))
 @settings(max_examples=150, deadline=None)
 def test_step_matches_the_reference_and_fp32_arithmetic_bitwise(call):
-    """Gradients, counts of what was skipped and the memory around tensors stay as they were."""
+    """Gradients, counts of skipped elements and memory around tensors do not change."""
     lists, memory = call.tensors()
     before = flat(lists)
     call.run(lists)
@@ -117,7 +117,7 @@ def test_fp32_is_rounded_to_16_bits_as_pytorch_does_it(dtype):
 
 @pytest.mark.parametrize(("dtype", "rounding"), [(FP16, "nearest"), *product([BF16], ROUNDINGS)], ids=str)
 def test_every_number_of_16_bits_is_read_and_written_unchanged(dtype, rounding):
-    """NaNs stay NaNs; their payload may go."""
+    """NaNs stay NaNs, but their payload may change."""
     call, lists = rounding_step(dtype, 0.0, torch.ones(2**16))
     call = replace(call, weight_rounding=rounding)
     lists["param"][0].copy_(every_pattern(dtype))
@@ -135,7 +135,7 @@ def test_every_number_of_16_bits_is_read_and_written_unchanged(dtype, rounding):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30])
 @pytest.mark.parametrize("place", [0, PIECE + 5, CHUNK + 3, 2 * CHUNK + 6], ids=str)
 def test_an_element_that_is_not_finite_is_skipped_and_counted_once(bad, place):
-    """1e30 is finite, its square is not."""
+    """1e30 is finite. Its square is not."""
     call = cpp_call([40, 2 * CHUNK + 7, 9], param=BF16, weight_rounding="compensated")
     lists, before, expected = call.tensors()[0], call.tensors()[0], call.run()
     lists["grad"][1][place] = bad
@@ -172,7 +172,7 @@ def test_zero_damping_and_zero_curvature_skips_an_element():
 
 @pytest.mark.parametrize("zero", [0.0, -0.0])
 def test_the_residual_is_dropped_if_a_weight_was_set_to_0(zero):
-    """A negative remainder of ±0 would be NaN."""
+    """A negative residual of ±0 would be NaN."""
     call = cpp_call([5], param=BF16, weight_rounding="compensated", options={"weight_decay": 0.0}, lr=0.0)
     lists = call.tensors()[0]
     lists["param"][0].fill_(zero)

@@ -22,14 +22,14 @@ pytestmark = needs_cpp
 @pytest.mark.parametrize("layouts", [*((layout,) for layout in LAYOUTS[3:]), LAYOUTS, ("transposed", "whole")], ids=str)
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_strides_do_not_change_the_result(layouts, rounding):
-    """Strides of weight, gradient and state may differ. Random bits belong to a row-major index."""
+    """Strides of weight, gradient and state may differ. Random bits depend on the row-major index."""
     kinds = (BF16, BF16, BF16, BF16, rounding, rounding)
     call = cpp_call([(17, 130), (130, 17), (2, 3, 4), (6, 5, 3, 7)], LAYOUTS[:1], *kinds)
     assert_equal(flat(replace(call, layouts=layouts).run()), flat(call.run()))
 
 
 def test_expanded_gradients_are_read():
-    """The gradients of `param.sum()` have strides of 0."""
+    """Gradients of `param.sum()` have strides of 0."""
     call = cpp_call([(17, 130), (5,)])
     spread, whole = call.tensors()[0], call.tensors()[0]
     spread["grad"] = [torch.tensor(0.7).expand(shape) for shape in call.shapes]

@@ -1,4 +1,4 @@
-"""The normalised momentum: its value, its clips, and what it does about blocks that are not finite."""
+"""The clipped momentum: value, clips, and blocks that are not finite."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`kron_factor` in eager PyTorch: against the FP64 reference."""
+"""`kron_factor` in eager PyTorch, compared with the FP64 reference."""
 
 from __future__ import annotations
 
@@ -100,9 +100,7 @@ RULES = st.fixed_dictionaries(
     ),
 )
 @settings(max_examples=1000, deadline=None)
-def test_fp64_updates_match_the_reference_to_twelve_digits(
-    rule, seed, num_blocks, rows, cols, clip, maximize, options
-):
+def test_fp64_updates_match_the_reference_to_twelve_digits(rule, seed, num_blocks, rows, cols, clip, maximize, options):
     batch = wide_batch(
         num_blocks, rows, cols, FP64, clip=clip, seed=seed, rule=rule, options=options, maximize=maximize
     )
@@ -153,7 +151,7 @@ def test_zero_gradient_keeps_factors_and_overflow_is_not_ok(rule):
 
 
 def test_a_block_starts_at_its_first_gradient():
-    """The curvature of an isotropic gradient: C = K = q^(-1/4) I, so that A has unit rows and nothing is left to do."""
+    """For an isotropic gradient, C = K = q^(-1/4) I, and A has unit rows, so the first update changes nothing."""
     rule = {**ROOT_FREE, "direction": "whitened"}
     batch = wide_batch(1, 4, 4, FP64, rule=rule, options={"damping": 0.0, "batch_size": 1.0})
     t = batch.tensors()

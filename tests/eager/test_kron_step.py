@@ -1,4 +1,4 @@
-"""`kron_step` in eager PyTorch: against the FP64 reference."""
+"""`kron_step` in eager PyTorch, compared with the FP64 reference."""
 
 from __future__ import annotations
 
@@ -56,9 +56,7 @@ RULES = st.fixed_dictionaries(
     ),
 )
 @settings(max_examples=1000, deadline=None)
-def test_fp64_steps_match_the_reference_to_twelve_digits(
-    rule, seed, num_blocks, rows, cols, cached, descent
-):
+def test_fp64_steps_match_the_reference_to_twelve_digits(rule, seed, num_blocks, rows, cols, cached, descent):
     batch = wide_batch(num_blocks, rows, cols, FP64, seed=seed, rule=rule, descent=descent)
     t = batch.tensors()
     batch.gather(t)

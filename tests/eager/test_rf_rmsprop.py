@@ -1,4 +1,4 @@
-"""The diagonal step in eager PyTorch: against the FP64 reference, and its chunks."""
+"""The diagonal step in eager PyTorch: comparison with the FP64 reference, and chunks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`scaled_rmsprop` in eager PyTorch: against the FP64 reference."""
+"""`scaled_rmsprop` in eager PyTorch, compared with the FP64 reference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Backends are interchangeable, and say what they do not serve."""
+"""Backends are interchangeable, and say what they do not support."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FP32, BF16, FP64 = torch.float32, torch.bfloat16, torch.float64
 
 WITH_MATRICES = [x for x in (*backends.BACKENDS, *TRITON.variants.values()) if x.serves_matrices]
 FUNCTIONS = [name for name in vars(Operators) if not name.startswith("_")]
-"""What every backend defines that serves matrices."""
+"""Functions that every backend for matrices defines."""
 
 
 @pytest.mark.parametrize("backend", WITH_MATRICES, ids=lambda backend: backend.name)
@@ -44,7 +44,7 @@ def test_names_of_backends_are_unique() -> None:
 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine on which Triton compiles for a GPU of the latest generation."""
+    """Simulate a machine on which Triton compiles for a GPU of the latest generation."""
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.delenv("ROOTFREE_BACKEND", raising=False)
@@ -52,7 +52,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def built(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The C++ part of the extension, not the CUDA part."""
+    """Simulate an extension with the C++ part only."""
     left_out = {"cpp": None, "cuda": "no CUDA toolkit"}
     monkeypatch.setattr(native, "build_record", lambda: {"extension": True, "left_out": left_out})
     monkeypatch.setitem(vars(CPP), "import_problem", None)
@@ -112,7 +112,7 @@ def test_a_backend_that_cannot_be_imported_is_logged_and_replaced_by_pytorch(mon
 
 
 def test_an_extension_that_was_built_and_is_broken_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And no silent fallback, which would be slow for no reason that anybody sees."""
+    """A silent fallback would be slow without a visible reason."""
     monkeypatch.setattr(native, "build_record", lambda: {"extension": True, "left_out": {"cpp": None, "cuda": None}})
     forget_import(monkeypatch, CPP)
     monkeypatch.setattr(backend_module, "import_module", lambda name: exec("raise ImportError('undefined symbol')"))

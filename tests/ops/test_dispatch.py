@@ -1,4 +1,4 @@
-"""Dispatch tables: what they choose, that nothing changes without one, and what is wrong with a file."""
+"""Dispatch tables: their choices, the default without a table, and errors of files."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Use:
 
 @pytest.fixture
 def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine with an H100, on which Triton compiles and every part of the extension was built; no table ships."""
+    """Simulate a machine with an H100, Triton, the whole extension, and no included table."""
     monkeypatch.setattr(dispatch, "TABLES", tmp_path)
     left_out = {"cpp": None, "cuda": None}
     monkeypatch.setenv("TRITON_INTERPRET", "0")
@@ -47,7 +47,7 @@ def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def diagonal(numbers: int, tensors: int, dtype: torch.dtype = FP32, fused: bool | None = None) -> str:
-    """The backend of a list of so many numbers on the GPU."""
+    """Return the backend of a list with this number of elements on the GPU."""
     with FakeTensorMode():
         sizes = [numbers - tensors + 1, *[1] * (tensors - 1)]
         return for_diagonal([torch.empty(size, device=CUDA) for size in sizes], dtype, fused).name

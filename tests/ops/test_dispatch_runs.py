@@ -1,4 +1,4 @@
-"""Optimizers run on the backends that a dispatch table chooses: on a GPU, or in Triton's interpreter."""
+"""Optimizers with the backends that a dispatch table chooses, on a GPU or in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Run:
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Use a table for this device that has one choice for all shapes of `SHAPES`."""
+    """Use a table for this device with one choice for all shapes of `SHAPES`."""
     use = user_of_tables(tmp_path, monkeypatch)
 
     def chosen(**choices: str) -> None:
@@ -83,7 +83,7 @@ def test_the_table_chooses_how_products_are_computed(here: Any) -> None:
 
 
 def block(run: Run, index: int) -> dict[str, Tensor]:
-    """All of a parameter but its counts."""
+    """Return everything of a parameter except its counts."""
     shot = params_only(snapshot(run.optimizer), index)
     return {name: x for name, x in shot.items() if name.split()[1] not in ("step", "skipped")}
 
@@ -99,7 +99,7 @@ def block(run: Run, index: int) -> dict[str, Tensor]:
     ids=str,
 )
 def test_products_by_cublas_keep_factors_bitwise_and_weights_within_a_rounding(here: Any, options: Any) -> None:
-    """Random bits too: factors are rounded stochastically. In the third step, an update, a block is left out, whole."""
+    """Factors are rounded stochastically, with the same random bits. The third step, an update, skips a block."""
     runs = {}
     for name in ("triton", "bmm"):
         here(matrices="triton", symmetric=name)

@@ -1,4 +1,4 @@
-"""The schemas of the operators stay the same: graphs that were exported or saved call operators by them."""
+"""Schemas of the operators do not change, because exported and saved graphs depend on them."""
 
 from __future__ import annotations
 

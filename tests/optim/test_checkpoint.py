@@ -1,4 +1,4 @@
-"""A run that is saved and resumed is, bit by bit, the run that never stopped."""
+"""A run that is saved and resumed equals an uninterrupted run bitwise."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_a_resumed_run_matches_an_uninterrupted_run(case: Case) -> None:
 
 @pytest.mark.parametrize("as_tensor", [False, True], ids=["float", "tensor"])
 def test_a_resumed_run_with_a_schedule_matches_an_uninterrupted_run(case: Case, as_tensor: bool) -> None:
-    """The schedule moves both lr and momentum."""
+    """The schedule changes both lr and momentum."""
 
     def start() -> tuple[Model, torch.optim.Optimizer, OneCycleLR]:
         model, optimizer = case.start(lr=torch.tensor(0.01) if as_tensor else 0.01)
@@ -134,7 +134,7 @@ def test_a_loaded_state_shares_no_memory_with_the_state_dict(case: Case) -> None
 
 
 def test_loading_into_an_optimizer_that_has_stepped_takes_effect(case: Case) -> None:
-    """Plans and products that were made from the old state are made again."""
+    """Plans and products of the old state are replaced."""
     model, optimizer = case.start()
     train(model, optimizer, FIRST)
     saved = copy.deepcopy([model.state_dict(), optimizer.state_dict()])
@@ -165,7 +165,7 @@ def test_a_checkpoint_loads_into_an_optimizer_that_was_restored_before(case: Cas
 
 
 def test_loading_keeps_the_callable_of_the_optimizer() -> None:
-    """A checkpoint names a callable and no more, so a changed one is the user's choice."""
+    """A checkpoint contains only the name of a callable, so the user may change it."""
     model = Model()
     optimizer = IFShampoo(model.parameters(), **OPTIONS, precondition_frequency=every_fourth)
     train(model, optimizer, FIRST)
@@ -191,7 +191,7 @@ def test_loading_warns_if_a_saved_callable_is_missing() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_cached_products_are_recomputed_bitwise(dtype: torch.dtype) -> None:
-    """Checkpoints do not hold products. The batch is so large that a CPU works through it in slices."""
+    """Checkpoints do not contain products. The batch is so large that a CPU processes it in slices."""
 
     def start() -> tuple[list[torch.nn.Parameter], IFShampoo]:
         params = [torch.nn.Parameter(torch.zeros(300, 262)) for _ in range(5)]

@@ -1,4 +1,4 @@
-"""The step under `torch.compile`, also where it is not capturable."""
+"""The step under `torch.compile`, with and without `capturable`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def fresh_compiler() -> None:
 
 
 def test_a_compiled_step_matches_the_eager_step(case: Case) -> None:
-    """Bit for bit, from the first step, which makes the state, to the third update at T = 3."""
+    """Bitwise, from the first step, which creates the state, to the third update at T = 3."""
     steps = range(8)
     model, optimizer = case.start()
     compiled = torch.compile(optimizer.step, backend=BACKEND)

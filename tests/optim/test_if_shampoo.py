@@ -21,7 +21,7 @@ def test_wide_matrices_match_the_reference():
 
 
 def train(shape, factor_dtype, steps, frequency=1, **options):
-    """(our weight, the reference's) after some steps along the same random gradients."""
+    """Return our weight and that of the reference after some steps with the same random gradients."""
     rng = np.random.default_rng(1)
     weight = rng.normal(size=shape)
     param = torch.nn.Parameter(torch.tensor(weight).to(torch.promote_types(factor_dtype, torch.float32)))
@@ -82,7 +82,7 @@ def test_bf16_factors_match_the_reference_over_many_steps(rounding, matmul_dtype
 
 @pytest.mark.parametrize("rounding", ["stochastic", "compensated", "nearest"])
 def test_only_nearest_rounding_stalls_the_diagonal_of_wide_bf16_factors(rounding):
-    """A step moves a diagonal entry by β₂/√n = 6e-4, half a BF16 unit below 1 is 2e-3: nearest never moves it."""
+    """A step changes a diagonal element by β₂/√n = 6e-4. Half a BF16 unit below 1 is 2e-3, so it is rounded away."""
     param = torch.nn.Parameter(torch.zeros(256, 256))
     optimizer = IFShampoo([param], batch_size=1, beta2=0.01, rounding=rounding, lr=0.0)
     for step in range(20):

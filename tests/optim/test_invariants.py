@@ -40,7 +40,7 @@ def gradient(weight):
 
 
 def run(weight, grad_of, c=None, k=None, steps=6, **options):
-    """(weight, state) after some steps along grad_of(weight), from the given factors."""
+    """Return (weight, state) after some steps with grad_of(weight), from the given factors."""
     param = torch.nn.Parameter(weight.clone())
     optimizer = IFShampoo([param], factor_dtype=torch.float64, **{"damping": 0.0, **PLAIN, **options})
     rows, cols = param.shape
@@ -70,7 +70,7 @@ def preconditioner(state, side):
 
 
 def scaled_loss_runs(same_start):
-    """(summed loss with B = 1, averaged loss with B = 9 and a start and damping that match)."""
+    """Return runs of the summed loss with B = 1, and of the averaged loss with B = 9 and matching start and damping."""
     b, weight, c, k = 9.0, random(P, D, seed=1), near_identity(P, 2), near_identity(D, 3)
     root = 1.0 if same_start else b**0.25
     summed, _ = run(weight, gradient, c, k, batch_size=1.0, damping=0.3)
@@ -111,7 +111,7 @@ def test_the_diagonal_step_has_the_same_invariance():
 
 
 def reparametrised(e, f, o, c, k, **options):
-    """(M of the original run, E N Fᵀ + O of the run in N)."""
+    """Return M of the original run, and E N Fᵀ + O of the run in N."""
     inverse_e, inverse_f = torch.linalg.inv(e), torch.linalg.inv(f)
     weight = random(P, D, seed=4)
     original, _ = run(weight, gradient, c, k, **options)
@@ -200,7 +200,7 @@ def test_the_traces_of_both_sides_balance():
 
 
 def step_ratio(clip, beta2, seed, scale=30.0):
-    """Eigenvalues of C⁻¹C_new after an update along a large gradient."""
+    """Return the eigenvalues of C⁻¹C_new after an update with a large gradient."""
     c = near_identity(P, seed)
     _, state = run(random(P, D), lambda w: scale * random(P, D, seed=seed), c, None, steps=1, clip=clip, beta2=beta2)
     return torch.linalg.eigvals(torch.linalg.solve(c, state["factor_c"][0])).real
@@ -222,7 +222,7 @@ def test_without_a_clip_the_eigenvalues_leave_that_range():
 
 
 def distance_to_root_free_shampoo(beta2, steps):
-    """‖CCᵀ − S_C⁻¹‖ after the same gradients, the factors without momentum and clip (Claim 10)."""
+    """Return ‖CCᵀ − S_C⁻¹‖ after the same gradients, without momentum and clip (Claim 10)."""
     c, k = (torch.eye(n, dtype=torch.float64)[None] for n in (P, D))
     m_c, m_k = torch.zeros_like(c), torch.zeros_like(k)
     s_c, s_k = np.eye(P), np.eye(D)

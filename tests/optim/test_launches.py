@@ -1,4 +1,4 @@
-"""Launches of a step on Triton's kernels, and the tables that it makes."""
+"""Launches of a step with Triton kernels, and its tables of addresses."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def no_tables(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Work(TorchDispatchMode):
-    """Notes what PyTorch does within the operators, other than to make a view or to ask for memory."""
+    """Record PyTorch's operations inside of operators, except views and allocations."""
 
     def __init__(self, notes: list[str]) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Work(TorchDispatchMode):
 
 @contextmanager
 def noted_work() -> Iterator[list[str]]:
-    """The kernels that are started meanwhile, and the operations of PyTorch within the operators, in order."""
+    """Record the launched kernels, and PyTorch's operations inside of operators, in order."""
     notes: list[str] = []
     work = Work(notes)
 
@@ -80,10 +80,8 @@ SCALED = ["scaled_squares_kernel", "scaled_average_kernel", "scaled_step_kernel"
 
 
 @pytest.mark.parametrize(("num_layers", "frequency", "dtype"), [(1, 1, FP32), (1, 3, BF16), (5, 3, FP32)], ids=str)
-def test_number_of_launches_of_a_step(
-    num_layers: int, frequency: int, dtype: torch.dtype
-) -> None:
-    """The number of layers does not matter, and nothing is padded, cast or copied. Sides are multiples of 8."""
+def test_number_of_launches_of_a_step(num_layers: int, frequency: int, dtype: torch.dtype) -> None:
+    """It does not depend on the number of layers. Nothing is padded, cast or copied. Sides are multiples of 8."""
     params = parameters(start([(16, 24)] * num_layers, dtype))
     optimizer = IFShampoo(
         params, **{**OPTIONS, "lr": torch.tensor(0.01, device=DEVICE)}, precondition_frequency=frequency

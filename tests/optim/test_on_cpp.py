@@ -1,4 +1,4 @@
-"""The optimizers on the C++ kernels."""
+"""The optimizers with the C++ kernels."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def run(params: list[nn.Parameter], optimizer: Any, step: int) -> None:
 
 
 def values(optimizer: Any) -> dict[str, Tensor]:
-    """A snapshot with compensated pairs joined to their FP32 values."""
+    """Return a snapshot with the FP32 values of compensated pairs."""
     shot = snapshot(optimizer)
     for name in [name for name in shot if "residual" in name]:
         residual, value = shot.pop(name), name.replace("weight_residual", "weight").replace("residual", "factor")
@@ -77,7 +77,7 @@ def values(optimizer: Any) -> dict[str, Tensor]:
     ],
 )
 def test_steps_match_eager_pytorch(optimizer, dtype, options, products):
-    """Before each step eager PyTorch's state is copied, so that errors do not add up.
+    """The state of eager PyTorch is copied before each step, so that errors do not add up.
 
     The writes are hidden from autograd, so that products which are kept stay valid.
     """

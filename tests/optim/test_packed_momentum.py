@@ -1,4 +1,4 @@
-"""`packed_momentum=True`: the same steps, with m_C and m_K as one triangle each, in less memory."""
+"""`packed_momentum=True`: the same steps in less memory, with m_C and m_K stored as triangles."""
 
 from __future__ import annotations
 
@@ -61,14 +61,14 @@ COMBINATIONS = [
 
 @contextmanager
 def served_by(backend: str) -> Iterator[torch.device]:
-    """The device whose parameters `backend` steps in here."""
+    """Return the device on which these tests use `backend`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ROOTFREE_BACKEND", backend)
         yield torch.device("cuda" if backend == "triton" and torch.cuda.is_available() else "cpu")
 
 
 def unpacked(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """A snapshot with m_C and m_K as matrices."""
+    """Return a snapshot with m_C and m_K as matrices."""
     shot = snapshot(optimizer)
     packed = [name for name in shot if "momentum_c" in name or "momentum_k" in name]
     return {**shot, **{name: unpack(shot[name]) for name in packed}}
@@ -89,7 +89,7 @@ NOT_FINITE = (1, 5)
 
 @pytest.mark.parametrize(("backend", "options"), COMBINATIONS)
 def test_packed_and_unpacked_runs_are_bitwise_equal(backend: str, options: dict[str, Any]) -> None:
-    """Updates and other steps, with gradients that are missing, and some that are left out, which change no m."""
+    """Runs have updates and other steps, missing gradients, and gradients that are skipped."""
     with served_by(backend) as device:
         params = [
             [nn.Parameter(x.to(device)) for x in gradients(SHAPES[backend], -1, FP32)] for packed in (False, True)
@@ -128,7 +128,7 @@ def test_kernels_keep_m_bitwise_symmetric(shape: tuple[int, int], dtype: torch.d
 
 
 def test_packing_an_almost_symmetric_m_changes_a_run_by_roundings_only() -> None:
-    """This is the case of FP64 in eager PyTorch on some processors."""
+    """In FP64 on some processors, eager PyTorch makes m only almost symmetric."""
     params = [[nn.Parameter(x) for x in gradients([(65, 34)], -1, FP64)] for _ in range(2)]
     options = {**OPTIONS, "factor_dtype": FP64}
     plain, packed = (IFShampoo(some, **options, packed_momentum=bool(i)) for i, some in enumerate(params))
@@ -169,7 +169,7 @@ SMALL = {"packed_momentum": True, "state_dtype": BF16, "cache_products": False}
 
 @pytest.mark.parametrize(("options", "limit"), [({}, 12.001), (SMALL, 8.01)], ids=["default", "small"])
 def test_bytes_of_state_per_weight(options: dict[str, Any], limit: float) -> None:
-    """The weight is one square block. Nothing of its size is kept beside the state."""
+    """The weight is one square block. No other memory of this size is kept."""
     param = nn.Parameter(torch.zeros(512, 512))
     param.grad = torch.ones_like(param)
     optimizer = IFShampoo([param], **{**OPTIONS, **options})
@@ -194,7 +194,7 @@ def trained(steps: range = range(3), **options: Any) -> tuple[Model, IFShampoo]:
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_loading_a_checkpoint_sets_its_layout(packed: bool) -> None:
-    """Packing is an option, and checkpoints hold options. It cannot be changed once there is state."""
+    """Packing is an option, and checkpoints contain options. It cannot be changed when there is state."""
     source, saver = trained(packed_momentum=packed)
     model, loader = trained(packed_momentum=not packed)
     model.load_state_dict(source.state_dict())
@@ -223,7 +223,7 @@ def test_state_of_the_other_layout_is_an_error(packed: bool) -> None:
 
 @pytest.mark.filterwarnings("ignore::UserWarning:torch.distributed")  # no process group: one process, as is meant
 def test_a_distributed_checkpoint_of_the_other_layout_is_an_error(tmp_path: Path) -> None:
-    """PyTorch reads into state that exists, and names the entry and the shapes that do not fit."""
+    """PyTorch reads into the existing state, and names the entry and the shapes that do not fit."""
     saved = get_optimizer_state_dict(*trained(packed_momentum=True))
     dcp.save({"optimizer": saved}, checkpoint_id=tmp_path, no_dist=True)
     into = {"optimizer": get_optimizer_state_dict(*trained(packed_momentum=False))}

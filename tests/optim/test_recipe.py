@@ -1,4 +1,4 @@
-"""The recipe: steps against the reference, what cancels in it, its options, and the split of a model."""
+"""The recipe: comparison with the reference, invariances, options, and the split of a model."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def assert_close(actual: list[np.ndarray], expected: list[np.ndarray], allowed: 
 @RULES
 @pytest.mark.parametrize("update_norm", ["muon", "rms"])
 def test_steps_match_the_reference_in_blocks(rule: dict[str, Any], update_norm: str) -> None:
-    """A weight of 7 × 5 in blocks of at most 4: each block has its own factors, and its share of the update's norm."""
+    """A weight of 7 × 5 has blocks of at most 4. Each block has its own factors and its share of the update's norm."""
     torch.manual_seed(0)
     weight = nn.Parameter(torch.randn(7, 5, dtype=FP64))
     options = {**rule, "update_norm": update_norm, "update_scale": 0.5, "weight_decay": 0.3, "factor_dtype": FP64}
@@ -184,7 +184,7 @@ def test_bad_options_of_the_recipe_are_an_error(options: dict[str, Any], message
 
 @pytest.mark.parametrize("option", ["direction", "relative_damping", "factor_init", "momentum_on", "update_norm"])
 def test_every_option_alone_makes_a_difference_and_trains(option: str) -> None:
-    """Also with T = 2, and switched on for one group only."""
+    """T is 2, and the option is set for one group only."""
     finals = []
     for rule in ({}, {option: RECIPE[option]}):
         model = Model()
@@ -210,7 +210,7 @@ def test_whitened_factors_stay_symmetric_and_positive_definite() -> None:
 
 
 def test_a_parameter_without_a_gradient_at_first_starts_later() -> None:
-    """As an adapter does whose other half is 0."""
+    """An example is an adapter whose other matrix is 0."""
     late, early = (nn.Parameter(torch.ones(4, 3)) for _ in range(2))
     optimizer = IFShampoo([late, early], lr=0.1, **RECIPE)
     for step in range(4):
@@ -274,7 +274,7 @@ def test_factors_start_at_the_first_update_where_step_0_is_none(rule: dict[str, 
 def test_parameters_without_a_gradient_stay_and_the_others_of_a_batch_step(
     rule: dict[str, Any], fused: bool | None, frequency: int
 ) -> None:
-    """As they do if each is stepped by itself. The update of a weight of 8 × 8 is larger if it is a block of 8 × 16."""
+    """Each steps as if alone. The update of a weight of 8 × 8 is larger if it is a block of 8 × 16."""
     options = {**rule, "factor_dtype": FP32, "fused": fused, "precondition_frequency": frequency}
     options |= {"max_preconditioner_dim": 8, "weight_decay": 0.1}
     finals = []

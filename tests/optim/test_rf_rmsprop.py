@@ -15,7 +15,7 @@ SHAPES = [(), (1,), (13,), (5, 3), (2, 3, 4)]
 
 
 def train(optimizer_class, dtype, steps=6, gamma=1.0, shapes=SHAPES, **options):
-    """[(our weight, the reference's)] of several tensors after some steps along the same random gradients."""
+    """Return pairs of our weights and those of the reference after some steps with the same random gradients."""
     rng = np.random.default_rng(0)
     weights = [rng.normal(size=shape) for shape in shapes]
     params = [torch.nn.Parameter(torch.tensor(weight).to(dtype)) for weight in weights]
@@ -87,7 +87,7 @@ def test_compensated_bf16_weights_are_fp32_weights_bit_for_bit():
 
 @pytest.mark.parametrize("optimizer_class", [RFRMSProp, IFShampoo])
 def test_weights_that_were_set_to_zero_continue_to_learn(optimizer_class):
-    """A remainder left over from another weight would make ±0 a NaN, which would stay."""
+    """The residual of another weight would turn ±0 into a NaN."""
     param = torch.nn.Parameter(torch.randn(16, 16, generator=torch.Generator().manual_seed(0)).bfloat16())
     optimizer = optimizer_class([param], **OPTIONS, weight_rounding="compensated")
     for step in range(8):
@@ -100,7 +100,7 @@ def test_weights_that_were_set_to_zero_continue_to_learn(optimizer_class):
 
 @pytest.mark.parametrize("rounding", ["stochastic", "compensated", "nearest"])
 def test_only_nearest_rounding_stops_the_decay_of_a_bf16_average(rounding):
-    """β₂ = 0.001 changes s by a thousandth, less than half a BF16 unit: nearest leaves s = 1 for ever."""
+    """β₂ = 0.001 changes s by less than half a BF16 unit, so rounding to nearest keeps s = 1 forever."""
     param = torch.nn.Parameter(torch.zeros(4096))
     optimizer = RFRMSProp([param], batch_size=1, beta2=1e-3, state_dtype=torch.bfloat16, rounding=rounding)
     for _ in range(100):

@@ -1,4 +1,4 @@
-"""Schedules of updates."""
+"""Schedules of the update interval."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ pytestmark = kernel_test
 @example(triton_batch(5, 4, ((1, 2, 3, 3), (0, 1, 2, 2))), through("triton"), 256)
 @ANY_BATCH
 def test_gather_returns_the_scaled_blocks_bitwise_and_their_squared_norms(batch, run, numbers):
-    """Scales are powers of two here, so that only the rounding to the dtype of G is left."""
+    """Scales are powers of two, so only the conversion to the dtype of G rounds."""
     t = batch.tensors()
     with numbers_per_program(numbers):
         grad, squares = batch.gather(t, run)

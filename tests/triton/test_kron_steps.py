@@ -79,7 +79,7 @@ def test_random_bits_depend_on_the_step():
     ],
 )
 def test_a_block_that_is_not_finite_is_skipped_and_counted(bad, clip, rounding, rule):
-    """The square of 1e30 is infinite; that of 1e15 is not, but the norm of its m is. Other blocks step as ever."""
+    """The square of 1e30 is infinite. That of 1e15 is not, but the norm of its m is. Other blocks step as usual."""
     batch = triton_batch(13, 9, ((0, 1, 0, 2), (0, 1, 0, 1)), clip=clip, param=BF16)
     batch = replace(batch, rounding=rounding, weight_rounding=rounding, rule=rule)
     was, clean, t = batch.tensors(), batch.run(), batch.tensors()

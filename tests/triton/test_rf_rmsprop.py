@@ -110,7 +110,7 @@ def test_tensors_with_equal_strides_are_not_copied(monkeypatch):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30])
 @pytest.mark.parametrize("place", ("first", "middle", "last"))
 def test_an_element_that_is_not_finite_is_skipped_and_counted_once(bad, place):
-    """1e30 is finite, its square is not."""
+    """1e30 is finite. Its square is not."""
     index = {"first": 0, "middle": CHUNK + 5, "last": 3 * CHUNK + 6}[place]
     call = triton_call([(40,), (3 * CHUNK + 7,), (9,)], param=BF16, weight_rounding="compensated")
     changed = ("param", "square", "buffer", "weight_residual")

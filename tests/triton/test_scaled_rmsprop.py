@@ -142,8 +142,8 @@ def test_changed_tensors_get_a_new_version():
     assert {name for name, (x,) in lists.items() if x._version == before[name]} == {"grad"}
 
 
-def test_random_bits_of_s_depend_on_its_slot():
-    """s of one tensor, which decays: what is stored are the values that the documented bits give."""
+def test_random_bits_of_s_match_the_documentation():
+    """s of one tensor decays. The stored values are those that the documented bits give."""
     call = scaled_call(
         [64], ("whole",), *(BF16,) * 4, "stochastic", "nearest", exact=True, rule={"momentum_on": "update"}
     )
