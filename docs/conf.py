@@ -29,7 +29,7 @@ extensions = [
     "sphinx_copybutton",
 ]
 exclude_patterns = ["README.md"]  # about these sources, for readers of the repository
-smartquotes = False  # quotes in prose are mostly those of Python strings
+smartquotes_action = "D"  # dashes only: quotes in prose are mostly those of Python strings
 nitpicky = True
 default_role = "literal"  # docstrings write code in single backticks
 
