@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bench.common.gpt2 import GPT2
-from bench.common.memory import peak_bytes, state_bytes
+from bench.common.memory import peak_bytes, release, state_bytes
 from bench.common.optimizers import ENTRIES, Entry
 from bench.common.timing import Timing
-from bench.compare.contest import release
 from bench.demo.peers import Together
 from rootfree_kernels import IFShampoo
 

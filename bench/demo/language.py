@@ -36,10 +36,9 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
-from bench.common.memory import state_bytes
+from bench.common.memory import release, state_bytes
 from bench.common.record import gpu, provenance
 from bench.common.timing import clock_of
-from bench.compare.contest import release
 from bench.demo.data import Corpus, read_corpus
 from bench.demo.language_options import is_asked_for, parse
 from bench.demo.language_report import Course, write_report

@@ -14,7 +14,7 @@ from bench.common.optimizers import ENTRIES
 from bench.common.workloads import WORKLOADS, Workload
 from bench.compare import scaling, training
 from bench.compare.contest import OTHER, UPDATE, Limits
-from bench.compare.plans import TINY
+from bench.compare.settings import TINY
 from bench.compare.training import GPT2_124M, ROWS, SELDOM, SMALL, Trainee, Transformer, batches
 from bench.demo.peers import Together
 from tests.bench.fakes import FakeOptimizer, failing_at, fake_entry, stopped_clock, undisturbed
