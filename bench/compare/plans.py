@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bench.common.gpt2 import GPT2
+from bench.common.gpt import GPT2
 from bench.common.workloads import Workload
 from bench.compare import training
 from bench.compare.contest import Limits
@@ -67,7 +67,7 @@ TINY = Plan(
     layer_side=8,
     periods=(1, 2),
     period_side=16,
-    task=training.Task("tiny GPT", GPT2(1, 8, 50, 4), batch=2, heads=2, bf16=False),
+    task=training.Task("tiny GPT", GPT2(1, 8, 50, 4, head_width=4), batch=2, bf16=False),
     training_cycles=(1, 1),
 )
 TINY_WORKLOADS = (Workload("16²", ((16, 16),)), Workload("pair", ((8, 40), (24, 8))))

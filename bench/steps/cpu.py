@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 
 from bench.common.paths import ROOT
 from bench.common.record import provenance
-from bench.demo.fp32_muon import use_fp32
+from bench.demo.methods import use_fp32_muon
 from bench.steps.naive import NaiveIFShampoo
 from rootfree_kernels import RECIPE, IFShampoo, RFRMSProp
 from rootfree_kernels.eager import cpu_matmul_dtype
@@ -200,7 +200,7 @@ def factor_rows(repeats: int, note: str = "") -> list[Row]:
 
 def recipe_rows(repeats: int) -> list[Row]:
     """The step of the recipe against the same step in the root-free direction by the paper's rule, and against Muon."""
-    use_fp32()
+    use_fp32_muon()
     root_free = {**COMMON, "clip": "row_sum"}
     contestants: dict[str, Optimizer] = {
         "recipe": IFShampoo(parameters(1, 1024, 1024), **RECIPE, factor_dtype=torch.float32),
