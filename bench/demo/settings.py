@@ -33,7 +33,7 @@ LARGE = {"batch": 64, "length": 512, "warmup": 100, "head_width": 64, "held_out_
 SIZES = {
     # 1.07M weights, on the standard library
     "small": Task(),
-    # 28.9M weights
+    # 28.8M weights
     "30m": Task(width=512, layers=9, **LARGE),
     # 121.0M weights: GPT-2 124M's width, and five more layers in the place of its embedding of 50257 tokens
     "124m": Task(width=768, layers=17, **LARGE),
