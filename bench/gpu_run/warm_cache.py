@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
-from bench.common.gpt2 import GPT2
+from bench.common.gpt import GPT2
 from bench.common.optimizers import dion_muon
 from bench.common.peers import why_missing
 from bench.common.workloads import gpt2_matrices
