@@ -29,7 +29,7 @@ extensions = [
     "sphinx_copybutton",
 ]
 exclude_patterns = ["README.md"]  # about these sources, for readers of the repository
-smartquotes = False  # quotes in prose are mostly those of Python strings
+smartquotes_action = "D"  # dashes only: quotes in prose are mostly those of Python strings
 nitpicky = True
 default_role = "literal"  # docstrings write code in single backticks
 
@@ -40,12 +40,19 @@ myst_links_external_new_tab = False
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
-LINK_OUT_OF_DOCS = re.compile(r"(?<!!)(\[[^\]]*\])\((?:\.\./)+([^)\s]+)\)")
+RELATIVE_LINK = re.compile(r"(?<!!)(\[[^\]]*\])\((\.\./[^)\s]+)\)")
 
 
 def link_to_repository(app: Any, docname: str, source: list[str]) -> None:
     """Turn relative links that leave docs/, which work on GitHub, into links to the repository. Images stay."""
-    source[0] = LINK_OUT_OF_DOCS.sub(rf"\1({REPOSITORY}/blob/main/\2)", source[0])
+    folder = (ROOT / "docs" / docname).parent
+
+    def absolute(match: re.Match[str]) -> str:
+        target = Path(os.path.normpath(folder / match[2])).relative_to(ROOT)
+        leaves = target.parts[0] != "docs"
+        return f"{match[1]}({REPOSITORY}/blob/main/{target.as_posix()})" if leaves else match[0]
+
+    source[0] = RELATIVE_LINK.sub(absolute, source[0])
 
 
 def setup(app: Any) -> None:

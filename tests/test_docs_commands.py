@@ -38,16 +38,26 @@ def stop_after_parsing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
 
 
+def source_of(module: str) -> str | None:
+    """Return the source of a module, of a package that of all its files, or None if it cannot be run."""
+    try:
+        spec = importlib.util.find_spec(module)
+        is_package = spec is not None and spec.submodule_search_locations
+        spec = importlib.util.find_spec(f"{module}.__main__") if is_package else spec
+    except ModuleNotFoundError:  # of the package around it
+        return None
+    if spec is None or spec.origin is None:
+        return None
+    file = Path(spec.origin)
+    return "\n".join(part.read_text("utf-8") for part in (file.parent.glob("*.py") if is_package else [file]))
+
+
 def check_module(module: str, arguments: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Check that a module can be run with these arguments. A module without a command line takes none."""
-    spec = importlib.util.find_spec(module)
-    assert spec, f"there is no module {module}"
-    if module.partition(".")[0] not in ("bench", "tests", "rootfree_kernels"):
+    source = source_of(module)
+    assert source is not None, f"there is no module {module} that can be run"
+    if module.partition(".")[0] not in ("bench", "tests"):
         return
-    if spec.submodule_search_locations:
-        spec = importlib.util.find_spec(f"{module}.__main__")
-    assert spec and spec.origin, f"{module} cannot be run"
-    source = Path(spec.origin).read_text(encoding="utf-8")
     if not re.search(r"argparse|parse_arg|(?<![.\w])parse\(", source):
         assert not arguments, f"{module} takes no arguments"
         return

@@ -1,4 +1,4 @@
-"""How much an optimizer launches in a step: kernels and copies on a GPU, operators of PyTorch on a CPU."""
+"""Count what an optimizer launches in a step: kernels and copies on a GPU, operators of PyTorch on a CPU."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from rootfree_kernels.ops.operators import run_flat
 
 
 class OperatorCount(TorchDispatchMode):
-    """Counts operators of PyTorch and of compiled extensions. Views are free. An operator of this package that Python
-    implements is not one by itself: what it calls is counted."""
+    """Count operators of PyTorch and of compiled extensions, without views.
+
+    An operator of this package that is written in Python counts as the operators that it calls.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -23,7 +25,7 @@ class OperatorCount(TorchDispatchMode):
         if func.namespace == "rootfree":
             with self:
                 return run_flat(func._opname, *args)
-        with self:  # what is made of others comes here as it is from within an operator
+        with self:  # inside an operator, one that is made of others arrives whole
             result = func.decompose(*args, **(kwargs or {}))
         if result is not NotImplemented:
             return result
@@ -32,7 +34,7 @@ class OperatorCount(TorchDispatchMode):
 
 
 def count_launches(run: Callable[[], Any], device: torch.device) -> int:
-    """Kernels, copies and fills that `run` puts on a GPU; on a CPU the operators that it calls."""
+    """Return how many kernels, copies and fills `run` puts on a GPU, or how many operators it calls on a CPU."""
     if device.type != "cuda":
         with OperatorCount() as operators:
             run()

@@ -1,9 +1,9 @@
-"""Other people's optimizers: where they are found, and how to get them.
+"""Other people's optimizers: where to find them and how to install them.
 
-    python -m bench.common.peers            which are here
-    python -m bench.common.peers --install  installs what a package index offers (`make peers`)
+    python -m bench.common.peers            lists them
+    python -m bench.common.peers --install  installs those of a package index (`make peers`)
 
-A checkout in .peers/ goes before an installed package. Nothing here is ever imported by the package itself.
+A checkout in .peers/ is preferred to an installed package. The package itself never imports a peer.
 """
 
 from __future__ import annotations
@@ -12,26 +12,25 @@ import argparse
 import importlib.metadata
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from unittest.mock import patch
 
 from bench.common.paths import ROOT
 
 CHECKOUTS = ROOT / ".peers"
 CONSTRAINTS = ROOT / "constraints.txt"
 COMMIT = ".commit"
-"""A file in a copy of a checkout, written by `bench.gpu_run.bundle`: which commit it is."""
+"""The file that names the commit in a copy of a checkout. `bench.gpu_run.bundle` writes it."""
 
 UNKNOWN = "a copy without its commits"
 
 
 class MissingPeer(ImportError):
-    """A peer is not installed; the message says how it can be."""
+    """A peer is not installed. The message says how to install it."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +40,13 @@ class Peer:
     title: str
     module: str
     repository: str
-    """On GitHub; a checkout of it is looked for in .peers/, under the repository's own name."""
+    """On GitHub. Its checkout in .peers/ has the name of the repository."""
 
     index: tuple[str, ...] = ()
-    """Requirements, pinned here or in constraints.txt: the package itself, where an index offers it, and what it needs
-    beside PyTorch."""
+    """Requirements from a package index beside PyTorch, pinned here or in constraints.txt."""
 
     carried: tuple[str, ...] = ()
-    """Those of its requirements that a machine without network may lack: pure Python, taken along by a bundle."""
+    """Pure Python requirements that `bench.gpu_run.bundle` takes to a machine without network."""
 
     @property
     def checkout(self) -> Path:
@@ -59,7 +57,7 @@ class Peer:
         return f"{clone}; make peers" if self.index else clone
 
     def version(self) -> str:
-        """The commit of the checkout, or the version of the installed package; where neither is known, what it is."""
+        """Return the commit of the checkout, or the version of the installed package."""
         if self.checkout.is_dir():
             return self.version_of(self.checkout)
         try:
@@ -69,11 +67,11 @@ class Peer:
 
     @staticmethod
     def version_of(checkout: Path) -> str:
-        """Return the commit of a checkout, or what a file beside a copy of one says."""
+        """Return the commit of a checkout or of a copy of one."""
         note = checkout / COMMIT
         if note.exists():
             return note.read_text(encoding="utf-8").strip()
-        if not (checkout / ".git").exists():  # git would tell of the repository around it
+        if not (checkout / ".git").exists():  # git would describe the repository around it
             return UNKNOWN
         command = ["git", "-C", str(checkout), "log", "-1", "--format=%h, %as"]
         found = subprocess.run(command, capture_output=True, text=True)
@@ -81,35 +79,18 @@ class Peer:
 
 
 SINGD = ("singd==0.0.5", "einops==0.8.2")
-
+SIRF = ("sirfshampoo==0.0.1", *SINGD)
+PYTORCH_OPTIMIZER = ("pytorch-optimizer==4.1.0",)
 PEERS = {
     peer.module: peer
     for peer in (
         Peer("Meta's Distributed Shampoo", "distributed_shampoo", "facebookresearch/optimizers", ("numpy",)),
-        Peer(
-            "sirfshampoo, the authors' own",
-            "sirfshampoo",
-            "f-dangel/sirfshampoo",
-            ("sirfshampoo==0.0.1", *SINGD),
-            SINGD,
-        ),
+        Peer("sirfshampoo, the authors' own", "sirfshampoo", "f-dangel/sirfshampoo", SIRF, SINGD),
         Peer("SOAP, the authors' own", "soap", "nikhilvyas/SOAP"),
-        Peer(
-            "SOAP of pytorch_optimizer", "pytorch_optimizer", "kozistr/pytorch_optimizer", ("pytorch-optimizer==4.1.0",)
-        ),
+        Peer("SOAP of pytorch_optimizer", "pytorch_optimizer", "kozistr/pytorch_optimizer", PYTORCH_OPTIMIZER),
         Peer("Dion's Muon", "dion", "microsoft/dion", ("numpy",)),
     )
 }
-
-
-@contextmanager
-def _importable(folder: Path) -> Iterator[None]:
-    """The modules of a folder can be imported, before those that are installed."""
-    sys.path.insert(0, str(folder))
-    try:
-        yield
-    finally:
-        sys.path.remove(str(folder))
 
 
 @cache
@@ -117,14 +98,13 @@ def find(module: str) -> ModuleType:
     """Import a peer.
 
     Raises:
-        MissingPeer: it is not here, or cannot be imported; the message says why, and how to install it.
+        MissingPeer: it is not here or cannot be imported. The message says why, and how to install it.
     """
     peer = PEERS[module]
+    path = [str(peer.checkout), *sys.path] if peer.checkout.is_dir() else sys.path
     try:
-        if peer.checkout.is_dir():
-            with _importable(peer.checkout):
-                return import_module(module)
-        return import_module(module)
+        with patch.object(sys, "path", path):
+            return import_module(module)
     except ModuleNotFoundError as error:
         absent = "" if error.name == module else f" (it is here, and needs {error.name})"
         raise MissingPeer(f"not installed{absent}: {peer.how_to_install()}") from error
@@ -133,7 +113,7 @@ def find(module: str) -> ModuleType:
 
 
 def why_missing(module: str) -> str | None:
-    """Why a peer cannot take part, or None."""
+    """Return why a peer cannot take part, or None."""
     try:
         find(module)
     except MissingPeer as error:
@@ -142,7 +122,7 @@ def why_missing(module: str) -> str | None:
 
 
 def install() -> int:
-    """pip install what an index offers, without a change of what constraints.txt pins; the exit status."""
+    """Run pip for everything that an index offers, without changing what constraints.txt pins; return its status."""
     wanted = list(dict.fromkeys(requirement for peer in PEERS.values() for requirement in peer.index))
     options = ["--disable-pip-version-check", "--quiet", "install", "--no-deps", "-c", str(CONSTRAINTS)]
     return subprocess.run([sys.executable, "-m", "pip", *options, *wanted]).returncode
@@ -153,8 +133,7 @@ def main() -> int:
     parser.add_argument("--install", action="store_true", help="install what a package index offers")
     status = install() if parser.parse_args().install else 0
     for peer in PEERS.values():
-        problem = why_missing(peer.module)
-        print(f"{peer.title:30} {problem or peer.version()}")
+        print(f"{peer.title:30} {why_missing(peer.module) or peer.version()}")
     return status
 
 

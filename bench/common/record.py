@@ -1,4 +1,4 @@
-"""What every record of a measurement says about where it comes from."""
+"""The JSON records of measurements, and what each says about its origin."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from bench.common.paths import ROOT
 from rootfree_kernels.ops.dispatch import device_name, processor
 from rootfree_kernels.ops.dispatch import slug as slug
 
@@ -27,23 +28,28 @@ def write_json(path: Path, record: Any) -> None:
     part.replace(path)
 
 
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def commit() -> str:
-    """The commit of this checkout, with a plus sign where files differ from it. Outside one, what ROOTFREE_COMMIT says,
-    for a copy of a checkout without its .git; else "unknown"."""
-    here = Path(__file__).parent
+    """Return the commit of this checkout, with a plus sign if files differ from it.
 
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(here), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
+    For a copy without its .git this is $ROOTFREE_COMMIT, or "unknown".
+    """
     try:
-        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+        return _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("ROOTFREE_COMMIT") or "unknown"
 
 
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(ROOT), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def provenance(command: str) -> dict[str, Any]:
-    """The command, date, commit, machine and versions of a record."""
+    """Return the command, date, commit, machine and versions of a record."""
     return {
         "command": command,
         "date": datetime.date.today().isoformat(),
@@ -56,15 +62,15 @@ def provenance(command: str) -> dict[str, Any]:
 
 
 def gpu(device: torch.device) -> dict[str, Any]:
-    """Name, driver and sizes of a GPU, and the versions of what makes kernels for it; of a CPU its name."""
-    versions = {"cuda": torch.version.cuda or torch.version.hip, "triton": version_of("triton")}
+    """Return the name of a device and the versions of CUDA and Triton; of a GPU also its driver, sizes and clocks."""
+    versions = {"cuda": torch.version.cuda or torch.version.hip, "triton": _version_of("triton")}
     name = device_name(device)
     if device.type != "cuda":
         return {"device": name, "driver": None, **versions}
     properties = torch.cuda.get_device_properties(device)
     return {
         "device": name,
-        "driver": driver(),
+        "driver": _driver(),
         **versions,
         "multiprocessors": properties.multi_processor_count,
         "memory_bytes": properties.total_memory,
@@ -73,7 +79,7 @@ def gpu(device: torch.device) -> dict[str, Any]:
     }
 
 
-def version_of(package: str) -> str:
+def _version_of(package: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -81,7 +87,7 @@ def version_of(package: str) -> str:
 
 
 def nvidia_smi(fields: str) -> str:
-    """What nvidia-smi says of the first GPU, "" where it says nothing."""
+    """Return these fields of the first GPU as nvidia-smi prints them, "" if it prints none."""
     command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.splitlines()[0]
@@ -89,8 +95,8 @@ def nvidia_smi(fields: str) -> str:
         return ""
 
 
-def driver() -> str:
-    """The version of the GPU's driver."""
+def _driver() -> str:
+    """Return the version of the GPU's driver."""
     if version := nvidia_smi("driver_version").strip():
         return version
     loaded = Path("/proc/driver/nvidia/version")

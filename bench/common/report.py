@@ -1,19 +1,19 @@
-"""The tables of all benchmarks: one writer of Markdown tables, and rows of figures beside their targets."""
+"""The tables of all benchmarks: one writer of Markdown tables, and rows of figures with their targets."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bench.common.record import write_json
 from bench.common.timing import Timing
 
 
 class Target(NamedTuple):
-    """A bound that a value is held to: "≥" or "≤" and a number."""
+    """A bound of a value: "≥" or "≤" and a number."""
 
     sign: str
     bound: float
@@ -24,12 +24,12 @@ class Target(NamedTuple):
             return False
         return number >= self.bound if self.sign == "≥" else number <= self.bound
 
-    def verdict(self, value: Any) -> str:
-        return f"{self.sign} {self.bound:g}: {'met' if self.is_met(value) else 'missed'}"
+    def __str__(self) -> str:
+        return f"{self.sign} {self.bound:g}"
 
 
 class Alternatives(NamedTuple):
-    """Ways to do the same work that were measured in turn. `bench.make_dispatch_table` makes dispatch tables of them.
+    """Times of different ways to do the same work, measured in turn, for `bench.make_dispatch_table`.
 
     Operation, sizes and choices are those of `rootfree_kernels.ops.dispatch`.
     """
@@ -46,7 +46,7 @@ class Alternatives(NamedTuple):
 
 @dataclass
 class Row:
-    """One case of a table: values by column (a number, a text, or a `Timing` in µs), or why there are none."""
+    """One case of a table: values by column (a number, a text, or a `Timing` in µs), or the error."""
 
     table: str
     case: str
@@ -60,7 +60,7 @@ class Row:
     def as_json(self) -> dict[str, Any]:
         cells = {name: x._asdict() if isinstance(x, Timing) else x for name, x in self.cells.items()}
         targets = {
-            column: {"bound": f"{target.sign} {target.bound:g}", "met": target.is_met(self.cells.get(column))}
+            column: {"bound": str(target), "met": target.is_met(self.cells.get(column))}
             for column, target in self.targets.items()
         }
         row = {"table": self.table, "case": self.case, "values": cells, "targets": targets}
@@ -70,7 +70,7 @@ class Row:
 
 
 def number(value: float) -> str:
-    """Three significant digits or a whole number."""
+    """Return a value with three significant digits, or as a whole number."""
     if not math.isfinite(value):
         return "–"
     if value == 0 or abs(value) >= 100:
@@ -79,7 +79,7 @@ def number(value: float) -> str:
 
 
 def cell(value: Any) -> str:
-    """A value as text; of a time the median, with the 10th and the 90th percentile."""
+    """Return a value as text; a time as its median with the 10th and the 90th percentile."""
     if isinstance(value, Timing):
         gaps = "" if value.queued else " with gaps"
         return f"{number(value.median)} ({number(value.p10)}–{number(value.p90)}){gaps}"
@@ -95,8 +95,8 @@ def _cell_with_target(row: Row, column: str) -> str:
     target = row.targets.get(column)
     if target is None:
         return text
-    verdict = target.verdict(row.cells.get(column))
-    return f"{text} ({verdict})" if target.is_met(row.cells.get(column)) else f"**{text} ({verdict})**"
+    met = target.is_met(row.cells.get(column))
+    return f"{text} ({target}: met)" if met else f"**{text} ({target}: missed)**"
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str] | str]) -> list[str]:
@@ -111,7 +111,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str] | str]) -> list[s
 
 
 def section(name: str, rows: list[Row], note: str) -> list[str]:
-    """Return heading, note, table and failures of one table."""
+    """Return the lines of one table: heading, note, table and failures."""
     columns = list(dict.fromkeys(column for row in rows for column in (*row.cells, *row.targets)))
     lines = [f"### {name}", ""]
     if note:
@@ -130,7 +130,7 @@ def _one_line(text: str) -> str:
 
 
 def summary(rows: list[Row]) -> list[str]:
-    """All targets, and what was not measured."""
+    """Return a table of all targets, and the list of what was not measured."""
     every = [(row, column, target) for row in rows for column, target in row.targets.items()]
     met = sum(target.is_met(row.cells.get(column)) for row, column, target in every)
     failed = [row for row in rows if row.error]
@@ -143,7 +143,7 @@ def summary(rows: list[Row]) -> list[str]:
     for row, column, target in every:
         value = row.cells.get(column)
         verdict = "met" if target.is_met(value) else "**missed**"
-        cells.append([row.table, row.case, column, cell(value), f"{target.sign} {target.bound:g}", verdict])
+        cells.append([row.table, row.case, column, cell(value), str(target), verdict])
     return [*lines, *table(("table", "case", "value", "measured", "target", ""), cells), ""]
 
 
@@ -151,7 +151,7 @@ PROVENANCE = ("device", "driver", "cuda", "torch", "triton", "python", "commit",
 
 
 def markdown(record: Mapping[str, Any], rows: list[Row], notes: Mapping[str, str]) -> str:
-    """Where the figures come from, all targets, and a table each; `notes` by table."""
+    """Return the page of a record: its origin, all targets, and each table with its note."""
     lines = [f"# Kernels on {record.get('device', 'an unknown device')}", ""]
     lines += table(("", ""), [(name, str(record.get(name, "unknown"))) for name in PROVENANCE])
     lines += [
@@ -167,8 +167,6 @@ def markdown(record: Mapping[str, Any], rows: list[Row], notes: Mapping[str, str
 
 
 def write(record: Mapping[str, Any], rows: list[Row], notes: Mapping[str, str], path: Path) -> None:
-    """Write `path`, JSON, and the same as Markdown beside it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    whole = {**record, "rows": [row.as_json() for row in rows]}
-    path.write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write a record as JSON to `path`, and as Markdown beside it."""
+    write_json(path, {**record, "rows": [row.as_json() for row in rows]})
     path.with_suffix(".md").write_text(markdown(record, rows, notes), encoding="utf-8")

@@ -1,17 +1,18 @@
-"""Measurements that outlive a crash: a process measures, another one starts it again.
+"""Measurements that survive a crash: one process measures, and another one starts it again.
 
 After a CUDA error such as an illegal access, every later call of the process fails, and a kernel that hangs blocks it
-for good. The process that measures therefore notes in a file what it begins and what it has done. If it dies, asks for
-a new one, or makes no progress for some time, another one is started and does the rest.
+for good. The process that measures therefore writes to a file what it begins and what is done. If it dies, asks for a
+new process, or makes no progress for some time, another one is started and does the rest.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pickle
 import signal
 import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,17 +22,17 @@ from typing import Any
 import torch
 
 RESTART = 75
-"""The exit status by which a process asks to be started again."""
+"""The exit status with which a process asks to be started again."""
 
 GRACE = 60.0
-"""Seconds after the end of the time at which a process is ended that has not ended by itself."""
+"""Seconds after the end of its time at which a process is killed."""
 
 MAX_STARTS = 12
 
 
 @dataclass
 class Progress:
-    """What a run has begun and done so far."""
+    """What a run has begun and done so far, in a file that is replaced as a whole."""
 
     path: Path
     until: float
@@ -39,70 +40,54 @@ class Progress:
 
     done: list[str] = field(default_factory=list)
     running: str = ""
+    part: str = ""
+    """The part of `running` that is at work, "" if it has no parts."""
+
     broken: dict[str, str] = field(default_factory=dict)
-    """Why the process ended that worked on it, by name."""
+    """By the name of a piece of work, why the process ended during it."""
 
     excluded: dict[str, str] = field(default_factory=dict)
-    """The same of what `focus` named: it is left out when the rest is begun again."""
+    """By the name of a part, why the process ended during it. The rest of the piece is begun again without it."""
 
     payload: Any = None
-    """What the measuring process hands on to the one after it."""
+    """Data that a process leaves for the next one."""
 
     @classmethod
     def load(cls, path: Path) -> Progress:
-        """Read what another process saved; both are runs of this program."""
+        """Read what another process of the same program saved."""
         progress: Progress = pickle.loads(path.read_bytes())
         return progress
 
     def save(self) -> None:
-        """Write everything, or nothing if this process is killed meanwhile."""
-        part = self.path.with_name(f"{self.path.name}.part")
+        unfinished = self.path.with_name(f"{self.path.name}.part")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(pickle.dumps(self))
-        part.replace(self.path)
+        unfinished.write_bytes(pickle.dumps(self))
+        unfinished.replace(self.path)
 
     def begin(self, name: str) -> None:
         """Note that work on `name` begins."""
-        self.running = name
-        self._focused.unlink(missing_ok=True)
+        self.running, self.part = name, ""
         self.save()
 
-    @property
-    def _focused(self) -> Path:
-        return focus_path(self.path)
-
     def focus(self, part: str) -> None:
-        """Note which part of what was begun is at work now: if the process ends, it is to blame and not the rest."""
-        self._focused.write_text(part, encoding="utf-8")
+        """Note which part of the work is next. If the process ends now, only this part is left out afterwards."""
+        self.part = part
+        self.save()
 
     def end(self, payload: Any = None, name: str = "") -> None:
-        """Note that `name`, or else the work begun last, is done."""
+        """Note that `name`, or else the work that was begun last, is done."""
         self.done.append(name or self.running)
-        self.running, self.payload = "", payload
+        self.running, self.part, self.payload = "", "", payload
         self.save()
 
     def blame(self, reason: str) -> None:
-        """Note that the process ended while it worked on what it began last, or on a part of it."""
-        if self._focused.exists():
-            self.excluded[self._focused.read_text(encoding="utf-8")] = reason
+        """Note that the process ended during the work that it began last, or during a part of it."""
+        if self.part:
+            self.excluded[self.part] = reason
         else:
             self.broken[self.running] = reason
-        self.running = ""
-        self._focused.unlink(missing_ok=True)
+        self.running = self.part = ""
         self.save()
-
-
-def focus_path(path: Path) -> Path:
-    """Return the file beside a progress that says which part of a piece of work is going on."""
-    return path.with_name(f"{path.name}.focus")
-
-
-def last_change(path: Path) -> float:
-    """Return when a progress was saved or its focus moved, as `time.time()`."""
-    times = [path.stat().st_mtime]
-    with contextlib.suppress(FileNotFoundError):
-        times.append(focus_path(path).stat().st_mtime)
-    return max(times)
 
 
 class Spoiled(Exception):
@@ -120,10 +105,17 @@ def is_spoiled(device: torch.device) -> bool:
     return False
 
 
-def supervise(command: Sequence[str], path: Path, seconds: float, stall: float) -> int:
-    """Run `command` until it ends by itself, and return its exit status; 1 if it never does.
+def supervise_module(module: str, arguments: Sequence[str], seconds: float, stall: float) -> int:
+    """Run `python -m module <arguments> --worker FILE` as `supervise` does, with its progress in a temporary file."""
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        path = Path(folder) / "progress"
+        return supervise([sys.executable, "-m", module, *arguments, "--worker", str(path)], path, seconds, stall)
 
-    The command finds its `Progress` in the file `path`. It is started again where it exits with RESTART, is ended by a
+
+def supervise(command: Sequence[str], path: Path, seconds: float, stall: float) -> int:
+    """Run `command` until it ends by itself, and return its exit status; return 1 if it never does.
+
+    The command finds its `Progress` in the file `path`. It is started again if it exits with RESTART, is ended by a
     signal, or saves no progress for `stall` seconds.
     """
     progress = Progress(path, time.time() + seconds)
@@ -147,7 +139,7 @@ def _run_once(command: Sequence[str], path: Path, end: float, stall: float) -> t
     process = subprocess.Popen(command, start_new_session=True)
     try:
         while (status := process.poll()) is None:
-            quiet = time.time() - last_change(path)
+            quiet = time.time() - path.stat().st_mtime
             if quiet > stall or time.time() > end:
                 return 1, f"the process was ended: nothing measured for {quiet:.0f} s"
             time.sleep(0.1)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from bench.common.gpt2 import GPT2
+from bench.common.gpt import GPT2
 from bench.common.tensors import random_tensors
 from bench.common.timing import Timer, Timing
 from rootfree_kernels.blocks import tiles

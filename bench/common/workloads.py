@@ -1,17 +1,15 @@
-"""What the optimizers step: the shapes of single weights, and the weights of real models.
+"""The workloads that optimizers step: single weights, and the hidden matrices of real models.
 
-Of a model these are the hidden matrices. Embeddings, heads and vectors are left out: whoever trains with Shampoo, SOAP
-or Muon leaves them to AdamW or to a diagonal step, which is the same on all sides. A convolution [o, i, h, w] is a
-matrix o × i·h·w, as all of these optimizers see it.
+Embeddings, heads and vectors are left out, since Shampoo, SOAP and Muon leave them to AdamW or to a diagonal step. A
+convolution [o, i, h, w] is a matrix o × i·h·w, as all of these optimizers see it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 
-from bench.common.gpt2 import GPT2
+from bench.common.gpt import GPT2
 from rootfree_kernels.blocks import tiles
 
 Matrix = tuple[int, int]
@@ -27,10 +25,6 @@ class Workload:
     """Whether a machine without a GPU measures it."""
 
     @property
-    def slug(self) -> str:
-        return self.name.lower().replace("²", "x2").replace("×", "x").replace(" ", "-").replace("/", "-")
-
-    @property
     def num_weights(self) -> int:
         return sum(map(prod, self.shapes))
 
@@ -39,31 +33,26 @@ class Workload:
         return max(map(max, self.shapes))
 
     def blocks(self, max_dim: int | None) -> tuple[Matrix, ...]:
-        """The shapes after every side is cut into even parts of at most `max_dim`, as IFShampoo cuts them."""
+        """Return the shapes of the blocks, cut evenly with sides of at most `max_dim` as IFShampoo does."""
         return tuple(
             tile.block_shape for shape in self.shapes for tile in tiles(shape, max_dim) for _ in range(tile.num_blocks)
         )
 
 
 def gpt2_matrices(model: GPT2) -> tuple[Matrix, ...]:
-    """The weights of a GPT-2's layers, in the order of the model."""
-    return tuple(_hidden(model.shapes().items()))
-
-
-def _hidden(shapes: Iterable[tuple[str, tuple[int, ...]]]) -> Iterable[Matrix]:
-    for name, shape in shapes:
-        if name.startswith("h.") and len(shape) == 2:
-            yield shape[0], shape[1]
+    """Return the weights of a GPT-2's layers, in the order of the model."""
+    hidden = (shape for name, shape in model.shapes().items() if name.startswith("blocks.") and len(shape) == 2)
+    return tuple((rows, columns) for rows, columns in hidden)
 
 
 def vit_matrices(depth: int = 12, width: int = 768, patch: int = 16) -> tuple[Matrix, ...]:
-    """ViT-B/16 of torchvision: the patch embedding is a convolution of 16 × 16."""
+    """Return the matrices of torchvision's ViT-B/16, whose patch embedding is a convolution of 16 × 16."""
     layer = ((3 * width, width), (width, width), (4 * width, width), (width, 4 * width))
     return ((width, 3 * patch * patch), *(layer * depth))
 
 
 def resnet50_matrices() -> tuple[Matrix, ...]:
-    """The convolutions of torchvision's ResNet-50."""
+    """Return the convolutions of torchvision's ResNet-50."""
     shapes: list[Matrix] = [(64, 3 * 49)]
     inputs = 64
     for width, depth in ((64, 3), (128, 4), (256, 6), (512, 3)):
@@ -76,12 +65,12 @@ def resnet50_matrices() -> tuple[Matrix, ...]:
 
 
 def llama_matrices(width: int = 4096, hidden: int = 11008) -> tuple[Matrix, ...]:
-    """One layer of Llama 7B."""
+    """Return one layer of Llama 7B."""
     return *((width, width),) * 4, (hidden, width), (hidden, width), (width, hidden)
 
 
 def demo_matrices(width: int = 128, depth: int = 5) -> tuple[Matrix, ...]:
-    """The layers of the language model of `bench.demo`."""
+    """Return the layers of the language model of `bench.demo`."""
     return (*((width, width),) * 4, (4 * width, width), (width, 4 * width)) * depth
 
 

@@ -1,20 +1,19 @@
-"""Optimizers that step the same gradients in turn, and what is measured of each.
+"""Contests: optimizers step the same gradients in turn, and their times, memory and launches are measured.
 
-Each contestant has weights of its own. T is 2, so that updates and other steps alternate; what a step costs on average
-at another T follows, (update + (T−1)·other)/T. The first four steps, two updates among them, warm up and show the
-memory. Before a step fresh gradients are copied in, outside of the time, as a backward pass would have written them.
+Each contestant has weights of its own. T is 2, so that updates and other steps alternate. The mean step at another T
+follows from these: (update + (T−1)·other)/T. The first four steps, two updates among them, warm up and show the memory.
+Before each step fresh gradients are copied in, outside of the measured time, as a backward pass would write them.
 """
 
 from __future__ import annotations
 
-import gc
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -24,7 +23,7 @@ from torch.optim import Optimizer
 
 from bench.common.launches import count_launches
 from bench.common.memory import peak_bytes, state_bytes
-from bench.common.optimizers import Entry
+from bench.common.optimizers import WHOLE, Entry
 from bench.common.restarts import Spoiled, is_spoiled
 from bench.common.timing import MAX_LEAD, Timing
 from bench.common.workloads import Matrix, Workload
@@ -35,17 +34,51 @@ UPDATE, OTHER = "update", "other"
 
 @dataclass(frozen=True)
 class Limits:
-    """How long is measured: samples of a kind of step, and seconds that a contestant gets, warm-up left out."""
+    """Numbers of samples of each kind of step, and seconds for a contestant without its warm-up."""
 
     most: int = 10
     least: int = 3
     seconds: float = 2.0
     all_seconds: float = 40.0
-    """Beyond these, a contestant gets no more samples even if it has fewer than `least`, but one."""
+    """After these a contestant gets no more samples, even if it has fewer than `least`, but at least one."""
+
+
+class Case(NamedTuple):
+    """An entry with a block size on a workload."""
+
+    entry: Entry
+    workload: Workload
+    block: int = WHOLE
+
+    @property
+    def title(self) -> str:
+        return f"{self.workload.name}, {self.entry.name}, {self.block}"
+
+    @property
+    def shapes(self) -> tuple[Matrix, ...]:
+        """Return the weights that the entry gets: the blocks, if it does not cut by itself."""
+        return self.workload.shapes if self.entry.cuts else self.workload.blocks(self.block)
+
+    @property
+    def is_uncut(self) -> bool:
+        return self.workload.longest_side <= self.block or self.entry.family == "diagonal"
+
+
+def cases_of(entry: Entry, workload: Workload, device: torch.device) -> list[Case]:
+    """Return a case for each block size of an entry that cuts the workload differently.
+
+    On a CPU, an update of a whole 1024 × 4096 weight by Distributed Shampoo or SOAP would take a third of a minute.
+    """
+    if entry.family == "diagonal":
+        return [Case(entry, workload, max(entry.blocks))]
+    slow = device.type == "cpu" and entry.family in ("Shampoo", "SOAP") and workload.longest_side > 2048
+    sizes = entry.blocks[:1] if slow else entry.blocks
+    different = {workload.blocks(size): size for size in sorted(sizes)}
+    return [Case(entry, workload, size) for size in sorted(different.values())]
 
 
 class Gradients:
-    """Random gradients: in a step of the same number the same ones for all, whatever they cut the weights into."""
+    """Random gradients: in a step of one number the same for all, however they cut the weights."""
 
     SETS = 3
 
@@ -55,25 +88,23 @@ class Gradients:
         self.buffers: dict[tuple[tuple[Matrix, ...], torch.dtype], list[Tensor]] = {}
 
     def of(self, shapes: tuple[Matrix, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
-        """Those of weights of these shapes, where contestants share them; `refresh` changes the values."""
+        """Return the gradients of weights of these shapes, which contestants share. `refresh` changes their values."""
         if (shapes, dtype) not in self.buffers:
             device = self.flat[0].device
             self.buffers[shapes, dtype] = [torch.empty(shape, device=device, dtype=dtype) for shape in shapes]
         return self.buffers[shapes, dtype]
 
     def refresh(self, shapes: tuple[Matrix, ...], step: int, dtype: torch.dtype = torch.float32) -> None:
-        """Put the gradients of a step, by its number, where `of` says."""
+        """Copy the gradients of a step, by its number, to the tensors of `of`."""
         parts = self.flat[step % self.SETS].split([prod(shape) for shape in shapes])
         torch._foreach_copy_(self.of(shapes, dtype), [x.view(s) for x, s in zip(parts, shapes, strict=True)])
 
 
 @dataclass
 class Contestant:
-    """An entry with a block size at work on a workload."""
+    """A case with its weights, its optimizer and its samples."""
 
-    entry: Entry
-    block: int
-    shapes: tuple[Matrix, ...]
+    case: Case
     gradients: Gradients
     clock: Any
     device: torch.device
@@ -83,9 +114,13 @@ class Contestant:
     num_steps: int = 0
     spent: float = 0.0
     lead: float = 0.0
-    times: dict[str, list[float]] = field(default_factory=lambda: {UPDATE: [], OTHER: []})
-    queued: dict[str, list[bool]] = field(default_factory=lambda: {UPDATE: [], OTHER: []})
+    samples: dict[str, list[tuple[float, bool]]] = field(default_factory=lambda: {UPDATE: [], OTHER: []})
+    """µs, and whether the step was queued before the device began with it, by kind of step."""
+
     peak_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        self.entry, self.shapes = self.case.entry, self.case.shapes
 
     def prepare(self) -> None:
         """Make weights and optimizer, and take the first steps."""
@@ -100,16 +135,14 @@ class Contestant:
             self.peak_bytes = peak_bytes(self._first_steps, self.device)
 
     def _backend(self) -> AbstractContextManager[Any]:
-        """The environment in which the first steps choose the entry's backend."""
+        """Return the environment in which the first steps choose the entry's backend."""
         return patch.dict(os.environ, {"ROOTFREE_BACKEND": self.entry.backend} if self.entry.backend else {})
 
     def _first_steps(self) -> None:
-        self.optimizer = self.entry.make(self.params, self.period, self.block)
+        self.optimizer = self.entry.make(self.params, self.period, self.case.block)
         for number in range(2 * self.period):
-            start = time.perf_counter()
-            self.step()
-            host = (time.perf_counter() - start) * 1e6
-            if number >= self.period:  # nothing is compiled any more; the longer of both kinds decides
+            host = self._host_step()
+            if number >= self.period:  # nothing is compiled any more, and the longer kind of step decides
                 self.lead = max(self.lead, min(2 * host + 20.0, MAX_LEAD))
 
     def step(self) -> None:
@@ -117,9 +150,15 @@ class Contestant:
         self.optimizer.step()
         self.num_steps += 1
 
+    def _host_step(self) -> float:
+        """Take a step, and return the µs of the host in it."""
+        start = time.perf_counter()
+        self.step()
+        return (time.perf_counter() - start) * 1e6
+
     @property
     def kind(self) -> str:
-        """Of the next step; those without a period are at an update in every second one."""
+        """Return the kind of the next step. Without a period every second step counts as an update."""
         return UPDATE if self.num_steps % self.period == self.entry.update_at % self.period else OTHER
 
     def sample(self) -> None:
@@ -132,75 +171,56 @@ class Contestant:
         start = self.clock.mark()
         self.step()
         end = self.clock.mark()
-        self.queued[kind].append(not self.clock.reached(start))
+        queued = not self.clock.reached(start)
         self.clock.synchronize()
-        self.times[kind].append(self.clock.elapsed(start, end))
+        self.samples[kind].append((self.clock.elapsed(start, end), queued))
         self.spent += time.perf_counter() - begin
 
     def is_done(self, limits: Limits) -> bool:
-        fewest = min(map(len, self.times.values()))
+        fewest = min(map(len, self.samples.values()))
         if fewest >= limits.most or (self.spent > limits.all_seconds and fewest):
             return True
         return fewest >= limits.least and self.spent > limits.seconds
 
     def timings(self) -> dict[str, Timing]:
-        """The times of both kinds of steps; where T makes no difference, all samples are of both."""
-        samples = {kind: [*zip(self.times[kind], self.queued[kind], strict=True)] for kind in (UPDATE, OTHER)}
+        """Return the times of both kinds of steps. Without a period all samples are of both."""
+        samples = self.samples
         if not self.entry.has_period:
             samples = dict.fromkeys(samples, samples[UPDATE] + samples[OTHER])
         return {kind: _timing(pairs) for kind, pairs in samples.items()}
 
     def measured(self) -> dict[str, Any]:
-        """What is known of it: µs, bytes a weight, launches."""
+        """Return the figures of a row: µs, bytes a weight, launches, and on a GPU the µs of the host."""
         assert self.optimizer is not None
         num_weights = sum(map(prod, self.shapes))
         return {
             **{kind: timing._asdict() for kind, timing in self.timings().items()},
             "state_bytes": state_bytes(self.optimizer, self.params) / num_weights,
             "peak_bytes": self.peak_bytes / num_weights,
-            **self._counted(),
+            **{f"launches of {self.kind}": count_launches(self.step, self.device) for _ in range(self.period)},
+            **(self._host_times() if self.device.type == "cuda" else {}),
         }
 
-    def _counted(self) -> dict[str, Any]:
-        """Launches of each kind of step, and on a GPU the host's µs in it."""
-        found: dict[str, Any] = {}
+    def _host_times(self) -> dict[str, float]:
+        times = {}
         for _ in range(self.period):
             kind = self.kind
-            found[f"launches of {kind}"] = count_launches(self.step, self.device)
-        for _ in range(self.period if self.device.type == "cuda" else 0):
-            kind = self.kind
             self.clock.synchronize()
-            start = time.perf_counter()
-            self.step()
-            found[f"host of {kind}"] = (time.perf_counter() - start) * 1e6
-        return found
+            times[f"host of {kind}"] = self._host_step()
+        return times
 
 
 def _timing(samples: Sequence[tuple[float, bool]]) -> Timing:
-    """Of those that were queued, unless fewer than half were."""
+    """Return the quantiles of the samples that were queued, or of all if fewer than half were."""
     kept = [time for time, queued in samples if queued]
     queued = 2 * len(kept) >= len(samples)
     return Timing.of(kept if queued else [time for time, _ in samples], queued)
 
 
 def mean_step(measured: dict[str, Any], period: int) -> float:
-    """µs of a step on average, where every `period`-th updates."""
+    """Return the µs of a step on average, if every `period`-th is an update."""
     update, other = (measured[kind]["median"] for kind in (UPDATE, OTHER))
     return float(update + (period - 1) * other) / period
-
-
-def distinct_blocks(entry: Entry, workload: Workload, wanted: Iterable[int]) -> list[int]:
-    """Of the block sizes of an entry those that differ on this workload; one where they make no difference."""
-    sizes = [size for size in entry.blocks if size in wanted] or list(entry.blocks[:1])
-    if entry.family == "diagonal":
-        return [max(sizes)]
-    different = {workload.blocks(size): size for size in sorted(sizes)}
-    return sorted(different.values())
-
-
-def shapes_for(entry: Entry, workload: Workload, block: int) -> tuple[Matrix, ...]:
-    """The weights as an entry gets them: cut beforehand where it does not cut by itself."""
-    return workload.shapes if entry.cuts else workload.blocks(block)
 
 
 def run_contest(
@@ -209,9 +229,9 @@ def run_contest(
     deadline: float,
     on_turn: Callable[[Contestant], None] = lambda contestant: None,
 ) -> dict[int, str]:
-    """Let contestants step in turn until each has its samples; return, by number, why one has none.
+    """Let contestants step in turn until each has its samples; return by number the errors of those that failed.
 
-    `on_turn` is told whose turn it is. After the deadline none begins any more, and those that did are content with one
+    `on_turn` is called before each turn. After the deadline no contestant begins, and those that have begun take one
     sample of each kind.
 
     Raises:
@@ -242,15 +262,8 @@ def run_contest(
 
 
 def _give_up(contestant: Contestant, error: Exception) -> str:
-    """What is recorded of an error; the memory of the one that failed is there for the others."""
+    """Return the text of an error, and free the memory of its contestant for the others."""
     if is_spoiled(contestant.device):
         raise Spoiled(f"{type(error).__name__}: {error}") from error
     contestant.params, contestant.optimizer = [], None
     return f"{type(error).__name__}: {error}"
-
-
-def release() -> None:
-    """Give memory back between contests."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -1,144 +1,220 @@
-"""The plots of a run of `bench.compare`. Without matplotlib there are none, and `--page` draws them later."""
+"""The plots of a run. They need matplotlib: without it there are none, and `--page` draws them later."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from bench.common.optimizers import ENTRIES
+from bench.common.optimizers import ENTRIES, WHOLE
 from bench.compare.contest import OTHER, UPDATE, mean_step
-from bench.compare.page import block_name
-from bench.compare.targets import Record, measured_rows
+from bench.compare.targets import DEFAULT, FP32, LEAST, Record, Row, pick
+
+METHODS = {
+    "IFShampoo": (DEFAULT,),
+    "IFShampoo, recipe": ("IFShampoo, recipe",),
+    "RFRMSProp": ("RFRMSProp",),
+    "AdamW": ("AdamW, fused",),
+    "Muon": ("Muon of torch", "Muon of Dion, Triton"),
+    "Distributed Shampoo (Meta)": tuple(name for name, entry in ENTRIES.items() if entry.family == "Shampoo"),
+    "sirfshampoo": ("sirfshampoo",),
+    "SOAP": ("SOAP", "SOAP of pytorch_optimizer"),
+}
+"""The entries of each method that is drawn. The best of them counts."""
 
 PERIODS = (1, 2, 5, 10, 20, 50, 100)
 
 
 def draw_all(record: Record, folder: Path) -> dict[str, str]:
-    """Write the plots that the record has figures for; their titles by file name."""
+    """Write the plots that the record has figures for, and return their titles by file name."""
     if find_spec("matplotlib") is None:
         return {}
     drawn = {}
     for name, title, draw in PLOTS:
         if figure := draw(record):
-            figure.savefig(folder / name, dpi=110)
+            figure.savefig(folder / name, dpi=150)
             drawn[name] = title
     return drawn
 
 
-def _figure(width: float = 8, height: float = 4.8) -> Any:
+# ---- finding rows ------------------------------------------------------------------------------------------------
+
+
+def measured_workload(record: Record, *wanted: str) -> str | None:
+    """Return the first of these workloads that was measured, or else any, or None."""
+    present = [row["workload"] for row in record["steps"] if UPDATE in row]
+    return next((name for name in (*wanted, *present) if name in present), None)
+
+
+def best(record: Record, workload: str, names: Iterable[str], figure: Callable[[Row], float]) -> Row | None:
+    """Return the row with the least figure, in blocks of 1024 or, for Muon, with whole weights."""
+    cases = [(name, block) for name in names for block in (1024, WHOLE) if block == 1024 or "Muon" in name]
+    found = (pick(record, workload, *case) for case in cases)
+    return min((row for row in found if row), key=figure, default=None)
+
+
+# ---- bars --------------------------------------------------------------------------------------------------------
+
+
+class Bar(NamedTuple):
+    label: str
+    value: float
+    text: str
+
+
+def bars(title: str, xlabel: str, found: Iterable[Bar]) -> Any:
+    """Draw horizontal bars with their values, the shortest first, ours in blue; nothing if there are none."""
+    ordered = sorted(found, key=lambda bar: bar.value)
+    if not ordered:
+        return None
+    figure, axes = _figure(7, 1.2 + 0.34 * len(ordered))
+    ours = [bar.label.startswith(("IFShampoo", "RFRMSProp")) for bar in ordered]
+    drawn = axes.barh(
+        range(len(ordered)), [bar.value for bar in ordered], color=["C0" if own else "0.72" for own in ours]
+    )
+    axes.bar_label(drawn, [bar.text for bar in ordered], padding=4)
+    axes.set_yticks(range(len(ordered)), [bar.label for bar in ordered])
+    for tick, own in zip(axes.get_yticklabels(), ours, strict=True):
+        tick.set_fontweight("bold" if own else "normal")
+    axes.invert_yaxis()
+    axes.margins(x=0.1)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel(xlabel)
+    figure.suptitle(title)
+    return figure
+
+
+def _figure(width: float, height: float, columns: int = 1) -> Any:
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(1, columns, sharey=True)
 
 
-def _style(name: str) -> dict[str, Any]:
-    """A colour of its own for every optimizer, the same in all plots; ours are solid and thick."""
-    color = f"C{[*ENTRIES].index(name) % 10}"
-    return {"color": color, **({"linewidth": 2.2} if ENTRIES[name].is_ours else {"linewidth": 1.1, "linestyle": "--"})}
+STEP_TIMES = (
+    ("IFShampoo", 10),
+    ("IFShampoo", 1),
+    ("IFShampoo, recipe", 10),
+    ("IFShampoo, recipe", 1),
+    ("AdamW", 1),
+    ("Muon", 1),
+    ("Distributed Shampoo (Meta)", 10),
+    ("sirfshampoo", 10),
+    ("SOAP", 10),
+)
 
 
-def _label(row: dict[str, Any]) -> str:
-    return row["optimizer"] if row["uncut"] else f"{row['optimizer']}, {block_name(row['block'])}"
+def step_time(record: Record) -> Any:
+    """Draw the mean step of each method at a usual T over that of IFShampoo at T = 10."""
+    workload = measured_workload(record, "1024×4096", "GPT-2 124M", "1024²")
+    found = []
+    for label, period in STEP_TIMES if workload else ():
+        row = best(record, workload, METHODS[label], partial(mean_step, period=period))
+        ours = row and pick(record, workload, DEFAULT, 1024, row["round"])
+        if row and ours:
+            ratio = mean_step(row, period) / mean_step(ours, 10)
+            at = f", T = {period}" if ENTRIES[row["optimizer"]].has_period else ", every step"
+            found.append(Bar(label + at, ratio, f"{ratio:.1f}" if ratio >= 1 else f"{ratio:.2g}"))
+    xlabel = f"{workload} in blocks of 1024; T: steps between updates of the factors"
+    return bars("Mean step time relative to IFShampoo at T = 10", xlabel, found)
 
 
-def _finish(axes: Any, **labels: str) -> None:
-    axes.set(**labels)
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=7, bbox_to_anchor=(1.01, 1), loc="upper left")
-
-
-def time_by_size(record: Record) -> Any:
-    """Update and other step against the width of one weight."""
-    rows = [row for row in record["scaling"].get("width", []) if UPDATE in row]
-    if not rows:
-        return None
-    figure = _figure(11)
-    for axes, kind in zip(figure.subplots(1, 2, sharey=True), (UPDATE, OTHER), strict=True):
-        for name in dict.fromkeys(row["optimizer"] for row in rows):
-            points = [
-                (row["size"], row[kind]["median"] / 1e3) for row in rows if row["optimizer"] == name and kind in row
-            ]
-            if points:
-                axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name, **_style(name))
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.set(title=kind if kind == UPDATE else "other step", xlabel="n of an n × n weight")
-        axes.grid(alpha=0.3, which="both")
-    figure.axes[0].set_ylabel("ms")
-    figure.axes[1].legend(fontsize=7, bbox_to_anchor=(1.01, 1), loc="upper left")
-    return figure
-
-
-def main_workload(record: Record) -> str | None:
-    """The one that is drawn: the model where it was measured, or the largest weight."""
-    present = [row["workload"] for row in record["steps"] if UPDATE in row]
-    for name in ("GPT-2 124M", "1024×4096", "1024²", *present):
-        if name in present:
-            return name
-    return None
-
-
-def time_by_period(record: Record) -> Any:
-    """The mean step against T."""
-    name = main_workload(record)
-    if name is None:
-        return None
-    figure = _figure()
-    axes = figure.subplots()
-    for row in sorted(measured_rows(record, name), key=lambda row: -mean_step(row, 1)):
-        times = [mean_step(row, period) / 1e3 for period in PERIODS]
-        axes.plot(PERIODS, times, label=_label(row), **_style(row["optimizer"]))
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    _finish(axes, xlabel="T, steps between updates", ylabel="ms a step on average", title=name)
-    return figure
-
-
-def _bars(
-    record: Record, title: str, values: Callable[[dict[str, Any]], tuple[float | None, float | None]], names: Any
-) -> Any:
-    """Two bars an optimizer on the workload that is drawn."""
-    workload = main_workload(record)
-    rows = [] if workload is None else [row for row in measured_rows(record, workload) if any(values(row))]
-    if not rows:
-        return None
-    figure = _figure(8, 1.2 + 0.34 * len(rows))
-    axes = figure.subplots()
-    for offset, (index, name) in zip((0.2, -0.2), enumerate(names), strict=True):
-        lengths = [values(row)[index] or 0.0 for row in rows]
-        axes.barh([y - offset for y in range(len(rows))], lengths, height=0.38, label=name)
-    axes.set_yticks(range(len(rows)), [_label(row) for row in rows], fontsize=7)
-    axes.set(title=f"{title}, {workload}")
-    axes.invert_yaxis()
-    axes.grid(alpha=0.3, axis="x")
-    axes.legend(fontsize=7)
-    return figure
-
-
-def roofline(record: Record) -> Any:
-    kinds = (UPDATE, OTHER)
-    return _bars(
-        record,
-        "fraction of the roofline",
-        lambda row: (row.get(f"roofline of {UPDATE}"), row.get(f"roofline of {OTHER}")),
-        kinds,
-    )
+PEERS = ("AdamW", "Muon", "Distributed Shampoo (Meta)", "sirfshampoo", "SOAP")
+STATES = (
+    ("IFShampoo, least memory", (LEAST,), "state_bytes"),
+    ("IFShampoo, T = 1", (DEFAULT,), "state_bytes at T = 1"),
+    ("IFShampoo, T > 1", (DEFAULT,), "state_bytes"),
+    *((label, METHODS[label], "state_bytes") for label in PEERS),
+)
 
 
 def memory(record: Record) -> Any:
-    return _bars(
-        record,
-        "bytes a weight beside weights and gradients",
-        lambda row: (row["state_bytes"], row["peak_bytes"]),
-        ("kept between steps", "taken at most"),
-    )
+    """Draw the state of each method in bytes a weight."""
+    workload = measured_workload(record, "1024²")
+    found = []
+    for label, names, column in STATES if workload else ():
+        row = best(record, workload, names, lambda row: row["state_bytes"])
+        if row and column in row:
+            found.append(Bar(label, row[column], f"{row[column]:.4g}"))
+    return bars(f"Optimizer state of a {workload} weight, momentum included", "bytes a weight", found)
+
+
+def roofline(record: Record) -> Any:
+    """Draw the fractions of the roofline, cut at 1: a step whose data stays in the cache can be faster."""
+    workload = measured_workload(record, "GPT-2 124M", "1024×4096", "1024²")
+    found = []
+    for name in (DEFAULT, FP32, "RFRMSProp", "AdamW, fused", "SGD, fused") if workload else ():
+        row = pick(record, workload, name, 1024) or {}
+        for kind in (UPDATE, OTHER) if ENTRIES[name].has_period else (UPDATE,):
+            if (fraction := row.get(f"roofline of {kind}")) is not None:
+                label = f"{name}, {'update' if kind == UPDATE else 'other step'}" if ENTRIES[name].has_period else name
+                text = f"{fraction:.2f}" if fraction <= 1 else f"{fraction:.2f}, from the cache"
+                found.append(Bar(label, min(fraction, 1.0), text))
+    return bars(f"Fraction of the roofline, {workload}", "least possible time / measured time", found)
+
+
+# ---- lines -------------------------------------------------------------------------------------------------------
+
+
+def _draw(axes: Any, label: str, xs: Iterable[float], times: Iterable[float]) -> None:
+    """Draw a line in the colour of its method, ours thick."""
+    ours = label.startswith(("IFShampoo", "RFRMSProp"))
+    style = {"linewidth": 2.6} if ours else {"linewidth": 1.4, "linestyle": "--"}
+    axes.plot([*xs], [time / 1e3 for time in times], color=f"C{[*METHODS].index(label)}", label=label, **style)
+
+
+def _finish(axes: Any, ticks: Iterable[int], **labels: str) -> None:
+    axes.set(xscale="log", yscale="log", **labels)
+    axes.set_xticks([*ticks], [str(tick) for tick in ticks])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+
+
+def _add_legend(figure: Any) -> None:
+    axes = figure.axes[0]
+    axes.set_ylabel("ms")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+
+
+def time_by_size(record: Record) -> Any:
+    """Draw the update and the other step against the width of one weight."""
+    rows = [row for row in record["scaling"].get("width", []) if UPDATE in row]
+    if not rows:
+        return None
+    figure, columns = _figure(8, 4.8, columns=2)
+    for axes, kind, title in zip(columns, (UPDATE, OTHER), ("update", "other step"), strict=True):
+        for label, names in METHODS.items():
+            lines = [[(x["size"], x[kind]["median"]) for x in rows if x["optimizer"] == name] for name in names]
+            points = min(lines, key=lambda line: (-len(line), line[-1:]))  # the longest, and of these the fastest
+            if points:
+                _draw(axes, label, *zip(*points, strict=True))
+        _finish(axes, sorted({row["size"] for row in rows}), title=title, xlabel="n of an n × n weight")
+    _add_legend(figure)
+    return figure
+
+
+def time_by_period(record: Record) -> Any:
+    """Draw the mean step against T."""
+    workload = measured_workload(record, "GPT-2 124M", "1024×4096", "1024²")
+    if workload is None:
+        return None
+    figure, axes = _figure(8, 4.8)
+    for label, names in METHODS.items():
+        if row := best(record, workload, names, partial(mean_step, period=10)):
+            _draw(axes, label, PERIODS, [mean_step(row, period) for period in PERIODS])
+    title = f"Mean step, {workload}, blocks of 1024"
+    _finish(axes, PERIODS, title=title, xlabel="T, steps between updates of the factors")
+    _add_legend(figure)
+    return figure
 
 
 PLOTS: tuple[tuple[str, str, Callable[[Record], Any]], ...] = (
+    ("step-time.png", "Mean step time relative to IFShampoo", step_time),
+    ("memory.png", "Optimizer state in bytes a weight", memory),
     ("time-by-size.png", "Time of a step against the width of a weight", time_by_size),
     ("time-by-period.png", "Mean step against T", time_by_period),
     ("roofline.png", "Fraction of the roofline", roofline),
-    ("memory.png", "Memory", memory),
 )

@@ -1,8 +1,9 @@
-"""What the project set itself, and which rows of a record of `bench.compare` show whether it is met."""
+"""The targets of the project, and the rows of a record that show whether they are met."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from bench.common.optimizers import ENTRIES, WHOLE
@@ -16,26 +17,28 @@ Record = dict[str, Any]
 DEFAULT, FP32, LEAST = "IFShampoo", "IFShampoo, FP32 factors", "IFShampoo, least memory"
 META = "Distributed Shampoo"
 PACKED = 12 + 8 / 1024
-"""Bytes a weight that Distributed Shampoo keeps of a 1024² weight: FP32 momentum and four FP32 triangles of
+"""Bytes a weight that Distributed Shampoo keeps of a 1024² weight: an FP32 momentum and four FP32 triangles of
 n(n + 1)/2."""
 
 LEAST_POSSIBLE = 8.002
-"""Bytes a weight of a 1024² weight that two BF16 factors, two BF16 triangles of n(n + 1)/2 and a BF16 momentum buffer
-take, 8 + 2/n, to three digits: the setting with the least memory cannot go below."""
+"""Bytes a weight of two BF16 factors, two BF16 triangles of n(n + 1)/2 and a BF16 momentum of a 1024² weight: 8 + 2/n,
+rounded. The setting with the least memory cannot go below."""
 
 
 # ---- finding rows ------------------------------------------------------------------------------------------------
 
 
 def measured_rows(record: Record, workload: str) -> list[Row]:
-    """The rows of a workload that have figures; of what is measured in every round, the first."""
+    """Return the rows of a workload that have figures; of a case that is in every round, the first."""
     rows = [row for row in record["steps"] if row["workload"] == workload and UPDATE in row]
     return [*{(row["optimizer"], row["block"]): row for row in reversed(rows)}.values()][::-1]
 
 
 def pick(record: Record, workload: str, optimizer: str, block: int, round_: int | None = None) -> Row | None:
-    """The row of an optimizer at a block size, of this round where it has one; where neither this size nor the measured
-    one cuts anything, the row of the other size is as good."""
+    """Return the row of an optimizer at a block size, preferably of this round.
+
+    A row with another block size will do if neither size cuts the workload.
+    """
     rows = [row for row in record["steps"] if row["workload"] == workload and row["optimizer"] == optimizer]
     rows = [row for row in rows if UPDATE in row]
     is_cut = rows and ENTRIES[optimizer].family != "diagonal" and record["workloads"][workload]["longest_side"] > block
@@ -45,20 +48,17 @@ def pick(record: Record, workload: str, optimizer: str, block: int, round_: int 
 
 # ---- targets -----------------------------------------------------------------------------------------------------
 
-
-Line = tuple[str, "float | None", "Target | None"]
+Line = tuple[str, float | None, Target | None]
+"""A statement, what was measured of it (None if nothing was), and the bound (None if there is none)."""
 
 
 def targets(record: Record) -> list[Line]:
-    """Return what the project set itself, of what this machine can show: (statement, figure, bound). A figure without a
-    bound is one to explain and not to reach."""
     gpu = record["device_type"] == "cuda"
     return [*_memory_targets(record), *(_gpu_targets(record) if gpu else _cpu_targets(record))]
 
 
 def _memory_targets(record: Record) -> list[Line]:
-    workload = "1024²"
-    default, least = (pick(record, workload, name, 1024) for name in (DEFAULT, LEAST))
+    default, least = (pick(record, "1024²", name, 1024) for name in (DEFAULT, LEAST))
     return [
         ("State of a 1024² weight, IFShampoo as it is (T = 1), bytes a weight: at most Meta's packed",
          default and default.get("state_bytes at T = 1"), Target("≤", PACKED)),
@@ -68,7 +68,7 @@ def _memory_targets(record: Record) -> list[Line]:
 
 
 def _speedup(record: Record, workload: str, ours: str, theirs: str, block: int, of: Callable[[Row], float]) -> Any:
-    """Their time over ours of the same round; `theirs` begins names, of which the fastest at this block counts."""
+    """Return their time over ours in the same round, for the fastest optimizer at this block whose name begins so."""
     names = {row["optimizer"] for row in measured_rows(record, workload) if row["optimizer"].startswith(theirs)}
     rows = [row for name in names if (row := pick(record, workload, name, block))]
     ratios = [of(row) / of(mine) for row in rows if (mine := pick(record, workload, ours, block, row["round"]))]
@@ -76,49 +76,44 @@ def _speedup(record: Record, workload: str, ours: str, theirs: str, block: int, 
 
 
 def _cpu_targets(record: Record) -> list[Line]:
-    def at_ten(row: Row) -> float:
-        return mean_step(row, 10)
-
-    name = "1024×4096"
+    against, at_ten = partial(_speedup, record, "1024×4096", FP32), partial(mean_step, period=10)
     return [
-        (f"{name}, FP32, blocks of 1024, T = 10: times as fast as {META}'s fastest",
-         _speedup(record, name, FP32, META, 1024, at_ten), Target("≥", 1.5)),
-        (f"{name}, FP32, whole, T = 10: times as fast as sirfshampoo",
-         _speedup(record, name, FP32, "sirfshampoo", WHOLE, at_ten), Target("≥", 1.5)),
+        (f"1024×4096, FP32, blocks of 1024, T = 10: times as fast as {META}'s fastest",
+         against(META, 1024, at_ten), Target("≥", 1.5)),
+        ("1024×4096, FP32, whole, T = 10: times as fast as sirfshampoo",
+         against("sirfshampoo", WHOLE, at_ten), Target("≥", 1.5)),
     ]  # fmt: skip
 
 
 def _gpu_targets(record: Record) -> list[Line]:
-    name = "GPT-2 124M"
+    name, muon, sirf = "GPT-2 124M", "Muon of Dion, Triton", "sirfshampoo"
 
-    def mean(period: int) -> Callable[[Row], float]:
-        return lambda row: mean_step(row, period)
-
-    def median(kind: str) -> Callable[[Row], float]:
-        return lambda row: float(row[kind]["median"])
-
-    def against(theirs: str, of: Callable[[Row], float]) -> Any:
+    def faster(theirs: str, of: Callable[[Row], float]) -> float | None:
         return _speedup(record, name, DEFAULT, theirs, 1024, of)
 
-    def inverse(value: float | None) -> float | None:
-        return value and 1 / value
+    def faster_at(theirs: str, period: int) -> float | None:
+        return faster(theirs, partial(mean_step, period=period))
 
-    def slower(period: int) -> float | None:
+    def slower_at(period: int) -> float | None:
+        found = faster_at(muon, period)
+        return found and 1 / found
+
+    def training(period: int) -> float | None:
         rows = {row["optimizer"]: row for row in record["training"] if "mean" in row and row["task"] == name}
         ours, theirs = rows.get(f"{DEFAULT}, T = {period}"), rows.get(BASELINE)
         return ours["mean"] / theirs["mean"] if ours and theirs else None
 
-    muon = "Muon of Dion, Triton"
+    update, other = (faster(sirf, lambda row, kind=kind: row[kind]["median"]) for kind in (UPDATE, OTHER))
     return [
-        (f"{name}, T = 2: times as fast as {META}'s fastest", against(META, mean(2)), Target("≥", 25)),
-        (f"{name}, T = 10: times as fast as {META}'s fastest", against(META, mean(10)), Target("≥", 10)),
-        (f"{name}, update: times as fast as sirfshampoo", against("sirfshampoo", median(UPDATE)), Target("≥", 4)),
-        (f"{name}, other step: times as fast as sirfshampoo", against("sirfshampoo", median(OTHER)), Target("≥", 6)),
+        (f"{name}, T = 2: times as fast as {META}'s fastest", faster_at(META, 2), Target("≥", 25)),
+        (f"{name}, T = 10: times as fast as {META}'s fastest", faster_at(META, 10), Target("≥", 10)),
+        (f"{name}, update: times as fast as sirfshampoo", update, Target("≥", 4)),
+        (f"{name}, other step: times as fast as sirfshampoo", other, Target("≥", 6)),
         # No bound at T = 1: for a square weight an update and a step take 18n³ operations, and Muon's five iterations
         # 20n³, but they take fewer than ours for other weights, and read and write less.
-        (f"{name}, T = 1: time over Dion's Triton Muon", inverse(against(muon, mean(1))), None),
-        (f"{name}, T = 2: time over Dion's Triton Muon", inverse(against(muon, mean(2))), Target("≤", 1)),
-        (f"{name}, T = 10: time over Dion's Triton Muon", inverse(against(muon, mean(10))), Target("≤", 0.7)),
-        (f"{name}, training step of 32k tokens, T = 10: time over AdamW's", slower(10), Target("≤", 1.02)),
-        (f"{name}, training step of 32k tokens, T = 1: time over AdamW's", slower(1), Target("≤", 1.06)),
+        (f"{name}, T = 1: time over Dion's Triton Muon", slower_at(1), None),
+        (f"{name}, T = 2: time over Dion's Triton Muon", slower_at(2), Target("≤", 1)),
+        (f"{name}, T = 10: time over Dion's Triton Muon", slower_at(10), Target("≤", 0.7)),
+        (f"{name}, training step of 32k tokens, T = 10: time over AdamW's", training(10), Target("≤", 1.02)),
+        (f"{name}, training step of 32k tokens, T = 1: time over AdamW's", training(1), Target("≤", 1.06)),
     ]

@@ -15,15 +15,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
-from bench.common.gpt2 import GPT2
-from bench.common.memory import peak_bytes, state_bytes
+from bench.common.gpt import GPT, GPT2
+from bench.common.memory import peak_bytes, release, state_bytes
 from bench.common.optimizers import ENTRIES, Entry
 from bench.common.timing import Timing
-from bench.compare.contest import release
-from bench.demo.peers import Together
+from bench.demo.methods import Together
 from rootfree_kernels import IFShampoo
 
 
@@ -34,7 +33,6 @@ class Task:
     name: str
     model: GPT2
     batch: int
-    heads: int
     bf16: bool = True
 
     @property
@@ -42,54 +40,19 @@ class Task:
         return self.batch * self.model.context
 
 
-GPT2_124M = Task("GPT-2 124M", GPT2(), batch=32, heads=12)
-SMALL = Task("small GPT", GPT2(depth=5, width=128, vocabulary=256, context=128), batch=16, heads=4, bf16=False)
+GPT2_124M = Task("GPT-2 124M", GPT2(), batch=32)
+SMALL = Task("small GPT", GPT2(5, 128, vocabulary=256, context=128, head_width=32), batch=16, bf16=False)
 
 
-class Layer(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attention, self.projection = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        parts = self.attention(self.ln_1(x)).chunk(3, dim=-1)
-        query, key, value = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in parts)
-        y = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        x = x + self.projection(y.transpose(1, 2).flatten(2))
-        return x + self.down(F.gelu(self.up(self.ln_2(x)), approximate="tanh"))
-
-
-class Transformer(nn.Module):
-    """GPT-2 with the head tied to the embedding; tokens [batch, length] to the mean loss of the next token."""
+class Transformer(GPT):
+    """A GPT-2 that maps tokens [batch, length] to the mean loss of the next token."""
 
     def __init__(self, task: Task) -> None:
-        super().__init__()
-        size = task.model
-        self.wte, self.wpe = nn.Embedding(size.vocabulary, size.width), nn.Embedding(size.context, size.width)
-        self.h = nn.ModuleList(Layer(size.width, task.heads) for _ in range(size.depth))
-        self.ln_f = nn.LayerNorm(size.width)
-        for param in self.parameters():
-            if param.ndim == 2:
-                nn.init.normal_(param, std=0.02)
+        super().__init__(task.model)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = self.wte(tokens) + self.wpe.weight[: tokens.shape[1]]
-        for layer in self.h:
-            x = layer(x)
-        logits = F.linear(self.ln_f(x), self.wte.weight)
+        logits = super().forward(tokens)
         return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
-
-    def matrices(self) -> list[nn.Parameter]:
-        """The weights of the layers."""
-        return [x for name, x in self.named_parameters() if name.startswith("h.") and x.ndim == 2]
-
-    def rest(self) -> list[nn.Parameter]:
-        """Embeddings and vectors."""
-        matrices = set(self.matrices())
-        return [x for x in self.parameters() if x not in matrices]
 
 
 # ---- optimizers --------------------------------------------------------------------------------------------------

@@ -1,10 +1,12 @@
-"""The bytes that `bench.demo.language` trains on: the Python sources of the machine's site-packages."""
+"""The bytes that the demo trains on: the Python sources of the standard library, or those of site-packages."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import stat
 import sys
+import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bench.demo.model import standard_library
+from bench.demo.settings import Task
 
 LARGEST_FILE = 1 << 20
 """Bytes of a file beyond which it is taken for a table rather than code."""
@@ -22,7 +24,11 @@ LEAST = 16 << 20
 """Bytes that site-packages must hold; where there are fewer, the standard library takes their place."""
 
 HELD_OUT = 26
-"""Of 256 files about this many are held out: one in ten."""
+"""Files of 256 that are held out, about: one in ten."""
+
+LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "idle_test", "encodings", "pydoc_data"}
+"""Folders of the standard library that are not read: some are not part of every installation (tests, IDLE, installed
+packages), others hold tables rather than code (codecs, pydoc's topics)."""
 
 
 class Corpus(NamedTuple):
@@ -31,11 +37,46 @@ class Corpus(NamedTuple):
     train: Tensor
     held_out: Tensor
     source: str
-    num_files: int | None
+    num_files: int | None = None
     """None where the files were not counted."""
 
     def to(self, device: torch.device) -> Corpus:
         return self._replace(train=self.train.to(device), held_out=self.held_out.to(device))
+
+
+def batches(data: Tensor, count: int, task: Task, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield `count` batches of (inputs, targets), each [batch, length], from random places that `seed` decides.
+
+    Places are drawn on the data's device, so that no step waits for the GPU.
+    """
+    generator = torch.Generator(data.device).manual_seed(seed)
+    offsets = torch.arange(task.length + 1, device=data.device)
+    for _ in range(count):
+        starts = torch.randint(len(data) - task.length, (task.batch, 1), generator=generator, device=data.device)
+        window = data[starts + offsets].long()
+        yield window[:, :-1], window[:, 1:]
+
+
+# ---- the standard library ----------------------------------------------------------------------------------------
+
+
+def standard_library() -> Corpus:
+    """Read the standard library's sources. The hash of a file's name decides whether it is held out."""
+    root = Path(sysconfig.get_path("stdlib"))
+    sides = bytearray(), bytearray()
+    for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
+        name = path.relative_to(root)
+        if LEFT_OUT.isdisjoint(name.parts):
+            sides[hashlib.sha256(name.as_posix().encode()).digest()[0] < HELD_OUT].extend(path.read_bytes())
+    return _corpus(*sides, "the standard library")
+
+
+def _corpus(train: bytearray, held_out: bytearray, source: str, num_files: int | None = None) -> Corpus:
+    train_, held_out_ = (torch.frombuffer(side, dtype=torch.uint8) for side in (train, held_out))
+    return Corpus(train_, held_out_, source, num_files)
+
+
+# ---- site-packages -----------------------------------------------------------------------------------------------
 
 
 class Source(NamedTuple):
@@ -51,6 +92,20 @@ class Source(NamedTuple):
         return hashlib.sha256(self.name.encode()).digest()
 
 
+def read_corpus(max_bytes: int, folders: Sequence[Path] | None = None) -> Corpus:
+    """Read at most `max_bytes` of the sources in site-packages, or the standard library where these hold little.
+
+    The result depends on the files alone: neither on the order in which the file system lists them nor on threads.
+    """
+    files = choose(sources(site_packages() if folders is None else folders), max_bytes)
+    if sum(file.size for file in files) < min(LEAST, max_bytes // 2):
+        library = standard_library()
+        return library._replace(train=library.train[:max_bytes], held_out=library.held_out[:max_bytes])
+    with ThreadPoolExecutor(8) as pool:  # reading waits for the disk
+        train, held_out, count = split(pool.map(lambda file: file.path.read_bytes(), files))
+    return _corpus(train, held_out, "site-packages", count)
+
+
 def site_packages() -> list[Path]:
     """Return the folders of installed packages that this Python imports from."""
     folders = [Path(entry) for entry in sys.path if Path(entry).name in ("site-packages", "dist-packages")]
@@ -58,27 +113,15 @@ def site_packages() -> list[Path]:
 
 
 def sources(folders: Iterable[Path]) -> list[Source]:
-    """List all Python files of some size below the folders."""
+    """List all Python files of some size below the folders. Symbolic links are left out: they may lead anywhere."""
     found = []
     for folder in folders:
-        for entry in _files(folder):
-            size = entry.stat().st_size
-            if 0 < size <= LARGEST_FILE:
-                found.append(Source(Path(entry.path), Path(entry.path).relative_to(folder).as_posix(), size))
+        for parent, _, names in os.walk(folder):
+            for path in (Path(parent, name) for name in names if name.endswith(".py")):
+                info = path.lstat()
+                if stat.S_ISREG(info.st_mode) and 0 < info.st_size <= LARGEST_FILE:
+                    found.append(Source(path, path.relative_to(folder).as_posix(), info.st_size))
     return found
-
-
-def _files(folder: str | Path) -> Iterator[os.DirEntry[str]]:
-    """Yield the Python files below a folder. Symbolic links are left out: they may lead anywhere."""
-    try:
-        entries = [*os.scandir(folder)]
-    except OSError:  # a folder that is not for us to read
-        return
-    for entry in entries:
-        if entry.is_dir(follow_symlinks=False):
-            yield from _files(entry.path)
-        elif entry.name.endswith(".py") and entry.is_file(follow_symlinks=False):
-            yield entry
 
 
 def choose(files: Iterable[Source], max_bytes: int) -> list[Source]:
@@ -105,18 +148,3 @@ def split(contents: Iterable[bytes]) -> tuple[bytearray, bytearray, int]:
             seen.add(digest)
             sides[digest[0] < HELD_OUT].extend(content)
     return *sides, len(seen)
-
-
-def read_corpus(max_bytes: int, folders: Sequence[Path] | None = None) -> Corpus:
-    """Read at most `max_bytes` of the sources in site-packages, or the standard library where these hold little.
-
-    The result depends on the files alone: neither on the order in which the file system lists them nor on threads.
-    """
-    files = choose(sources(site_packages() if folders is None else folders), max_bytes)
-    if sum(file.size for file in files) < min(LEAST, max_bytes // 2):
-        train, held_out = standard_library()
-        return Corpus(train[:max_bytes], held_out[:max_bytes], "the standard library", None)
-    with ThreadPoolExecutor(8) as pool:  # reading waits for the disk
-        train, held_out, count = split(pool.map(lambda file: file.path.read_bytes(), files))
-    bytes_ = (torch.frombuffer(side, dtype=torch.uint8) for side in (train, held_out))
-    return Corpus(*bytes_, "site-packages", count)

@@ -73,11 +73,11 @@ def cases(context: Context, arguments: list[str]) -> list[Case]:
     """Return everything that is measured, the most wanted first."""
     return [
         Case(CEILINGS, "at the start", partial(ceiling_rows, "at the start", context)),
-        *rf_rmsprop.diagonal_cases(context),
+        *rf_rmsprop.diagonal_cases(rf_rmsprop.DiagonalLists, context),
         *symmetric.symmetric_cases(context),
         *kron.block_cases(context),
         *optimizers.optimizer_cases(context, arguments),
-        *rf_rmsprop.scaled_cases(context),
+        *rf_rmsprop.diagonal_cases(rf_rmsprop.ScaledLists, context),
         *rf_rmsprop.momentum_cases(context),
         *optimizers.graph_cases(context),
         Case(CEILINGS, "at the end", partial(ceiling_rows, "at the end", context)),

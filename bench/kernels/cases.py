@@ -15,7 +15,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from bench.common.gpt2 import GPT2
+from bench.common.gpt import GPT2
 from bench.common.report import Row
 from bench.common.roofline import Roofline, Work
 from bench.common.timing import Timer, Timing

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.common.gpt2 import GPT2
+from bench.common.gpt import GPT2
 from bench.common.report import Row, Target
 from bench.common.roofline import Work, diagonal_bytes, whole_step
 from bench.common.tensors import random_tensors

@@ -34,8 +34,7 @@ NOTES = {
     "and no slower at equal bytes. On lists of small tensors, where launches take the time, it is 1.",
     SCALED: "The whitened step of embeddings, heads and vectors, with gradient momentum, damping relative to the mean "
     "curvature, and updates of a fixed norm. The norms must be known before anything is scaled, hence three passes. Of "
-    "copy: the bytes of all passes over the time; of least bytes: each tensor read once, each but the gradient "
-    "written once.",
+    "copy: the bytes of all passes over the time, as a fraction of the copy bandwidth.",
     MOMENTUM: "BF16 m, FP32 Δ. Of copy: m and Δ read once and m written once, 8 bytes a number, over the time. The "
     "norm must be known before m may change, hence two passes, which read 6 bytes more.",
 }
@@ -84,6 +83,9 @@ RMS = 0.2
 class DiagonalLists:
     """The tensors of a diagonal step, and the operator on them."""
 
+    table = DIAGONAL
+    bytes_of = staticmethod(diagonal_bytes)
+
     def __init__(self, shapes: Sequence[Shape], precision: Precision, device: torch.device) -> None:
         self.params = random_tensors(shapes, device, precision.param, 0.02, seed=0)
         self.grads = random_tensors(shapes, device, precision.param, 0.1, seed=1)
@@ -102,7 +104,10 @@ class DiagonalLists:
 
 
 class ScaledLists(DiagonalLists):
-    """The tensors of a diagonal step of the recipe."""
+    """The tensors of a diagonal step of the recipe, and the operator on them."""
+
+    table = SCALED
+    bytes_of = staticmethod(scaled_bytes)
 
     def __init__(self, shapes: Sequence[Shape], precision: Precision, device: torch.device) -> None:
         super().__init__(shapes, precision, device)
@@ -134,26 +139,30 @@ def check_lists(make: Callable[[], DiagonalLists], context: Context, backend: Ba
     return max(errors)
 
 
+def _step_of(
+    make: Callable[..., torch.optim.Optimizer], shapes: Sequence[Shape], device: torch.device, dtype: torch.dtype
+) -> Call:
+    params = random_tensors(shapes, device, dtype, 0.02, seed=0)
+    for param, grad in zip(params, random_tensors(shapes, device, dtype, 0.1, seed=1), strict=True):
+        param.grad = grad
+    optimizer = make(params, lr=1e-4)
+    optimizer.step()  # so that what cannot run is found out here
+    return optimizer.step
+
+
 def peers(shapes: Sequence[Shape], device: torch.device) -> dict[str, Callable[[], Call]]:
     """Return makers of PyTorch's own steps on a list of the same shapes, by name."""
-
-    def step_of(make: Callable[..., torch.optim.Optimizer], dtype: torch.dtype, **options: Any) -> Call:
-        params = random_tensors(shapes, device, dtype, 0.02, seed=0)
-        for param, grad in zip(params, random_tensors(shapes, device, dtype, 0.1, seed=1), strict=True):
-            param.grad = grad
-        optimizer = make(params, lr=1e-4, **options)
-        optimizer.step()  # so that what cannot run is found out here
-        return optimizer.step
-
+    adamw = partial(torch.optim.AdamW, fused=True)
+    rmsprop = partial(torch.optim.RMSprop, foreach=True, momentum=0.9)
     return {
-        "AdamW": partial(step_of, torch.optim.AdamW, torch.float32, fused=True),
-        "AdamW BF16": partial(step_of, torch.optim.AdamW, torch.bfloat16, fused=True),
-        "RMSprop": partial(step_of, torch.optim.RMSprop, torch.float32, foreach=True, momentum=0.9),
+        "AdamW": partial(_step_of, adamw, shapes, device, torch.float32),
+        "AdamW BF16": partial(_step_of, adamw, shapes, device, torch.bfloat16),
+        "RMSprop": partial(_step_of, rmsprop, shapes, device, torch.float32),
     }
 
 
 def diagonal_targets(precision: Precision, of_copy: float | None) -> dict[str, Target]:
-    """Return the targets of a row by column.
+    """Return the targets of RF-RMSProp by column.
 
     `of_copy` is the target of FP32 for the fraction of the copy bandwidth. It is None for small lists, whose times do
     not depend on bytes.
@@ -166,119 +175,84 @@ def diagonal_targets(precision: Precision, of_copy: float | None) -> dict[str, T
 
 
 class ListCase(NamedTuple):
-    """A list of tensors to step, and the calls that are timed on it."""
+    """A list of tensors, and which step is taken on it."""
 
-    table: str
+    kind: type[DiagonalLists]
     name: str
     shapes: Sequence[Shape]
+    of_copy: float | None
     context: Context
-
-    def steps(self, kind: type[DiagonalLists], backends: Sequence[Backend], rows: list[Row]) -> dict[str, list[Call]]:
-        """Return the steps of every precision and backend whose result is right; the others get a row."""
-        found = {}
-        for precision in PRECISIONS:
-            make = partial(kind, self.shapes, precision, self.context.device)
-            every = [make() for _ in range(num_inputs(self.numbers * precision.bytes, self.context.device))]
-            for backend in backends:
-                name = variant(precision, backend, self.context)
-                checked = partial(check_lists, make, self.context, backend)
-                if attempt(rows, self.table, f"{self.name}, {name}", checked) is not None:
-                    found[name] = [partial(x.step, backend) for x in every]
-        return found
 
     @property
     def numbers(self) -> int:
         return sum(map(prod, self.shapes))
 
+    @property
+    def other(self) -> Backend | None:
+        """Return the backend that ours is compared with."""
+        return self.context.eager if self.kind is ScaledLists else self.context.other_backend
 
-def variant(precision: Precision, backend: Backend | None, context: Context) -> str:
-    return precision.name if backend in (None, context.backend) else f"{precision.name}, {backend.name}"
+    def variant(self, precision: Precision, backend: Backend | None) -> str:
+        return precision.name if backend in (None, self.context.backend) else f"{precision.name}, {backend.name}"
 
+    def rows(self) -> list[Row]:
+        """Time every precision and backend whose result is right, and PyTorch's optimizers, in turn."""
+        rows: list[Row] = []
+        variants: dict[str, Sequence[Call]] = {}
+        for precision in PRECISIONS:
+            make = partial(self.kind, self.shapes, precision, self.context.device)
+            every = [make() for _ in range(num_inputs(self.numbers * precision.bytes, self.context.device))]
+            for backend in filter(None, (self.context.backend, self.other)):
+                name = self.variant(precision, backend)
+                checked = partial(check_lists, make, self.context, backend)
+                if attempt(rows, self.kind.table, f"{self.name}, {name}", checked) is not None:
+                    variants[name] = [partial(x.step, backend) for x in every]
+        makers = peers(self.shapes, self.context.device)
+        for peer, make_step in makers.items():
+            if step := attempt(rows, self.kind.table, f"{self.name}, {peer}", make_step):
+                variants[peer] = [step]
+        measured = self.context.timer.measure(variants)
+        rows += [self._row(precision, measured) for precision in PRECISIONS if precision.name in measured]
+        theirs = {f"{self.name}, {x} of PyTorch": {"µs": measured[x].total} for x in makers if x in measured}
+        return rows + [Row(self.kind.table, name, cells) for name, cells in theirs.items()]
 
-def diagonal_rows(case: ListCase, of_copy: float | None) -> list[Row]:
-    """Time every precision on one list of tensors and PyTorch's optimizers, which take turns."""
-    rows: list[Row] = []
-    context = case.context
-    variants = case.steps(DiagonalLists, [*filter(None, (context.backend, context.other_backend))], rows)
-    makers = peers(case.shapes, context.device)
-    for peer, make in makers.items():
-        if step := attempt(rows, DIAGONAL, f"{case.name}, {peer}", make):
-            variants[peer] = [step]
-    measured = context.timer.measure(variants)
-    rows += [_diagonal_row(case, x, of_copy, measured) for x in PRECISIONS if x.name in measured]
-    theirs = [Row(DIAGONAL, f"{case.name}, {x} of PyTorch", {"µs": measured[x].total}) for x in makers if x in measured]
-    return rows + theirs
-
-
-def _diagonal_row(case: ListCase, precision: Precision, of_copy: float | None, measured: dict[str, Measured]) -> Row:
-    context, moved, ours = case.context, case.numbers * precision.bytes, measured[precision.name].total
-    cells: dict[str, Any] = {
-        "µs": ours,
-        "bytes a number": precision.bytes,
-        "GB": moved / 1e9,
-        "of copy": context.fraction(Work(0, moved), ours),
-    }
-    columns = {"AdamW": "AdamW / ours", "AdamW BF16": "AdamW in BF16 / ours", "RMSprop": "RMSprop / ours"}
-    cells |= {column: ratio(measured[x].total, ours) for x, column in columns.items() if x in measured}
-    backend, alternatives = context.other_backend, None
-    if (compiled := measured.get(variant(precision, backend, context))) and backend:
-        cells |= {f"{backend.name} µs": compiled.total, f"{backend.name} / ours": ratio(compiled.total, ours)}
-        sizes = {"numbers": case.numbers, "tensors": len(case.shapes)}
-        alternatives = Alternatives("diagonal", sizes, {context.backend.name: ours, backend.name: compiled.total})
-    cells["AdamW's bytes / ours"] = FP32.bytes / precision.bytes
-    targets = diagonal_targets(precision, of_copy)
-    return Row(DIAGONAL, f"{case.name}, {precision.name}", cells, targets, alternatives=alternatives)
-
-
-def scaled_rows(case: ListCase) -> list[Row]:
-    """Time every precision of the recipe's diagonal step, and the eager backend and fused AdamW, which take turns."""
-    rows: list[Row] = []
-    context = case.context
-    variants = case.steps(ScaledLists, [context.backend, context.eager], rows)
-    if step := attempt(rows, SCALED, f"{case.name}, AdamW", peers(case.shapes, context.device)["AdamW"]):
-        variants["AdamW"] = [step]
-    measured = context.timer.measure(variants)
-    for precision in PRECISIONS:
-        if precision.name in measured:
-            ours, bytes_ = (
-                measured[precision.name].total,
-                scaled_bytes(precision.param, precision.param, precision.state),
-            )
-            cells = {
-                "µs": ours,
-                "bytes a number": bytes_,
-                "of copy": context.fraction(Work(0, case.numbers * bytes_), ours),
-                "of least bytes": context.fraction(Work(0, case.numbers * precision.bytes), ours),
-            }
-            others = {"eager": variant(precision, context.eager, context), "AdamW": "AdamW"}
-            cells |= {f"{x} / ours": ratio(measured[y].total, ours) for x, y in others.items() if y in measured}
-            rows.append(Row(SCALED, f"{case.name}, {precision.name}", cells))
-    return rows
+    def _row(self, precision: Precision, measured: dict[str, Measured]) -> Row:
+        bytes_of_one = self.kind.bytes_of(precision.param, precision.param, precision.state)
+        moved, ours = self.numbers * bytes_of_one, measured[precision.name].total
+        cells: dict[str, Any] = {
+            "µs": ours,
+            "bytes a number": bytes_of_one,
+            "GB": moved / 1e9,
+            "of copy": self.context.fraction(Work(0, moved), ours),
+        }
+        columns = {"AdamW": "AdamW / ours", "AdamW BF16": "AdamW in BF16 / ours", "RMSprop": "RMSprop / ours"}
+        cells |= {column: ratio(measured[x].total, ours) for x, column in columns.items() if x in measured}
+        row = Row(self.kind.table, f"{self.name}, {precision.name}", cells)
+        if (other := self.other) and (theirs := measured.get(self.variant(precision, other))):
+            cells |= {f"{other.name} µs": theirs.total, f"{other.name} / ours": ratio(theirs.total, ours)}
+            if self.kind is DiagonalLists:
+                sizes = {"numbers": self.numbers, "tensors": len(self.shapes)}
+                times = {self.context.backend.name: ours, other.name: theirs.total}
+                row.alternatives = Alternatives("diagonal", sizes, times)
+        if self.kind is DiagonalLists:
+            row.targets = diagonal_targets(precision, self.of_copy)
+        cells["AdamW's bytes / ours"] = FP32.bytes / bytes_of_one
+        return row
 
 
-def _lists(context: Context) -> dict[str, tuple[list[Shape], float | None]]:
-    """Return lists of tensors and the target for the fraction of the copy bandwidth, by name."""
+def diagonal_cases(kind: type[DiagonalLists], context: Context) -> list[Case]:
+    """Return the cases of a step on large lists and on small ones, the target for its share of the bandwidth beside."""
     sizes = context.sizes
     model = [*sizes.model.shapes().values()]
-    return {
+    lists = {
         "1 GB": ([(sizes.numbers // NUM_LARGE,)] * NUM_LARGE, 0.92),
         "GPT-2 124M": (model, 0.85),
         f"{sizes.small} tensors of {sizes.small}": ([(sizes.small,)] * sizes.small, None),
         "GPT-2 124M's vectors": ([shape for shape in model if len(shape) == 1], None),
     }
-
-
-def diagonal_cases(context: Context) -> list[Case]:
     return [
-        Case(DIAGONAL, name, partial(diagonal_rows, ListCase(DIAGONAL, name, shapes, context), of_copy))
-        for name, (shapes, of_copy) in _lists(context).items()
-    ]
-
-
-def scaled_cases(context: Context) -> list[Case]:
-    return [
-        Case(SCALED, name, partial(scaled_rows, ListCase(SCALED, name, shapes, context)))
-        for name, (shapes, _) in _lists(context).items()
+        Case(kind.table, name, ListCase(kind, name, shapes, of_copy, context).rows)
+        for name, (shapes, of_copy) in lists.items()
     ]
 
 

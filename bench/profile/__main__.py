@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile
 
 from bench.common import roofline
-from bench.common.gpt2 import GPT2
+from bench.common.gpt import GPT2
 from bench.common.record import gpu, provenance, slug, write_json
 from bench.common.timing import Timer, clock_of
 from bench.kernels.optimizers import Model

@@ -133,8 +133,8 @@ NOTES = {
 """By whether kernels ran on a device."""
 
 WORK = (
-    "GB/s and TFLOP/s: bytes and operations of the launches (`bench/common/roofline.py`) over the time; beside them the "
-    "fraction of what `copy_` and a matrix product of the same dtype reached in this run."
+    "GB/s and TFLOP/s: bytes and operations of the launches (`bench/common/roofline.py`) over the time; beside them "
+    "the fraction of what `copy_` and a matrix product of the same dtype reached in this run."
 )
 
 

@@ -28,7 +28,7 @@ from bench.common.peers import find, why_missing
 from bench.common.record import provenance, write_json
 from bench.common.report import table
 from bench.common.timing import HostClock, Timer
-from bench.demo.fp32_muon import use_fp32
+from bench.demo.methods import use_fp32_muon
 from bench.steps.naive import NaiveIFShampoo
 from rootfree_kernels import RECIPE, IFShampoo, RFRMSProp
 from rootfree_kernels.eager import cpu_matmul_dtype
@@ -177,7 +177,7 @@ def factor_rows(repeats: int, note: str = "") -> list[Row]:
 
 def recipe_rows(repeats: int) -> list[Row]:
     """Compare the step of the recipe with that of the paper's rule, and with Muon."""
-    use_fp32()
+    use_fp32_muon()
     root_free = {**COMMON, "clip": "row_sum"}
     contestants: dict[str, Optimizer] = {
         "recipe": IFShampoo(parameters(1, 1024, 1024), **RECIPE, factor_dtype=torch.float32),

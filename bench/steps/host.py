@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.common.gpt2 import GPT2
+from bench.common.gpt import GPT2
 from bench.common.paths import ROOT
 from bench.common.record import provenance, write_json
 from bench.common.report import table

@@ -1,5 +1,4 @@
-"""A clock that stands still, optimizers whose steps move it by a known time, and machines without other people's
-packages: with them a benchmark can be held to what it must report."""
+"""Fakes with which a benchmark's figures are known: a clock, optimizers whose steps move it, and missing packages."""
 
 from __future__ import annotations
 
@@ -11,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -22,13 +22,13 @@ from bench.compare import contest, plots, scaling, training
 
 
 class FakeClock:
-    """µs that pass only when an optimizer makes them pass; `lead` and `late` show and decide what a GPU would do."""
+    """A clock in µs that only optimizers move. `leads` records and `late` decides what a GPU would do."""
 
     def __init__(self) -> None:
         self.now = 0.0
         self.leads: list[float] = []
         self.late = False
-        """Whether the device has begun with a step before all of it was queued."""
+        """Whether the device begins with a step before all of it is queued."""
 
     def mark(self) -> float:
         return self.now
@@ -50,7 +50,7 @@ class FakeClock:
 
 
 def stopped_clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
-    """The one clock of everything that times contestants."""
+    """Return the one clock of all modules that time contestants."""
     clock = FakeClock()
     for module in (contest, scaling, training):
         monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=clock.seconds))
@@ -62,7 +62,7 @@ Cost = Callable[[int], float]
 
 
 class FakeOptimizer(torch.optim.Optimizer):
-    """Takes the time it is told to, and remembers the gradients that it saw."""
+    """An optimizer whose steps take a given time. It records the gradients that it saw."""
 
     def __init__(self, params: Any, clock: FakeClock, cost: Cost, name: str = "", log: Any = None) -> None:
         super().__init__(params, {})
@@ -84,7 +84,7 @@ def two_costs(update: float, other: float, update_at: int, period: int) -> Cost:
 
 
 def fake_entry(name: str, clock: FakeClock, cost: Cost | None = None, log: Any = None, **changes: Any) -> Entry:
-    """An entry of a fake; without a cost, updates take 700 µs and other steps 100."""
+    """Return an entry of a fake. Without a cost, updates take 700 µs and other steps 100."""
     update_at = changes.get("update_at", 0)
 
     def make(params: Sequence[Any], period: int, block: int) -> FakeOptimizer:
@@ -95,7 +95,7 @@ def fake_entry(name: str, clock: FakeClock, cost: Cost | None = None, log: Any =
 
 
 def failing_at(number: int, cost: float = 100.0) -> Cost:
-    """The cost of steps of which one raises."""
+    """Return the cost of steps of which one raises."""
 
     def of(step: int) -> float:
         if step == number:
@@ -107,8 +107,7 @@ def failing_at(number: int, cost: float = 100.0) -> Cost:
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Leaves the global generator alone, and does not search for garbage in what was there before, which takes longer
-    than all that is measured in a test."""
+    """Leave the global generator alone, and keep the garbage collector from objects of other tests, which is slow."""
     gc.collect()
     gc.freeze()
     with torch.random.fork_rng():
@@ -118,28 +117,24 @@ def undisturbed() -> Iterator[None]:
 
 @contextmanager
 def in_place_of_all(*entries: Entry) -> Iterator[None]:
-    """These entries alone are known."""
-    kept = dict(ENTRIES)
-    ENTRIES.clear()
-    ENTRIES.update({entry.name: entry for entry in entries})
-    yield
-    ENTRIES.clear()
-    ENTRIES.update(kept)
+    """Make these the only entries."""
+    with patch.dict(ENTRIES, {entry.name: entry for entry in entries}, clear=True):
+        yield
 
 
 @contextmanager
 def without_peers(folder: Path) -> Iterator[None]:
-    """As on a machine where no peer is installed, with an empty folder for checkouts."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(peers, "CHECKOUTS", folder)
+    """Act as a machine where no peer is installed, with an empty folder for checkouts."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(peers, "CHECKOUTS", folder)
         for module in peers.PEERS:
-            patch.setitem(sys.modules, module, None)
+            monkeypatch.setitem(sys.modules, module, None)
         peers.find.cache_clear()
         yield
     peers.find.cache_clear()
 
 
 def no_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where matplotlib is not installed."""
+    """Act as if matplotlib were not installed."""
     find_spec = plots.find_spec
     monkeypatch.setattr(plots, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name))

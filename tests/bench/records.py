@@ -1,4 +1,4 @@
-"""Records of `bench.compare`, written by hand, for what is made of them."""
+"""Records of `bench.compare`, written by hand."""
 
 from __future__ import annotations
 
@@ -17,24 +17,22 @@ def timing(median: float, queued: bool = True) -> dict[str, Any]:
 def row(
     workload: str, optimizer: str, update: float, other: float, block: int = 1024, **changes: Any
 ) -> dict[str, Any]:
-    """Return the measurements of an optimizer; times in µs."""
-    figures = {UPDATE: timing(update), OTHER: timing(other), "state_bytes": 16.0, "peak_bytes": 30.0, "round": 0}
+    """Return the figures of an optimizer, with times in µs."""
+    about = {
+        "workload": workload,
+        "optimizer": optimizer,
+        "block": block,
+        "uncut": SIDES[workload] <= block,
+        "round": 0,
+    }
+    figures = {UPDATE: timing(update), OTHER: timing(other), "state_bytes": 16.0, "peak_bytes": 30.0}
     counts = {
         f"launches of {UPDATE}": 9,
         f"launches of {OTHER}": 4,
         f"host of {UPDATE}": 55.0,
         f"host of {OTHER}": 20.0,
     }
-    uncut = SIDES[workload] <= block
-    return {
-        "workload": workload,
-        "optimizer": optimizer,
-        "block": block,
-        "uncut": uncut,
-        **figures,
-        **counts,
-        **changes,
-    }
+    return {**about, **figures, **counts, **changes}
 
 
 def failed(workload: str, optimizer: str, error: str, block: int = 1024) -> dict[str, Any]:
@@ -48,7 +46,7 @@ def trained(optimizer: str, mean: float, task: str = "GPT-2 124M", **changes: An
 
 
 def record(steps: Iterable[dict[str, Any]] = (), device_type: str = "cpu", **changes: Any) -> dict[str, Any]:
-    """All of a run, in which nothing but these was measured."""
+    """Return the record of a run that measured only these."""
     return {
         "command": "python -m bench.compare",
         "date": "2026-01-02",
@@ -77,7 +75,7 @@ def record(steps: Iterable[dict[str, Any]] = (), device_type: str = "cpu", **cha
 
 
 def scaled(sizes: Iterable[int], name: str = "IFShampoo") -> list[dict[str, Any]]:
-    """Updates of n³ µs and other steps of n²."""
+    """Return updates of n³ µs and other steps of n²."""
     return [{"size": n, "optimizer": name, UPDATE: timing(n**3), OTHER: timing(n**2)} for n in sizes]
 
 

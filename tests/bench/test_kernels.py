@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from bench.common import record
-from bench.common.gpt2 import (
+from bench.common.gpt import (
     GPT2,
     Ceilings,
     Work,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.common.gpt2 import Work, total, whole_step
+from bench.common.gpt import Work, total, whole_step
 from bench.common.roofline import Roofline
 from bench.kernels.optimizers import Model
 from bench.profile import __main__ as profile_step
