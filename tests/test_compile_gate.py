@@ -1,4 +1,4 @@
-"""`make kernels`, the compile gate, on small kernels: what it measures, and which kernels pass."""
+"""`make kernels`, the compile gate, on small kernels: what it reads, what it lets pass and what it stops."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from rootfree_kernels.triton_kernels.configuration import Configuration
 ROOT = Path(__file__).resolve().parents[1]
 
 
-# ---- kernels: the gate imports this file in another process --------------------------------------------------------
+# ---- kernels: the gate imports this file in a process of its own -------------------------------------------------
 
 
 @triton.jit
 def scale_wide(x_ptr, y_ptr, size_16, factor, BLOCK: tl.constexpr):
-    """y = factor·x, where Triton can see that the size is a multiple of 16."""
+    """y = factor·x of a size that Triton can see to be a multiple of 16."""
     offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < size_16 * 16
     tl.store(y_ptr + offsets, tl.load(x_ptr + offsets, mask=mask) * factor, mask=mask)
@@ -49,7 +49,7 @@ def scale_narrow(x_ptr, y_ptr, size, factor, BLOCK: tl.constexpr):
 
 @triton.jit
 def normalise(x_ptr, y_ptr, size_16, factor, BLOCK: tl.constexpr):
-    """y = factor·x / Σx. Every element is kept until the sum is known."""
+    """y = factor·x / Σx: every number is kept until the sum is known."""
     offsets = tl.arange(0, BLOCK)
     mask = offsets < size_16 * 16
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0)
@@ -70,7 +70,7 @@ def product(a_ptr, b_ptr, c_ptr, num_tiles, M: tl.constexpr, N: tl.constexpr, K:
 
 @triton.jit
 def our_product(a_ptr, b_ptr, c_ptr, SIZE: tl.constexpr):
-    """C = AB of row-major A, B and C [SIZE, SIZE], with the product that all matrix kernels use."""
+    """C = AB of row-major A, B and C [SIZE, SIZE], by the product that all matrix kernels use."""
     offsets = tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
     total = dot(tl.load(a_ptr + offsets), tl.load(b_ptr + offsets), tl.zeros((SIZE, SIZE), tl.float32))
     tl.store(c_ptr + offsets, total)
@@ -101,7 +101,7 @@ def configurations() -> Iterator[Configuration]:
     yield IN_FP32
 
 
-# ---- results of the gate -------------------------------------------------------------------------------------------
+# ---- the gate on them --------------------------------------------------------------------------------------------
 
 
 def run_gate(folder: Path, *arguments: str) -> tuple[int, str, list[dict[str, Any]]]:
@@ -136,13 +136,13 @@ def gate(folder: Path) -> tuple[int, str, list[dict[str, Any]]]:
 
 
 def violations(rows: list[dict[str, Any]], configuration: Configuration) -> dict[str, list[str]]:
-    """Return the violated bounds of a configuration, by target."""
+    """The broken bounds of a configuration, by target."""
     line = compile_kernels.describe(configuration)
     return {row["target"]: row["violations"] for row in rows if row["configuration"] == line}
 
 
 @pytest.mark.parametrize("name", PASSING)
-def test_kernel_passes(gate: tuple[int, str, list[dict[str, Any]]], name: str) -> None:
+def test_passes(gate: tuple[int, str, list[dict[str, Any]]], name: str) -> None:
     assert violations(gate[2], PASSING[name]) == {target: [] for target in TARGETS}
 
 
@@ -161,7 +161,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", FAILING)
-def test_kernel_fails(gate: tuple[int, str, list[dict[str, Any]]], name: str) -> None:
+def test_fails(gate: tuple[int, str, list[dict[str, Any]]], name: str) -> None:
     status, printed, rows = gate
     assert violations(rows, FAILING[name]) == BROKEN[name]
     assert status == 1
@@ -170,7 +170,7 @@ def test_kernel_fails(gate: tuple[int, str, list[dict[str, Any]]], name: str) ->
 
 @pytest.mark.parametrize("target", [name for name, target in TARGETS.items() if target.backend == "cuda"])
 def test_fp32_operands_are_not_rounded_to_tf32(gate: tuple[int, str, list[dict[str, Any]]], target: str) -> None:
-    """Tensor cores of NVIDIA GPUs round FP32 to TF32, which has 10 bits of mantissa. They may not be used."""
+    """The tensor cores of NVIDIA's GPUs take FP32 only as TF32, which has 10 bits of mantissa: none may be used."""
     assert "mma" in violations(gate[2], IN_FP32)[target]
 
 
@@ -178,26 +178,26 @@ def test_the_gate_says_which_triton_it_ran_with(gate: tuple[int, str, list[dict[
     assert f" by Triton {triton.__version__} in " in gate[1].splitlines()[-1]
 
 
-def test_exit_status_is_0_if_all_kernels_pass(folder: Path) -> None:
+def test_exit_status_is_0_where_all_pass(folder: Path) -> None:
     status, printed, rows = run_gate(folder, "--only", "scale_wide.*BLOCK=1024", "--targets", "sm_90,gfx942", "--all")
     assert status == 0 and len(rows) == 2
     assert "✗" not in printed and "2 ≥1" in printed and "all pass" in printed
 
 
-def test_nothing_to_compile_is_a_failure(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_to_compile_does_not_pass(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # which main takes out of the environment; this puts it back
     assert compile_kernels.main(["--module", "json"]) == 1
     assert "nothing to compile" in capsys.readouterr().out
 
 
-def test_gate_names_a_kernel_without_configurations() -> None:
+def test_a_kernel_without_configurations_is_named() -> None:
     module = ModuleType("module")
     module.listed_kernel, module.forgotten_kernel, module.helper = scale_wide, product, scale_narrow
     listed = [PASSING["vector"]._replace(kernel=SimpleNamespace(__name__="listed_kernel"))]
     assert compile_kernels.forgotten([module], listed) == ["forgotten_kernel"]
 
 
-def test_a_crash_of_the_compiler_is_reported_for_the_right_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_of_the_compiler_is_laid_at_the_right_door(monkeypatch: pytest.MonkeyPatch) -> None:
     def compile_one(job: Job) -> tuple[Row, bytes]:
         if job.target == "sm_90":
             os._exit(1)
@@ -208,7 +208,7 @@ def test_a_crash_of_the_compiler_is_reported_for_the_right_kernel(monkeypatch: p
     assert {row.target: row.error for row in rows} == {**dict.fromkeys(TARGETS, ""), "sm_90": "the compiler crashed"}
 
 
-# ---- parsers -------------------------------------------------------------------------------------------------------
+# ---- what it reads -----------------------------------------------------------------------------------------------
 
 SASS = """\
 	.headerflags	@"EF_CUDA_64BIT_ADDRESS EF_CUDA_ACCELERATORS EF_CUDA_SM90 EF_CUDA_VIRTUAL_SM(EF_CUDA_SM90)"
@@ -264,7 +264,7 @@ def test_resource_usage() -> None:
     assert parse_resource_usage(text) == {"registers": 255, "stack": 104}
 
 
-def test_worst_combines_the_worst_numbers_of_all_rows() -> None:
+def test_worst_takes_the_greatest_of_upper_and_the_least_of_lower_bounds() -> None:
     numbers = {"registers": 40, "stack": 0, "spills": 0, "shared": 0, "loads128": 2}
     rows = [
         Row("kernel", "elementwise", "first", "gfx942", measured=numbers),
