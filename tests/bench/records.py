@@ -18,9 +18,20 @@ def row(
     workload: str, optimizer: str, update: float, other: float, block: int = 1024, **changes: Any
 ) -> dict[str, Any]:
     """Return the figures of an optimizer, with times in µs."""
-    about = {"workload": workload, "optimizer": optimizer, "block": block, "uncut": SIDES[workload] <= block, "round": 0}
+    about = {
+        "workload": workload,
+        "optimizer": optimizer,
+        "block": block,
+        "uncut": SIDES[workload] <= block,
+        "round": 0,
+    }
     figures = {UPDATE: timing(update), OTHER: timing(other), "state_bytes": 16.0, "peak_bytes": 30.0}
-    counts = {f"launches of {UPDATE}": 9, f"launches of {OTHER}": 4, f"host of {UPDATE}": 55.0, f"host of {OTHER}": 20.0}
+    counts = {
+        f"launches of {UPDATE}": 9,
+        f"launches of {OTHER}": 4,
+        f"host of {UPDATE}": 55.0,
+        f"host of {OTHER}": 20.0,
+    }
     return {**about, **figures, **counts, **changes}
 
 
