@@ -110,17 +110,13 @@ def test_every_optimizer_is_measured_in_every_section_without_an_error(whole_run
     assert [row["T"] for row in record["scaling"]["T"]] == [*TINY.periods]
 
 
-def test_second_order_optimizers_of_ours_record_their_state_at_t_1(whole_run):
+def test_ours_record_their_state_at_t_1_and_the_fraction_of_the_roofline(whole_run):
     _, _, record, _, _ = whole_run
     found = {row["optimizer"] for row in record["steps"] if "state_bytes at T = 1" in row}
     assert found == {name for name in ENTRIES if name.startswith("IFShampoo") and ENTRIES[name].on_cpu}
     row = row_of(record, "IFShampoo")
     products = 2 * matmul_dtype(torch.bfloat16, torch.device("cpu")).itemsize  # CCᵀ and KKᵀ
     assert row["state_bytes"] - row["state_bytes at T = 1"] == pytest.approx(products, abs=0.1)
-
-
-def test_fractions_of_the_roofline_follow_from_the_roofline_of_the_record(whole_run):
-    _, _, record, _, _ = whole_run
     row = row_of(record, "SGD, fused")
     least = 20 * 256 / record["roofline"]["bandwidth"] * 1e6
     assert row[f"roofline of {UPDATE}"] == pytest.approx(least / row[UPDATE]["median"])

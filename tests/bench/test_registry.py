@@ -6,6 +6,7 @@ import importlib.metadata
 import subprocess
 import sys
 from collections import Counter
+from itertools import product
 from math import prod
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,15 +47,11 @@ def test_a_workload_has_exactly_the_hidden_weights_of_its_model():
     assert Counter(WORKLOADS["GPT-2 124M"].shapes) == dict.fromkeys(layer, 12)
 
 
-@pytest.mark.parametrize("max_dim", [100, 1024, WHOLE])
-def test_blocks_hold_every_weight_once_and_have_no_longer_sides_than_allowed(max_dim):
-    for workload in WORKLOADS.values():
+def test_blocks_are_cut_evenly_hold_every_weight_once_and_are_no_longer_than_allowed():
+    for workload, max_dim in product(WORKLOADS.values(), (100, 1024, WHOLE)):
         blocks = workload.blocks(max_dim)
         assert sum(map(prod, blocks)) == workload.num_weights
         assert max(map(max, blocks)) <= min(workload.longest_side, max_dim)
-
-
-def test_a_weight_is_cut_evenly():
     workload = Workload("odd", ((5, 7),))
     assert Counter(workload.blocks(3)) == {(3, 3): 1, (3, 2): 2, (2, 3): 1, (2, 2): 2}  # 5 is 3 + 2, 7 is 3 + 2 + 2
     assert workload.blocks(WHOLE) == ((5, 7),)
@@ -114,7 +111,7 @@ PERIODIC = [name for name, entry in ENTRIES.items() if entry.has_period]
 
 @pytest.mark.parametrize("name", PERIODIC)
 def test_factors_change_only_in_every_third_step_if_t_is_3(name):
-    """For Distributed Shampoo these are the inverse roots, since it updates its factors at every step, for SOAP bases."""
+    """These are the inverse roots of Distributed Shampoo, whose factors change at every step, and the bases of SOAP."""
     stepper = Stepper(name, (6, 10), period=3, block=WHOLE)
     changed: dict[int, set[int]] = {}
     for number in range(9):
@@ -143,11 +140,6 @@ def test_no_factor_of_ours_is_longer_than_a_block(name):
     assert not [side for side in squares if side > 32]
 
 
-def test_only_optimizers_of_this_package_are_called_ours():
-    ours = {name for name, entry in ENTRIES.items() if entry.is_ours}
-    assert ours == {name for name in ENTRIES if name.startswith(("IFShampoo", "RFRMSProp"))}
-
-
 def test_the_recipe_has_its_options_and_blocks_and_period():
     stepper = Stepper("IFShampoo, recipe", (6, 10), period=3, block=CUT)
     (group,) = stepper.optimizer.param_groups
@@ -173,15 +165,15 @@ def none_here(tmp_path):
         yield tmp_path
 
 
-@pytest.mark.parametrize("module", PEERS)
-def test_the_error_of_a_missing_peer_has_the_command_that_installs_it(none_here, module):
-    with pytest.raises(MissingPeer, match="not installed") as raised:
-        find(module)
-    peer = PEERS[module]
-    command = f"git clone https://github.com/{peer.repository} .peers/{peer.repository.split('/')[1]}"
-    assert command in str(raised.value)
-    assert ("; make peers" in str(raised.value)) == bool(peer.index)
-    assert why_missing(module) == str(raised.value)
+def test_a_missing_peer_is_listed_with_the_command_that_installs_it(none_here, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench.common.peers"])
+    assert peers.main() == 0
+    for line, peer in zip(capsys.readouterr().out.splitlines(), PEERS.values(), strict=True):
+        command = f"git clone https://github.com/{peer.repository} .peers/{peer.repository.split('/')[1]}"
+        problem = f"not installed: {command}{'; make peers' if peer.index else ''}"
+        assert line == f"{peer.title:30} {problem}"
+        with pytest.raises(MissingPeer, match=problem):
+            find(peer.module)
 
 
 def fake_checkout(folder, text):
@@ -191,12 +183,14 @@ def fake_checkout(folder, text):
     sys.modules.pop("soap", None)
 
 
-def test_a_checkout_is_imported_and_the_path_restored(none_here):
+def test_a_checkout_is_imported_and_versions_are_of_it_or_unknown(none_here):
     fake_checkout(none_here, "SOAP = 'from the checkout'")
     path = [*sys.path]
     assert find("soap").SOAP == "from the checkout"
     assert sys.path == path and why_missing("soap") is None
     assert PEERS["soap"].version() == "a copy without its commits"
+    with patch.object(peers.importlib.metadata, "version", side_effect=importlib.metadata.PackageNotFoundError):
+        assert PEERS["dion"].version() == "of an unknown version"
 
 
 CLONE = "git clone https://github.com/nikhilvyas"
@@ -212,20 +206,6 @@ CLONE = "git clone https://github.com/nikhilvyas"
 def test_a_checkout_that_cannot_be_imported_is_reported_with_the_reason(none_here, text, problem):
     fake_checkout(none_here, text)
     assert why_missing("soap") == problem
-
-
-def test_a_peer_without_metadata_is_of_an_unknown_version(none_here):
-    with patch.object(peers.importlib.metadata, "version", side_effect=importlib.metadata.PackageNotFoundError):
-        assert PEERS["dion"].version() == "of an unknown version"
-
-
-def test_the_list_of_peers_says_how_to_install_each(none_here, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["bench.common.peers"])
-    assert peers.main() == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(PEERS)
-    for line, peer in zip(lines, PEERS.values(), strict=True):
-        assert line.startswith(peer.title) and line.endswith(peer.how_to_install())
 
 
 def test_install_gives_pip_only_pinned_requirements(monkeypatch):

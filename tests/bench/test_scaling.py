@@ -1,4 +1,4 @@
-"""The cost of a step over sizes and T, and whole training steps, with a clock that moves only when an optimizer steps."""
+"""The cost of a step over sizes and T, and whole training steps, with a clock that only optimizers move."""
 
 from __future__ import annotations
 
