@@ -67,12 +67,10 @@ def kinds_of(optimizer: str) -> tuple[str, ...]:
 
 def head_lines(record: Record) -> list[str]:
     roof = record["roofline"]
-    figures = (
-        f"copy {roof['bandwidth'] / 1e9:,.1f} GB/s (read and written), product {roof['fp32'] / 1e9:,.0f} GFLOP/s FP32, "
-        f"{roof['bf16'] / 1e9:,.0f} GFLOP/s BF16"
-        if roof
-        else "ceilings not measured"
-    )
+    figures = "ceilings not measured"
+    if roof:
+        copy, fp32, bf16 = (number(roof[name] / 1e9) for name in ("bandwidth", "fp32", "bf16"))
+        figures = f"copy {copy} GB/s (read and written), product {fp32} GFLOP/s FP32, {bf16} GFLOP/s BF16"
     versions = ", ".join(f"{name} {record[name]}" for name in ("torch", "triton", "cuda", "python") if record.get(name))
     on_gpu = record["device_type"] == "cuda"
     threads = counted(record["threads"], "thread", "threads")

@@ -82,7 +82,7 @@ def bars(title: str, xlabel: str, found: Iterable[Bar]) -> Any:
     axes.margins(x=0.1)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
-    axes.set_xlabel(xlabel)
+    figure.supxlabel(xlabel, fontsize="medium")
     figure.suptitle(title)
     return figure
 

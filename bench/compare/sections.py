@@ -24,6 +24,7 @@ from bench.compare.contest import OTHER, UPDATE, Case, Contestant, Gradients, ca
 from bench.compare.settings import Plan
 from bench.compare.targets import DEFAULT
 from bench.compare.work import work_of
+from rootfree_kernels.eager import cpu_matmul_dtype
 
 Piece = Callable[[], None]
 Row = dict[str, Any]
@@ -142,9 +143,9 @@ def _figures(run: Run, contestant: Contestant) -> Row:
     figures = contestant.measured()
     roof = run.record["roofline"]
     for kind in (UPDATE, OTHER):
-        work = work_of(entry, workload, block, kind)
-        if work and roof:
-            figures[f"roofline of {kind}"] = roofline.Roofline(**roof).limit(*work) / figures[kind]["median"]
+        if roof and (found := work_of(entry, workload, block, kind)):
+            work, dtype = found[0], cpu_matmul_dtype(found[1], run.device)
+            figures[f"roofline of {kind}"] = roofline.Roofline(**roof).limit(work, dtype) / figures[kind]["median"]
     if entry.is_ours:
         figures["backend"] = backend_of(contestant.optimizer)
     if entry.is_ours and entry.has_period:

@@ -25,7 +25,7 @@ TESTS = (
     *("triton/test_rf_rmsprop_arguments.py", "triton/test_memory.py", "optim/test_on_triton.py"),
     *("optim/test_launches.py", "optim/test_streams.py"),
     *("ops/test_dispatch_runs.py", "optim/test_no_reads.py", "test_ranges.py", "optim/test_packed_momentum.py"),
-    *("ops/test_kernel_momentum.py", "bench/test_run.py", "ops/test_opcheck.py"),
+    *("ops/test_kernel_momentum.py", "bench/test_compare.py", "ops/test_opcheck.py"),
 )
 """Files of tests/ with tests for a GPU, the most informative first."""
 
@@ -33,8 +33,8 @@ HUGE = "more_than_2_31"
 """Part of the name of a test that needs tens of GB."""
 
 CONTESTANTS = (
-    *("IFShampoo", "IFShampoo, least memory", "RFRMSProp", "AdamW, fused", "SGD, fused", "Muon of torch"),
-    *("Muon of Dion, Triton", "Distributed Shampoo, eigh, unpacked", "sirfshampoo"),
+    *("IFShampoo", "IFShampoo, recipe", "IFShampoo, least memory", "RFRMSProp", "AdamW, fused", "SGD, fused"),
+    *("Muon of torch", "Muon of Dion, Triton", "Distributed Shampoo, eigh, unpacked", "sirfshampoo"),
 )
 """The optimizers of stage `peers`."""
 

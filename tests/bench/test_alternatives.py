@@ -1,4 +1,4 @@
-"""What `bench.compare` measured by several backends can be written back as a dispatch table."""
+"""Times of `bench.compare` by several backends, from which a dispatch table is made."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bench import make_dispatch_table as dispatch
+from bench.common.timing import Timing
 from bench.common.workloads import Workload
 from bench.compare.__main__ import main
 from bench.compare.alternatives import alternatives, backend_of
@@ -19,13 +20,10 @@ SQUARES = Workload("squares", ((512, 1024),) * 3)
 MIXED = Workload("mixed", ((512, 1024), (512, 512)))
 
 
-def timing(median, samples=30):
-    return {"median": median, "p10": 0.98 * median, "p90": 1.01 * median, "samples": samples, "queued": True}
-
-
 def row(optimizer, backend, update, other, block=1024, uncut=True):
     figures = {"optimizer": optimizer, "block": block, "uncut": uncut, "backend": backend}
-    return {**figures, UPDATE: timing(update), OTHER: timing(other)}
+    times = Timing(update, 0.98 * update, 1.01 * update, 30), Timing(other, 0.98 * other, 1.01 * other, 30)
+    return {**figures, UPDATE: times[0]._asdict(), OTHER: times[1]._asdict()}
 
 
 ROWS = [
@@ -40,14 +38,14 @@ ROWS = [
 
 
 def test_backends_of_the_same_work_become_a_table():
-    record = {"device": "A GPU", "rows": alternatives(SQUARES, ROWS)}
+    record = {"device": "A GPU", "rows": [*alternatives(SQUARES, ROWS)]}
     found = parse(dispatch.table({"a.json": record}), "a table")
     sizes = {"numbers": SQUARES.num_weights, "tensors": 3}
     assert found.choice("diagonal", sizes) == "cuda"
     assert found.choice("matrices", {"side": 1024, "blocks": 3}) == "triton"
 
 
-def test_of_blocks_of_several_shapes_only_the_diagonal_step_is_known():
+def test_blocks_of_several_shapes_are_not_compared():
     operations = [x["alternatives"]["operation"] for x in alternatives(MIXED, ROWS)]
     assert operations == ["diagonal"]
 
@@ -57,8 +55,8 @@ def test_of_blocks_of_several_shapes_only_the_diagonal_step_is_known():
     [ROWS[:1], [ROWS[0], row("IFShampoo, eager", "eager", 8.0, 4.0, block=1 << 20, uncut=False)], [ROWS[3], ROWS[6]]],
     ids=["alone", "other blocks", "failed"],
 )
-def test_what_has_nothing_beside_it_is_no_alternative(rows):
-    assert alternatives(SQUARES, rows) == []
+def test_a_backend_alone_is_no_alternative(rows):
+    assert [*alternatives(SQUARES, rows)] == []
 
 
 def test_the_backend_is_that_of_the_plans():
@@ -71,7 +69,7 @@ def test_the_backend_is_that_of_the_plans():
     assert backend_of(torch.optim.SGD([weight], lr=1e-3)) is None
 
 
-def test_a_run_records_them_and_the_table_can_be_read(tmp_path):
+def test_a_run_records_alternatives_and_their_table_can_be_read(tmp_path):
     arguments = ["--tiny", "--sections", "steps", "--only", "16²", "--optimizers", "^IFShampoo(, eager)?$"]
     assert main([*arguments, "--device", "cpu", "--out", str(tmp_path)]) == 0
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]

@@ -1,5 +1,4 @@
-"""What `bench.compare` compares: the weights of real models, every optimizer with its period, and other people's packages,
-which may be missing or broken."""
+"""What `bench.compare` compares: real models' weights, every optimizer with its period, and other people's packages."""
 
 from __future__ import annotations
 
@@ -7,20 +6,23 @@ import importlib.metadata
 import subprocess
 import sys
 from collections import Counter
+from itertools import product
 from math import prod
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch.nn import Parameter
 
-from bench.common import peers
+from bench.common import optimizers, peers
 from bench.common.memory import tensors_of
 from bench.common.optimizers import ENTRIES, WHOLE
 from bench.common.peers import PEERS, MissingPeer, find, why_missing
 from bench.common.workloads import WORKLOADS, Workload
-from bench.compare.contest import distinct_blocks, shapes_for
+from bench.compare.contest import Case
+from rootfree_kernels import RECIPE
 from tests.bench.fakes import without_peers
 
 # ---- workloads -----------------------------------------------------------------------------------------------------
@@ -36,29 +38,20 @@ HIDDEN_WEIGHTS = {
     # of Llama 7B a 32nd of what is left without the embedding, the head and 65 norms
     "Llama-7B layer": (6_738_415_616 - 2 * 32_000 * 4096 - 65 * 4096) // 32,
 }
-"""As counted by those who published the models, not by our formulas."""
+"""The counts that were published with the models."""
 
 
-@pytest.mark.parametrize("name", HIDDEN_WEIGHTS)
-def test_a_workload_has_all_hidden_weights_of_its_model_and_no_others(name):
-    assert WORKLOADS[name].num_weights == HIDDEN_WEIGHTS[name]
-
-
-def test_the_matrices_of_gpt2_are_four_in_each_of_twelve_layers():
-    assert HIDDEN_WEIGHTS["GPT-2 124M"] == 84_934_656
+def test_a_workload_has_exactly_the_hidden_weights_of_its_model():
+    assert {name: WORKLOADS[name].num_weights for name in HIDDEN_WEIGHTS} == HIDDEN_WEIGHTS
     layer = ((768, 2304), (768, 768), (768, 3072), (3072, 768))
     assert Counter(WORKLOADS["GPT-2 124M"].shapes) == dict.fromkeys(layer, 12)
 
 
-@pytest.mark.parametrize("workload", WORKLOADS.values(), ids=lambda workload: workload.name)
-@pytest.mark.parametrize("max_dim", [100, 1024, WHOLE])
-def test_blocks_hold_every_weight_once_and_no_side_is_longer_than_asked(workload, max_dim):
-    blocks = workload.blocks(max_dim)
-    assert sum(map(prod, blocks)) == workload.num_weights
-    assert max(map(max, blocks)) <= min(workload.longest_side, max_dim)
-
-
-def test_a_weight_falls_into_the_blocks_that_a_ruler_gives():
+def test_blocks_are_cut_evenly_hold_every_weight_once_and_are_no_longer_than_allowed():
+    for workload, max_dim in product(WORKLOADS.values(), (100, 1024, WHOLE)):
+        blocks = workload.blocks(max_dim)
+        assert sum(map(prod, blocks)) == workload.num_weights
+        assert max(map(max, blocks)) <= min(workload.longest_side, max_dim)
     workload = Workload("odd", ((5, 7),))
     assert Counter(workload.blocks(3)) == {(3, 3): 1, (3, 2): 2, (2, 3): 1, (2, 2): 2}  # 5 is 3 + 2, 7 is 3 + 2 + 2
     assert workload.blocks(WHOLE) == ((5, 7),)
@@ -70,46 +63,45 @@ CUT = 8
 """The longest side of a block in these tests."""
 
 
-def stepped_here(name):
-    """An entry, unless it cannot take part here."""
-    entry = ENTRIES[name]
-    if "cpu" not in entry.devices:
-        pytest.skip(f"{name} needs a GPU")
-    if entry.peer == "dion":
-        pytest.skip(f"{name} compiles for a minute on a CPU")
-    if entry.peer and (problem := why_missing(entry.peer)):
-        pytest.skip(f"{PEERS[entry.peer].title} is {problem}")
-    return entry
+class Stepper:
+    """An entry at work on weights of some shapes; skipped if it cannot take part here."""
 
+    def __init__(self, name, *shapes, period, block):
+        self.entry = entry = ENTRIES[name]
+        if "cpu" not in entry.devices:
+            pytest.skip(f"{name} needs a GPU")
+        if entry.peer == "dion":
+            pytest.skip(f"{name} compiles for a minute on a CPU")
+        if entry.peer and (problem := why_missing(entry.peer)):
+            pytest.skip(f"{PEERS[entry.peer].title} is {problem}")
+        self.generator = torch.Generator().manual_seed(0)
+        shapes = Case(entry, Workload("weights", shapes), block).shapes
+        self.params = [Parameter(self.random(shape).mul_(0.1).to(entry.weights)) for shape in shapes]
+        for param in self.params:
+            param.grad = torch.empty_like(param)
+        self.optimizer = entry.make(self.params, period, block)
 
-def weights_of(entry, *shapes):
-    generator = torch.Generator().manual_seed(0)
-    params = [Parameter(torch.randn(shape, generator=generator).mul_(0.1).to(entry.weights)) for shape in shapes]
-    for param in params:
-        param.grad = torch.empty_like(param)
-    return params, generator
+    def random(self, shape):
+        return torch.randn(shape, generator=self.generator)
 
-
-def step(optimizer, params, generator):
-    for param in params:
-        param.grad.copy_(torch.randn(param.shape, generator=generator))
-    optimizer.step()
+    def step(self):
+        for param in self.params:
+            param.grad.copy_(self.random(param.shape))
+        self.optimizer.step()
 
 
 @pytest.mark.parametrize("name", ENTRIES)
-def test_every_optimizer_that_is_at_hand_changes_its_weights_and_keeps_them_finite(name):
-    entry = stepped_here(name)
-    params, generator = weights_of(entry, *shapes_for(entry, Workload("two", ((6, 10), (10, 4))), CUT))
-    before = [param.detach().clone() for param in params]
-    optimizer = entry.make(params, 2, CUT)
+def test_every_optimizer_changes_its_weights_and_keeps_them_finite(name):
+    stepper = Stepper(name, (6, 10), (10, 4), period=2, block=CUT)
+    before = [param.detach().clone() for param in stepper.params]
     for _ in range(5):
-        step(optimizer, params, generator)
-    assert all(param.isfinite().all() for param in params)
-    assert not any(torch.equal(*pair) for pair in zip(params, before, strict=True))
+        stepper.step()
+    assert all(param.isfinite().all() for param in stepper.params)
+    assert not any(torch.equal(*pair) for pair in zip(stepper.params, before, strict=True))
 
 
 def state_of(optimizer):
-    """Every tensor of its state as bytes, by the way to it."""
+    """Return shape and bytes of every tensor of its state."""
     tensors = tensors_of([dict(optimizer.state), vars(optimizer)])
     return [(tuple(x.shape), x.detach().reshape(-1).view(torch.uint8).numpy().tobytes()) for x in tensors]
 
@@ -118,64 +110,50 @@ PERIODIC = [name for name, entry in ENTRIES.items() if entry.has_period]
 
 
 @pytest.mark.parametrize("name", PERIODIC)
-def test_factors_change_in_every_third_step_and_in_no_other_where_t_is_3(name):
-    """Of Distributed Shampoo these are the inverse roots (it updates its factors at every step), of SOAP the bases."""
-    entry = stepped_here(name)
-    params, generator = weights_of(entry, (6, 10))
-    optimizer = entry.make(params, 3, WHOLE)
-    for _ in range(3):
-        step(optimizer, params, generator)
+def test_factors_change_only_in_every_third_step_if_t_is_3(name):
+    """These are the inverse roots of Distributed Shampoo, whose factors change at every step, and the bases of SOAP."""
+    stepper = Stepper(name, (6, 10), period=3, block=WHOLE)
     changed: dict[int, set[int]] = {}
-    for number in range(3, 9):
-        before = state_of(optimizer)
-        step(optimizer, params, generator)
-        after = state_of(optimizer)
-        for index, pair in enumerate(zip(before, after, strict=True)):
+    for number in range(9):
+        before = state_of(stepper.optimizer) if number >= 3 else []
+        stepper.step()
+        for index, pair in enumerate(zip(before, state_of(stepper.optimizer), strict=number >= 3)):
             if pair[0] != pair[1]:
                 changed.setdefault(index, set()).add(number)
-    sizes = [shape for shape, _ in state_of(optimizer)]
-    always = set(range(3, 9))
-    seldom = {index: steps for index, steps in changed.items() if steps != always}
-    updates = {number for number in always if number % 3 == entry.update_at % 3}
+    seldom = {index: steps for index, steps in changed.items() if len(steps) < 6}
+    updates = {number for number in range(3, 9) if number % 3 == stepper.entry.update_at % 3}
     assert all(steps == updates for steps in seldom.values())
-    packed = {6: 21, 10: 55}
-    for side in (6, 10):
-        square = {side * side, packed[side]}
-        assert any(prod(sizes[index]) in square for index in seldom), f"no factor of {side} × {side} has changed"
+    sizes = [shape for shape, _ in state_of(stepper.optimizer)]
+    for side, packed in ((6, 21), (10, 55)):
+        factors = [index for index in seldom if prod(sizes[index]) in (side * side, packed)]
+        assert factors, f"no factor of {side} × {side} has changed"
 
 
-@pytest.mark.parametrize("name", ENTRIES)
-def test_who_does_not_cut_gets_the_blocks_and_all_get_the_same_number_of_weights(name):
-    entry, workload = ENTRIES[name], Workload("long", ((24, 100), (64, 8)))
-    shapes = shapes_for(entry, workload, 32)
-    assert sum(map(prod, shapes)) == workload.num_weights
-    assert shapes == workload.shapes if entry.cuts else max(map(max, shapes)) == 32
-
-
-@pytest.mark.parametrize("name", [name for name in PERIODIC if ENTRIES[name].is_ours or name.startswith("Distributed")])
-def test_who_can_cut_has_no_factor_that_is_longer_than_a_block(name):
-    entry = stepped_here(name)
-    params, generator = weights_of(entry, (24, 100))
-    optimizer = entry.make(params, 1, 32)
-    step(optimizer, params, generator)
-    theirs = {x.untyped_storage().data_ptr() for param in params for x in (param, param.grad)}
-    state = [x for x in tensors_of(dict(optimizer.state)) if x.untyped_storage().data_ptr() not in theirs]
+@pytest.mark.parametrize("name", [name for name in PERIODIC if ENTRIES[name].is_ours])
+def test_no_factor_of_ours_is_longer_than_a_block(name):
+    stepper = Stepper(name, (24, 100), period=1, block=32)
+    stepper.step()
+    theirs = {x.untyped_storage().data_ptr() for param in stepper.params for x in (param, param.grad)}
+    tensors = tensors_of(dict(stepper.optimizer.state))
+    state = [x for x in tensors if x.untyped_storage().data_ptr() not in theirs]
     squares = [x.shape[-1] for x in state if x.ndim >= 2 and x.shape[-1] == x.shape[-2]]
     assert not [side for side in squares if side > 32]
 
 
-def test_block_sizes_that_cut_a_workload_alike_are_measured_once():
-    entry = ENTRIES["IFShampoo"]
-    small, long = Workload("small", ((512, 512),)), Workload("long", ((1024, 4096),))
-    assert distinct_blocks(entry, small, entry.blocks) == [WHOLE]
-    assert distinct_blocks(entry, long, entry.blocks) == [1024, WHOLE]
-    assert distinct_blocks(entry, long, (1024,)) == [1024]
-    assert len(distinct_blocks(ENTRIES["AdamW, fused"], long, (1024, WHOLE))) == 1
+def test_the_recipe_has_its_options_and_blocks_and_period():
+    stepper = Stepper("IFShampoo, recipe", (6, 10), period=3, block=CUT)
+    (group,) = stepper.optimizer.param_groups
+    assert {name: group[name] for name in RECIPE} == dict(RECIPE)
+    assert (group["lr"], group["precondition_frequency"], group["max_preconditioner_dim"]) == (0.045, 3, CUT)
 
 
-def test_only_optimizers_of_this_package_are_called_ours():
-    ours = {name for name, entry in ENTRIES.items() if entry.is_ours}
-    assert ours == {name for name in ENTRIES if name.startswith(("IFShampoo", "RFRMSProp"))}
+@pytest.mark.parametrize("slow", [False, True])
+def test_muon_of_torch_iterates_in_fp32_only_on_a_cpu_that_multiplies_bf16_slowly(monkeypatch, slow):
+    calls = []
+    monkeypatch.setattr(optimizers, "use_fp32", lambda: calls.append("FP32"))
+    monkeypatch.setattr(optimizers, "cpu_matmul_dtype", lambda dtype, device: torch.float32 if slow else dtype)
+    ENTRIES["Muon of torch"].make([Parameter(torch.ones(2, 2))], 1, WHOLE)
+    assert calls == ["FP32"] * slow and not optimizers.muon_is_fp32(torch.device("cuda"))
 
 
 # ---- peers ---------------------------------------------------------------------------------------------------------
@@ -187,62 +165,50 @@ def none_here(tmp_path):
         yield tmp_path
 
 
-@pytest.mark.parametrize("module", PEERS)
-def test_a_missing_peer_is_named_with_the_command_that_gets_it(none_here, module):
-    with pytest.raises(MissingPeer, match="not installed") as raised:
-        find(module)
-    peer = PEERS[module]
-    command = f"git clone https://github.com/{peer.repository} .peers/{peer.repository.split('/')[1]}"
-    assert command in str(raised.value)
-    assert ("; make peers" in str(raised.value)) == bool(peer.index)
-    assert why_missing(module) == str(raised.value)
+def test_a_missing_peer_is_listed_with_the_command_that_installs_it(none_here, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench.common.peers"])
+    assert peers.main() == 0
+    for line, peer in zip(capsys.readouterr().out.splitlines(), PEERS.values(), strict=True):
+        command = f"git clone https://github.com/{peer.repository} .peers/{peer.repository.split('/')[1]}"
+        problem = f"not installed: {command}{'; make peers' if peer.index else ''}"
+        assert line == f"{peer.title:30} {problem}"
+        with pytest.raises(MissingPeer, match=problem):
+            find(peer.module)
 
 
 def fake_checkout(folder, text):
-    """A checkout of SOAP, whose module has this text."""
+    """Make a checkout of SOAP whose module has this text."""
     (folder / "SOAP").mkdir()
     (folder / "SOAP" / "soap.py").write_text(text)
     sys.modules.pop("soap", None)
 
 
-def test_a_checkout_is_imported_and_leaves_the_path_as_it_was(none_here):
+def test_a_checkout_is_imported_and_versions_are_of_it_or_unknown(none_here):
     fake_checkout(none_here, "SOAP = 'from the checkout'")
     path = [*sys.path]
     assert find("soap").SOAP == "from the checkout"
     assert sys.path == path and why_missing("soap") is None
     assert PEERS["soap"].version() == "a copy without its commits"
+    with patch.object(peers.importlib.metadata, "version", side_effect=importlib.metadata.PackageNotFoundError):
+        assert PEERS["dion"].version() == "of an unknown version"
 
 
-def test_a_checkout_that_raises_is_reported_with_its_error(none_here):
-    fake_checkout(none_here, "raise RuntimeError('this Python is too old')")
-    assert why_missing("soap") == "cannot be imported: RuntimeError: this Python is too old"
+CLONE = "git clone https://github.com/nikhilvyas"
 
 
-def test_a_checkout_that_needs_another_package_says_which(none_here):
-    fake_checkout(none_here, "import a_package_that_nobody_has")
-    problem = why_missing("soap")
-    assert "it is here, and needs a_package_that_nobody_has" in problem and "git clone" in problem
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("raise RuntimeError('it is too old')", "cannot be imported: RuntimeError: it is too old"),
+        ("import nobody_has_this", f"not installed (it is here, and needs nobody_has_this): {CLONE}/SOAP .peers/SOAP"),
+    ],
+)
+def test_a_checkout_that_cannot_be_imported_is_reported_with_the_reason(none_here, text, problem):
+    fake_checkout(none_here, text)
+    assert why_missing("soap") == problem
 
 
-def test_a_peer_that_was_copied_without_metadata_has_a_version_all_the_same(none_here, monkeypatch):
-    monkeypatch.setattr(peers.importlib.metadata, "version", no_metadata)
-    assert PEERS["dion"].version() == "of an unknown version"
-
-
-def no_metadata(name):
-    raise importlib.metadata.PackageNotFoundError(name)
-
-
-def test_the_list_of_peers_has_a_line_for_each_that_is_not_here(none_here, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["bench.common.peers"])
-    assert peers.main() == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(PEERS)
-    for line, peer in zip(lines, PEERS.values(), strict=True):
-        assert line.startswith(peer.title) and line.endswith(peer.how_to_install())
-
-
-def test_install_gives_pip_pinned_requirements_and_changes_nothing_else(monkeypatch):
+def test_install_gives_pip_only_pinned_requirements(monkeypatch):
     calls = []
     monkeypatch.setattr(peers.subprocess, "run", lambda command: calls.append(command) or SimpleNamespace(returncode=3))
     assert peers.install() == 3

@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from bench.common import restarts
-from bench.common.restarts import RESTART, Progress, is_spoiled, last_change, supervise
+from bench.common.restarts import RESTART, Progress, is_spoiled, supervise, supervise_module
 
 WORKER = """
 import os, signal, sys, time
 from pathlib import Path
 from bench.common.restarts import RESTART, Progress
 
-progress = Progress.load(Path(sys.argv[1]))
+progress = Progress.load(Path(sys.argv[-1]))
 for name in "abcd":
     if name in progress.done or name in progress.broken:
         continue
@@ -29,9 +29,17 @@ for name in "abcd":
 sys.exit(3)
 """
 
+FOCUSED = """
+        for part in "xyz":
+            if part not in progress.excluded:
+                progress.focus(part)
+                if part == "y":
+                    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
 
 def run(tmp_path: Path, trouble: str, seconds: float = 60.0, stall: float = 30.0) -> tuple[int, Progress]:
-    """The exit status of a supervised worker that is in trouble with the second of four pieces, and its progress."""
+    """Return the exit status and the progress of a supervised worker that gets into trouble in its second piece."""
     worker, path = tmp_path / "worker.py", tmp_path / "progress"
     worker.write_text(WORKER.format(trouble=trouble))
     status = supervise([sys.executable, str(worker), str(path)], path, seconds, stall)
@@ -39,8 +47,8 @@ def run(tmp_path: Path, trouble: str, seconds: float = 60.0, stall: float = 30.0
 
 
 @pytest.fixture(autouse=True)
-def bench_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[2]))
+def bench_can_be_imported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).resolve().parents[2]}:{tmp_path}")
 
 
 def test_without_trouble_the_status_is_the_worker_s(tmp_path: Path) -> None:
@@ -63,38 +71,18 @@ def test_another_process_goes_on_with_the_next_piece(tmp_path: Path, trouble: st
     assert list(progress.broken) == ["b"] and progress.broken["b"].startswith(reason)
 
 
-FOCUSED = """
-import os, signal, sys
-from pathlib import Path
-from bench.common.restarts import Progress
-
-progress = Progress.load(Path(sys.argv[1]))
-progress.begin("contest")
-for part in "xyz":
-    if part not in progress.excluded:
-        progress.focus(part)
-        if part == "y":
-            os.kill(os.getpid(), signal.SIGKILL)
-progress.end("all but " + ", ".join(progress.excluded))
-"""
-
-
-def test_a_part_that_ends_the_process_is_left_out_and_the_rest_begun_again(tmp_path: Path) -> None:
-    worker, path = tmp_path / "worker.py", tmp_path / "progress"
-    worker.write_text(FOCUSED)
-    assert supervise([sys.executable, str(worker), str(path)], path, 60.0, 30.0) == 0
-    progress = Progress.load(path)
+def test_a_part_that_ends_the_process_is_left_out_and_its_piece_is_begun_again(tmp_path: Path) -> None:
+    status, progress = run(tmp_path, FOCUSED)
+    assert status == 3 and progress.done == [*"abcd"]
     assert progress.excluded == {"y": "the process was ended by signal 9"} and progress.broken == {}
-    assert progress.done == ["contest"] and progress.payload == "all but y"
 
 
-def test_a_part_that_begins_is_progress(tmp_path: Path) -> None:
+def test_the_beginning_of_a_part_counts_as_progress(tmp_path: Path) -> None:
     progress = Progress(tmp_path / "progress", until=0.0)
     progress.begin("contest")
     os.utime(progress.path, (1.0, 1.0))
-    assert last_change(progress.path) == 1.0
     progress.focus("x")
-    assert time.time() - last_change(progress.path) < 60
+    assert time.time() - progress.path.stat().st_mtime < 60
 
 
 def test_a_process_that_does_not_end_in_time_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,13 +99,14 @@ def test_a_worker_that_dies_before_it_begins_is_not_started_for_ever(
     assert supervise([sys.executable, "-c", f"import sys; sys.exit({RESTART})"], path, 60.0, 30.0) == 1
 
 
-def test_a_cpu_is_never_spoiled() -> None:
-    assert not is_spoiled(torch.device("cpu"))
+def test_a_module_gets_its_arguments_and_a_file_for_its_progress(tmp_path: Path) -> None:
+    (tmp_path / "worker.py").write_text(WORKER.format(trouble="assert sys.argv[1:-1] == ['--quick', '--worker']"))
+    assert supervise_module("worker", ["--quick"], 60.0, 30.0) == 3
 
 
-def test_a_device_is_spoiled_where_synchronizing_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_is_spoiled_if_synchronizing_fails_and_a_cpu_never_is(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(device: torch.device) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     monkeypatch.setattr(torch.cuda, "synchronize", fail)
-    assert is_spoiled(torch.device("cuda"))
+    assert is_spoiled(torch.device("cuda")) and not is_spoiled(torch.device("cpu"))

@@ -1,5 +1,4 @@
-"""How `bench.compare` follows the cost of a step over sizes and T, and what it reports of whole training steps; times are
-those of a clock that moves only when an optimizer steps."""
+"""The cost of a step over sizes and T, and whole training steps, with a clock that only optimizers move."""
 
 from __future__ import annotations
 
@@ -50,7 +49,7 @@ def test_the_exponent_of_a_power_law_is_its_power(power):
 
 
 @pytest.mark.parametrize(("count", "used"), [(3, 3), (4, 3), (5, 3), (6, 3), (7, 4), (8, 4), (9, 5)])
-def test_only_the_larger_half_of_the_sizes_counts_but_three_at_least(count, used):
+def test_only_the_larger_half_of_the_sizes_counts_but_at_least_three(count, used):
     sizes = [2**k for k in range(count)]
     bend = sizes[count - used]
     rows = rows_of(sizes, lambda n: float(n**3) if n >= bend else 1e9)
@@ -60,52 +59,44 @@ def test_only_the_larger_half_of_the_sizes_counts_but_three_at_least(count, used
         assert scaling.exponent(rows, "IFShampoo", UPDATE) != pytest.approx(3.0)
 
 
-def test_two_sizes_or_another_s_sizes_give_no_exponent():
+def test_there_is_no_exponent_of_fewer_than_three_sizes():
     rows = [*rows_of((1, 2), float), *rows_of((1, 2, 4), float, "SOAP")]
     rows.append({"size": 4, "optimizer": "IFShampoo", "error": "out of memory"})
     assert scaling.exponent(rows, "IFShampoo", UPDATE) is None
     assert scaling.exponent(rows, "SOAP", UPDATE) == pytest.approx(1.0)
 
 
-def test_the_theory_is_cubes_in_the_width_squares_of_a_diagonal_step_and_a_line_in_the_layers():
-    assert [scaling.theory(name, UPDATE, "width") for name in ("IFShampoo", "SOAP", "RFRMSProp", "AdamW, fused")] == [
-        3.0,
-        3.0,
-        2.0,
-        2.0,
-    ]
+def test_the_theory_is_3_in_the_width_2_for_a_diagonal_step_and_1_in_the_layers():
+    names = ("IFShampoo", "SOAP", "RFRMSProp", "AdamW, fused")
+    assert [scaling.theory(name, UPDATE, "width") for name in names] == [3.0, 3.0, 2.0, 2.0]
     assert {scaling.theory(name, kind, "layers") for name in scaling.SERIES for kind in (UPDATE, OTHER)} == {1.0}
 
 
 # ---- series --------------------------------------------------------------------------------------------------------
 
 
-def sizes(*sides):
-    return scaling.widths(sides)
-
-
 def test_a_series_has_a_row_for_each_size_and_optimizer(clock):
-    entries = [fake_entry("a", clock), fake_entry("b", clock, has_period=False)]
-    rows = scaling.measure(sizes(4, 8), entries, clock, CPU, LIMITS, inf)
+    entries = [fake_entry("a", clock), fake_entry("b", clock, family="Muon")]
+    rows = scaling.measure(scaling.widths((4, 8)), entries, clock, CPU, LIMITS, inf)
     assert [(row["size"], row["optimizer"]) for row in rows] == [(4, "a"), (4, "b"), (8, "a"), (8, "b")]
     assert (rows[0][UPDATE]["median"], rows[0][OTHER]["median"]) == (700.0, 100.0)
     assert rows[1][UPDATE] == rows[1][OTHER] and rows[1][UPDATE]["samples"] == 2
     clock.late = True
-    assert not scaling.measure(sizes(4), entries, clock, CPU, LIMITS, inf)[0][UPDATE]["queued"]
+    assert not scaling.measure(scaling.widths((4,)), entries, clock, CPU, LIMITS, inf)[0][UPDATE]["queued"]
 
 
-def test_what_takes_too_long_or_fails_is_not_followed_to_the_next_size(clock):
+def test_a_series_ends_after_an_error_or_a_size_that_takes_too_long(clock):
     calls = iter(range(100))
 
     def slower_each_time(number):
-        return scaling.TOO_LONG / 4 * 10 ** (next(calls) // 6)  # of each size four steps warm up and two are measured
+        return scaling.TOO_LONG / 4 * 10 ** (next(calls) // 6)  # each size takes four steps of warm-up and two more
 
     entries = [
         fake_entry("quick", clock),
         fake_entry("slow", clock, cost=slower_each_time),
         fake_entry("broken", clock, cost=failing_at(5)),
     ]
-    rows = scaling.measure(sizes(4, 8, 16), entries, clock, CPU, LIMITS, inf)
+    rows = scaling.measure(scaling.widths((4, 8, 16)), entries, clock, CPU, LIMITS, inf)
     by_name = {name: [row for row in rows if row["optimizer"] == name] for name in ("quick", "slow", "broken")}
     assert [row["size"] for row in by_name["quick"]] == [4, 8, 16]
     assert [row[UPDATE]["median"] for row in by_name["slow"]] == [scaling.TOO_LONG / 4, scaling.TOO_LONG * 2.5]
@@ -113,7 +104,8 @@ def test_what_takes_too_long_or_fails_is_not_followed_to_the_next_size(clock):
 
 
 def test_after_the_deadline_a_series_ends_with_a_row_that_says_so(clock):
-    rows = scaling.measure(sizes(4, 8, 16), [fake_entry("a", clock)], clock, CPU, LIMITS, clock.seconds() - 1)
+    entries, sizes = [fake_entry("a", clock)], scaling.widths((4, 8, 16))
+    rows = scaling.measure(sizes, entries, clock, CPU, LIMITS, clock.seconds() - 1)
     assert [row["error"] for row in rows] == ["TimeoutError: left out: the run's time was over"]
 
 
@@ -122,40 +114,31 @@ def test_layers_are_many_of_one_shape_and_widths_one_square():
     assert [(n, x.shapes) for n, x in scaling.widths((2, 8))] == [(2, ((2, 2),)), (8, ((8, 8),))]
 
 
-def test_series_leave_out_who_is_missing_or_cannot_run_here():
-    everyone = {entry.name for entry in scaling.series(torch.device("cuda"), [])}
-    assert everyone == {name for name in scaling.SERIES if "cuda" in ENTRIES[name].devices}
-    here = {entry.name for entry in scaling.series(CPU, ["distributed_shampoo", "soap"])}
-    assert here == {"IFShampoo", "IFShampoo, FP32 factors", "RFRMSProp", "AdamW, fused", "Muon of torch", "sirfshampoo"}
+SQUARE = Workload("square", ((4, 4),))
 
 
 def test_the_mean_step_at_each_t_is_beside_the_formula(clock, monkeypatch):
     monkeypatch.setitem(ENTRIES, "IFShampoo", fake_entry("IFShampoo", clock))
-    rows = scaling.periods((1, 2, 5), Workload("square", ((4, 4),)), clock, CPU, 3, inf)
+    rows = scaling.periods((1, 2, 5), SQUARE, clock, CPU, 3, inf)
     assert [row["T"] for row in rows] == [1, 2, 5]
     expected = [700.0, 400.0, (700.0 + 4 * 100.0) / 5]
     assert [row["formula"] for row in rows] == pytest.approx(expected)
     assert [row["measured"]["median"] for row in rows] == pytest.approx(expected)
     assert [row["measured"]["samples"] for row in rows] == [3, 3, 3] and rows[0]["measured"]["queued"]
+    assert scaling.periods((1,), SQUARE, clock, CPU, 2, inf) == []
+    assert scaling.periods((1, 2), SQUARE, clock, CPU, 2, clock.seconds()) == []
     clock.late = True
-    assert not scaling.periods((2,), Workload("square", ((4, 4),)), clock, CPU, 3, inf)[0]["measured"]["queued"]
+    assert not scaling.periods((2,), SQUARE, clock, CPU, 3, inf)[0]["measured"]["queued"]
 
 
-def test_the_formula_of_every_t_takes_its_steps_from_the_largest(clock, monkeypatch):
+def test_the_formula_takes_the_steps_of_the_largest_t(clock, monkeypatch):
     def make(params, period, block):
-        costs = {2: (350.0, 50.0), 4: (700.0, 100.0)}[period]  # steps of T = 2 take half of what the formula expects
+        costs = {2: (350.0, 50.0), 4: (700.0, 100.0)}[period]
         return FakeOptimizer(params, clock, lambda number: costs[number % period != 0])
 
     monkeypatch.setitem(ENTRIES, "IFShampoo", replace(fake_entry("IFShampoo", clock), make=make))
-    rows = scaling.periods((2, 4), Workload("square", ((4, 4),)), clock, CPU, 2, inf)
+    rows = scaling.periods((2, 4), SQUARE, clock, CPU, 2, inf)
     assert [(row["measured"]["median"], row["formula"]) for row in rows] == [(200.0, 400.0), (250.0, 250.0)]
-
-
-def test_t_alone_or_no_time_gives_no_rows(clock, monkeypatch):
-    monkeypatch.setitem(ENTRIES, "IFShampoo", fake_entry("IFShampoo", clock))
-    square = Workload("square", ((4, 4),))
-    assert scaling.periods((1,), square, clock, CPU, 2, inf) == []
-    assert scaling.periods((1, 2), square, clock, CPU, 2, clock.seconds()) == []
 
 
 # ---- training ------------------------------------------------------------------------------------------------------
