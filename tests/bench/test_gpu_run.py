@@ -249,7 +249,7 @@ def test_failures_are_written_to_files(tmp_path: Path) -> None:
 
 def test_tests_of_a_missing_package_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "missing", lambda names: [name for name in names if name == "rich"])
-    assert machine.ignored() == [Path("tests/bench/test_demo.py")]
+    assert Path("tests/bench/test_demo.py") in machine.ignored()
     monkeypatch.setattr(machine, "missing", lambda names: [])
     assert machine.ignored() == []
 
