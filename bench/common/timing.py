@@ -264,7 +264,7 @@ class Timer:
 
 
 def num_inputs(bytes_of_one: float, device: torch.device) -> int:
-    """Return how many inputs must take turns so that the last-level cache keeps none from the call before: at most 8."""
+    """Return how many inputs, at most 8, must take turns so that the cache keeps none from the call before."""
     properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
     cache = getattr(properties, "L2_cache_size", 0) or 1 << 26  # 64 MB if the device does not tell
     return max(1, min(8, math.ceil(3 * cache / max(bytes_of_one, 1.0))))

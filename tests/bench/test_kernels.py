@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
@@ -93,11 +94,10 @@ def context() -> Iterator[Context]:
 
 def rows_of(cases: list[Case], context: Context) -> dict[str, dict[str, Row]]:
     """Return the rows of cases by table and case. None may have failed."""
-    rows = [row for case in cases for row in kernels.run(case, context)]
-    assert not [row.error for row in rows if row.error]
-    tables: dict[str, dict[str, Row]] = {}
-    for row in rows:
-        tables.setdefault(row.table, {})[row.case] = row
+    tables: dict[str, dict[str, Row]] = defaultdict(dict)
+    for row in [row for case in cases for row in kernels.run(case, context)]:
+        assert not row.error
+        tables[row.table][row.case] = row
     return tables
 
 
@@ -136,10 +136,9 @@ def test_diagonal_steps(context: Context):
         assert (f"{other} / ours" in fp32.cells) is (other is not None)
         if other:
             assert_alternatives(fp32, {"triton": "µs", other: f"{other} µs"}, "diagonal")
-    numbers, num_large = TINY.numbers, rf_rmsprop.NUM_LARGE
-    row = rows["1 GB, FP32"]
-    assert row.cells["GB"] == pytest.approx(28e-9 * (numbers // num_large * num_large))
-    assert not other or row.alternatives.sizes == {"numbers": numbers // num_large * num_large, "tensors": num_large}
+    row, numbers = rows["1 GB, FP32"], TINY.numbers // rf_rmsprop.NUM_LARGE * rf_rmsprop.NUM_LARGE
+    assert row.cells["GB"] == pytest.approx(28e-9 * numbers)
+    assert not other or row.alternatives.sizes == {"numbers": numbers, "tensors": rf_rmsprop.NUM_LARGE}
 
 
 @pytest.mark.parametrize("precision", [rf_rmsprop.FP32, rf_rmsprop.BF16], ids=lambda x: x.name)
@@ -151,9 +150,7 @@ def test_the_diagonal_step_of_the_recipe(precision: Any, context: Context, monke
     assert not row.targets and not row.alternatives
 
 
-def test_a_peer_that_cannot_run_is_recorded_and_the_others_are_measured(
-    context: Context, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_failing_peer_is_recorded_and_the_others_are_measured(context: Context, monkeypatch: pytest.MonkeyPatch):
     def no_fused(*args: Any, **options: Any) -> None:
         raise RuntimeError("no fused kernels")
 
@@ -175,8 +172,7 @@ def test_symmetric_products(context: Context):
     assert [*rows] == [f"{name}, L = 1, n = 16" for name in ("P", "P, X copied", "m")]
     assert all({"µs", "bmm / ours", "of limit"} <= set(row.cells) for row in rows.values())
     product, kept, _ = rows.values()
-    flops = 2 * 16**3  # of two symmetric products
-    assert product.cells["TFLOP/s"] == pytest.approx(flops / product.cells["µs"].median * 1e-6)
+    assert product.cells["TFLOP/s"] == pytest.approx(2 * 16**3 / product.cells["µs"].median * 1e-6)  # two products
     assert_alternatives(kept, {"triton": "µs", "bmm": "bmm µs"}, "symmetric", side=16, blocks=1)
 
 
@@ -287,8 +283,7 @@ def failing() -> list[Row]:
     raise ValueError("a\nmessage")
 
 
-def good() -> list[Row]:
-    return [Row("t", "good", {"x": 1.0})]
+GOOD = partial(list, [Row("t", "good", {"x": 1.0})])
 
 
 @pytest.fixture
@@ -298,20 +293,18 @@ def progress(tmp_path: Path) -> Progress:
 
 def test_errors_and_cases_without_time_are_recorded_and_stop_nothing(context: Context, progress: Progress):
     saved: list[int] = []
-    cases = [Case("t", "bad", failing), Case("t", "good", good)]
+    cases = [Case("t", "bad", failing), Case("t", "good", GOOD)]
     rows = kernels.run_all(cases, context, progress, lambda rows: saved.append(len(rows)))
     assert [(row.case, row.error) for row in rows] == [("bad", "ValueError: a\nmessage"), ("good", "")]
     assert saved == [1, 2, 2] and progress.done == ["t, bad", "t, good"]
     progress.until = 0.0
-    rows = kernels.run_all([*cases, Case("t", "late", good)], context, progress, lambda rows: None)
+    rows = kernels.run_all([*cases, Case("t", "late", GOOD)], context, progress, lambda rows: None)
     assert [row.error for row in rows[2:]] == ["left out: the run's time was over"]
 
 
-def test_another_process_goes_on_after_an_error_that_spoils_the_device(
-    context: Context, progress: Progress, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_new_process_goes_on_after_a_cuda_error(context: Context, progress: Progress, monkeypatch: Any):
     """The new process keeps rows and roofline, repeats nothing, and blames the case that broke the first one."""
-    cases = [Case("t", "good", good), Case("t", "bad", failing), Case("t", "hung", failing), Case("t", "last", good)]
+    cases = [Case("t", "good", GOOD), Case("t", "bad", failing), Case("t", "hung", failing), Case("t", "last", GOOD)]
     monkeypatch.setattr(kernels, "is_spoiled", lambda device: True)
     bandwidth = context.roofline.bandwidth
     assert kernels.run_all(cases, context, progress, lambda rows: None) is None
@@ -325,7 +318,7 @@ def test_another_process_goes_on_after_an_error_that_spoils_the_device(
     assert found == [("good", ""), ("bad", "ValueError: a\nmessage"), ("hung", "it hung"), ("good", "")]
 
 
-def test_a_run_writes_its_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_run_writes_its_record(context: Context, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     arguments = ["--device", "cpu", "--tiny", "--only", "RMSprop", "--out", str(tmp_path)]
     assert kernels.main(arguments) == 0
     table, found = sorted(tmp_path.iterdir(), key=lambda path: path.suffix, reverse=True)
@@ -337,6 +330,7 @@ def test_a_run_writes_its_record(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert set(written["rows"][0]["values"]["copy µs"]) == {"median", "p10", "p90", "samples", "queued"}
     assert written["commit"] in table.read_text(encoding="utf-8")
     assert str(table) in capsys.readouterr().out
+    assert {case.table for case in kernels.cases(context, [])} <= {*kernels.NOTES}
 
 
 @pytest.mark.parametrize(
@@ -354,7 +348,3 @@ def test_what_cannot_be_measured_is_explained(
     monkeypatch.setenv("TRITON_INTERPRET", interpret)
     assert kernels.main(["--device", device]) == 1
     assert message in capsys.readouterr().out
-
-
-def test_every_table_of_a_run_has_a_note(context: Context):
-    assert {case.table for case in kernels.cases(context, [])} <= set(kernels.NOTES)
