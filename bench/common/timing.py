@@ -31,7 +31,7 @@ class Sample(NamedTuple):
 
     time: float
     queued: bool = True
-    """Whether the call was queued before the device began with it. Otherwise gaps of the host are in the time."""
+    """False if the device had to wait for the host to queue the call, so that gaps of the host are in the time."""
     stages: Mapping[str, float] = {}
 
 
@@ -43,7 +43,7 @@ class Timing(NamedTuple):
     p90: float
     samples: int
     queued: bool = True
-    """Whether the samples were queued before the device began with them. Otherwise gaps of the host are included."""
+    """False if the device had to wait for the host, so that gaps of the host are in the samples."""
 
     @classmethod
     def of(cls, samples: Sequence[float], queued: bool = True) -> Timing:
@@ -169,7 +169,7 @@ class Stopwatch:
 
     clock: Any
     retries: int = 0
-    """How many calls may be repeated, after a longer sleep, because they were not queued in time."""
+    """The number of calls that may be repeated, after a longer sleep, because they were not queued in time."""
     lead: float = 0.0
     """The µs that the device sleeps."""
 

@@ -49,7 +49,7 @@ class Row:
     configuration: str
     target: str
     seconds: float = 0.0
-    """Of the compilation; next to none if it came from a cache."""
+    """The time of the compilation; next to none if it came from a cache."""
     measured: dict[str, int] = field(default_factory=dict)
     error: str = ""
 
