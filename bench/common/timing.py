@@ -11,8 +11,8 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -31,7 +31,7 @@ class Sample(NamedTuple):
 
     time: float
     queued: bool = True
-    """Whether the call was queued before the device began with it. Otherwise gaps of the host are in the time."""
+    """False if the device had to wait for the host to queue the call, so that gaps of the host are in the time."""
     stages: Mapping[str, float] = {}
 
 
@@ -43,7 +43,7 @@ class Timing(NamedTuple):
     p90: float
     samples: int
     queued: bool = True
-    """Whether the samples were queued before the device began with them. Otherwise gaps of the host are included."""
+    """False if the device had to wait for the host, so that gaps of the host are in the samples."""
 
     @classmethod
     def of(cls, samples: Sequence[float], queued: bool = True) -> Timing:
@@ -130,23 +130,6 @@ def host_clock(device: torch.device) -> HostClock:
     return HostClock(partial(torch.cuda.synchronize, device)) if device.type == "cuda" else HostClock()
 
 
-def lead_for(host: float) -> float:
-    """Return for how long the device must sleep before a call that takes the host this long."""
-    return min(2.0 * host + 20.0, MAX_LEAD)
-
-
-def timed(clock: Any, call: Call, lead: float = 0.0) -> Sample:
-    """Call once, with the device idle before and asleep for `lead` µs, and return the time."""
-    clock.synchronize()
-    clock.lead(lead)
-    start = clock.mark()
-    call()
-    end = clock.mark()
-    queued = not clock.reached(start)
-    clock.synchronize()
-    return Sample(clock.elapsed(start, end), queued)
-
-
 # ---- stages of a call ----------------------------------------------------------------------------------------------
 
 
@@ -180,6 +163,46 @@ def recorded_stages(clock: Any, into: list[tuple[str, Any, Any]]) -> Iterator[No
 # ---- measuring -----------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class Stopwatch:
+    """Times single calls. Before each one the device sleeps for longer than the host takes to queue the call."""
+
+    clock: Any
+    retries: int = 0
+    """The number of calls that may be repeated, after a longer sleep, because they were not queued in time."""
+    lead: float = 0.0
+    """The µs that the device sleeps."""
+
+    def warm_up(self, call: Call) -> None:
+        """Call without timing the device, and set the lead by the time that the host takes."""
+        self.clock.synchronize()
+        start = time.perf_counter()
+        call()
+        self.lead = min(2e6 * (time.perf_counter() - start) + 20.0, MAX_LEAD)
+
+    def time(self, call: Call, stages: bool = False) -> Sample:
+        """Return the time of a call, and of its stages if asked for."""
+        sample = self._time_once(call, stages)
+        while not sample.queued and self.retries:
+            self.retries -= 1
+            self.lead = min(2.0 * self.lead, MAX_LEAD)
+            sample = self._time_once(call, stages)
+        return sample
+
+    def _time_once(self, call: Call, stages: bool) -> Sample:
+        marks: list[tuple[str, Any, Any]] = []
+        with recorded_stages(self.clock, marks) if stages else nullcontext():
+            self.clock.synchronize()
+            self.clock.lead(self.lead)
+            start = self.clock.mark()
+            call()
+            end = self.clock.mark()
+            queued = not self.clock.reached(start)
+        self.clock.synchronize()
+        times = {name: self.clock.elapsed(*pair) for name, *pair in marks}
+        return Sample(self.clock.elapsed(start, end), queued, times)
+
+
 class Measured(NamedTuple):
     """The time of a variant, and of each of its stages if they were asked for."""
 
@@ -192,19 +215,6 @@ class Measured(NamedTuple):
         names = dict.fromkeys(name for sample in kept for name in sample.stages)
         stages = {name: [x.stages[name] for x in kept if name in x.stages] for name in names}
         return cls(Timing.of_samples(samples), {name: Timing.of(times, queued) for name, times in stages.items()})
-
-
-@dataclass
-class _Variant:
-    """The calls of a variant and its samples so far."""
-
-    calls: Sequence[Call]
-    lead: float = 0.0
-    retries: int = 6  # of samples that were not queued in time
-    samples: list[Sample] = field(default_factory=list)
-
-    def next_call(self) -> Call:
-        return self.calls[len(self.samples) % len(self.calls)]
 
 
 @dataclass
@@ -229,56 +239,32 @@ class Timer:
 
         The order of the variants is reversed every time: a call finds the caches as the one before left them.
         """
-        running = {name: _Variant(calls) for name, calls in variants.items()}
-        for variant in running.values():
-            self._warm_up(variant, before)
+        found: dict[str, list[Sample]] = {name: [] for name in variants}
+        watches = {name: Stopwatch(self.clock, retries=6) for name in variants}
+        for name, calls in variants.items():
+            for index in range(max(self.warmups, 1)):
+                before()
+                watches[name].warm_up(calls[index % len(calls)])
         start, done, wanted = time.perf_counter(), 0, 1
         while done < wanted:
-            for variant in [*running.values()][:: -1 if done % 2 else 1]:
+            for name in [*variants][:: -1 if done % 2 else 1]:
                 before()
-                variant.samples.append(self._queued_sample(variant, stages))
+                call = variants[name][done % len(variants[name])]
+                found[name].append(watches[name].time(call, stages))
             done += 1
             if done == 1:
                 affordable = int(self.seconds / max(time.perf_counter() - start, 1e-6))
                 wanted = min(self.repeats, max(self.min_repeats, affordable))
-        return {name: variant.samples for name, variant in running.items()}
+        return found
 
     def host(self, call: Call, before: Call = lambda: None) -> Timing:
         """Return the host's time in `call`, with the device's queue empty before. `before` is not timed."""
         on_host = replace(self, clock=HostClock(self.clock.synchronize), min_repeats=self.repeats)
         return Timing.of_samples(on_host.samples({"call": [call]}, before=before)["call"])
 
-    def _warm_up(self, variant: _Variant, before: Call) -> None:
-        host = 0.0
-        for index in range(max(self.warmups, 1)):
-            before()
-            self.clock.synchronize()
-            start = time.perf_counter()
-            variant.calls[index % len(variant.calls)]()
-            host = (time.perf_counter() - start) * 1e6
-        variant.lead = lead_for(host)
-
-    def _queued_sample(self, variant: _Variant, stages: bool) -> Sample:
-        sample = self._sample(variant, stages)
-        while not sample.queued and variant.retries:
-            variant.retries -= 1
-            variant.lead = min(2.0 * variant.lead, MAX_LEAD)
-            sample = self._sample(variant, stages)
-        return sample
-
-    def _sample(self, variant: _Variant, stages: bool) -> Sample:
-        marks: list[tuple[str, Any, Any]] = []
-        with recorded_stages(self.clock, marks) if stages else ExitStack():
-            sample = timed(self.clock, variant.next_call(), variant.lead)
-        return sample._replace(stages={name: self.clock.elapsed(*pair) for name, *pair in marks})
-
-
-def cache_bytes(device: torch.device) -> int:
-    """Return the bytes of the device's last-level cache, 64 MB if it does not tell."""
-    properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
-    return getattr(properties, "L2_cache_size", 0) or 1 << 26
-
 
 def num_inputs(bytes_of_one: float, device: torch.device) -> int:
-    """Return how many inputs must take turns so that the cache keeps none from the call before: at most 8."""
-    return max(1, min(8, math.ceil(3 * cache_bytes(device) / max(bytes_of_one, 1.0))))
+    """Return how many inputs, at most 8, must take turns so that the cache keeps none from the call before."""
+    properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+    cache = getattr(properties, "L2_cache_size", 0) or 1 << 26  # 64 MB if the device does not tell
+    return max(1, min(8, math.ceil(3 * cache / max(bytes_of_one, 1.0))))

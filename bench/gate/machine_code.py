@@ -28,7 +28,7 @@ class Target(NamedTuple):
     mma: str
     """Pattern of this generation's tensor-core instruction."""
     disassembler: str = ""
-    """What nvdisasm calls the architecture."""
+    """The name of the architecture for nvdisasm."""
 
 
 TARGETS = {
@@ -50,7 +50,7 @@ INSTRUCTIONS = {
         "stores128": r"(global|buffer)_store_dwordx4\b",
     },
 }
-"""What is counted on every target of a backend, by patterns that match from the start of an instruction's name."""
+"""The counted instructions of each backend, as patterns for the start of an instruction's name."""
 
 
 def run_tool(name: str, *arguments: str, data: bytes) -> str:

@@ -15,29 +15,29 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from bench.common import report
+from bench.common.report import Target
 from bench.gate.machine_code import TARGETS
 
 COLUMNS = ("registers", "stack", "spills", "shared", "tmem", "mma", "old mma", "async", "loads128", "stores128")
 
 
-def bounds(kind: str, target: str) -> dict[str, report.Target]:
+def bounds(kind: str, target: str) -> dict[str, Target]:
     """Return the bounds of a kernel of `kind`, by column."""
-    nvidia = TARGETS[target].backend == "cuda"
-    most = {"stack": 0, "spills": 0, "shared": TARGETS[target].max_shared}
-    least = {}
+    nvidia, none = TARGETS[target].backend == "cuda", Target("≤", 0)
+    limits = {"stack": none, "spills": none, "shared": Target("≤", TARGETS[target].max_shared)}
     if target == "sm_100":
-        most["tmem"] = 512
+        limits["tmem"] = Target("≤", 512)
     if kind == "matrix":
-        least["mma"] = 1
+        limits["mma"] = Target("≥", 1)
         if target in ("sm_90", "sm_100"):
-            most["old mma"] = 0
+            limits["old mma"] = none
         if nvidia:  # Triton copies through registers for gfx942
-            least["async"] = 1
+            limits["async"] = Target("≥", 1)
     if kind == "elementwise":
-        least["loads128"] = 1
+        limits["loads128"] = Target("≥", 1)
         if nvidia:  # the block that gives a thread 128 bits of BF16 in a warp of 32 gives it 64 bits in one of 64
-            least["stores128"] = 1
-    return {column: report.Target(sign, x) for sign, of in (("≤", most), ("≥", least)) for column, x in of.items()}
+            limits["stores128"] = Target("≥", 1)
+    return limits
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Row:
     configuration: str
     target: str
     seconds: float = 0.0
-    """Of the compilation; next to none if it came from a cache."""
+    """The time of the compilation; next to none if it came from a cache."""
     measured: dict[str, int] = field(default_factory=dict)
     error: str = ""
 
@@ -67,7 +67,7 @@ class Row:
 
 def worst(rows: Sequence[Row]) -> Row:
     """Return a row with the worst number of each bounded column, and of registers, of rows of one kind and target."""
-    limits = {"registers": report.Target("≤", 0), **bounds(rows[0].kind, rows[0].target)}
+    limits = {"registers": Target("≤", 0), **bounds(rows[0].kind, rows[0].target)}
     measured = [row.measured for row in rows if not row.error]
     worst_of = {"≤": max, "≥": min}
     numbers = {column: worst_of[x.sign](each[column] for each in measured) for column, x in limits.items() if measured}

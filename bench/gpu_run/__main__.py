@@ -28,7 +28,7 @@ from bench.gpu_run.stages import FAILED, STAGES, Limits, Stage
 
 ARCHIVE = "gpu-run.tgz"
 SHOWN = {"tests": 12, "again": 12, "quick": 30, "kernels": 30, "peers": 12, "language": 12}
-"""How many last lines of a stage's log are printed at the end."""
+"""The number of last lines of a stage's log that are printed at the end."""
 
 
 def chosen_stages(names: Sequence[str]) -> list[Stage]:

@@ -25,7 +25,7 @@ OPTIONAL = ("hypothesis", "expecttest", "matplotlib", "rich")
 """Packages that some tests import. Without them these tests are left out."""
 
 INDIRECTLY = {
-    "bench.demo": ("matplotlib", "rich"),
+    "bench.demo.__main__": ("matplotlib", "rich"),
     "tests.triton.kron_batches": ("hypothesis",),
     "tests.cpp.kron_batches": ("hypothesis",),
 }

@@ -22,7 +22,7 @@ LARGEST_PACKED = 8 << 20
 
 
 class Outcome(NamedTuple):
-    """How a stage ended."""
+    """The end of a stage."""
 
     status: int
     """0 if every command returned 0, otherwise the status of the last one that did not."""

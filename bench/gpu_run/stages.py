@@ -39,7 +39,7 @@ CONTESTANTS = (
 """The optimizers of stage `peers`."""
 
 LANGUAGE_METHODS = 5
-"""How many optimizers `python -m bench.demo --device cuda` trains by."""
+"""The number of methods that `python -m bench.demo --device cuda` compares."""
 
 
 class Limits(NamedTuple):
@@ -47,7 +47,7 @@ class Limits(NamedTuple):
 
     seconds: int
     folder: Path
-    """For everything the stage writes."""
+    """The folder for everything that the stage writes."""
 
 
 class Stage(NamedTuple):
@@ -55,7 +55,7 @@ class Stage(NamedTuple):
 
     name: str
     seconds: int
-    """For all commands together, unless the command line says otherwise."""
+    """The limit for all commands together, unless the command line sets another one."""
 
     what: str
     commands: Callable[[Limits], Sequence[Command]]

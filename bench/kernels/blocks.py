@@ -50,7 +50,7 @@ class Rule(NamedTuple):
     """Options of updates and steps, and the work of their launches on a block of p × d."""
 
     suffix: str
-    """Of the names of cases."""
+    """The end of the names of its cases."""
 
     factor: FactorOptions
     step: StepOptions

@@ -1,4 +1,4 @@
-"""What the tables of `bench.kernels` share: sizes, the device and its roofline, checks of results against FP64."""
+"""Shared by the tables of `bench.kernels`: sizes, the device and its roofline, checks of results against FP64."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from rootfree_kernels.ops.backends import choose, fused_backends
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured. The defaults are those of a full run."""
+    """The sizes of everything that is measured. The defaults are those of a full run."""
 
     numbers: int = 1 << 28
-    """Of the large list of tensors: 1.07 GB of FP32."""
+    """FP32 numbers of the large list of tensors: 1.07 GB."""
 
     copied: int = 1 << 29
     """FP32 numbers of the copy that gives the bandwidth: 2.1 GB are read and as many written."""
@@ -90,7 +90,7 @@ class Context:
 
 
 class Case(NamedTuple):
-    """What is measured together. An error of its function is recorded and stops no other case."""
+    """A measurement by itself. An error of its function is recorded and stops no other case."""
 
     table: str
     name: str
@@ -120,7 +120,7 @@ TOLERANCE = {
 """The largest relative Frobenius error against FP64, by the dtype in which a result is stored."""
 
 COMPUTES = os.environ.get("ROOTFREE_FAKE_GPU") != "1"
-"""Whether results are computed at all: the fake GPU of tests/fake_gpu, which can run these benchmarks, does not."""
+"""False on the fake GPU of tests/fake_gpu, which can run these benchmarks but computes nothing."""
 
 
 class CheckFailed(Exception):

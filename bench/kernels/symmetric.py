@@ -22,7 +22,7 @@ NOTES = {
     SYMMETRIC: "L products of either side: P = XXᵀ against `torch.bmm`; the same as an update makes them, which copies "
     "X on the way (what a dispatch table goes by); and the kernel of m against four products of `torch.bmm` with the "
     "element-wise operations behind them (the eager backend's). TFLOP/s count n³ a symmetric product, of rate: that "
-    "over the 8192³ product's rate; a half is what `torch.bmm` could have at most.",
+    "over the 8192³ product's rate; a half is what `torch.bmm` could have at most."
 }
 
 TARGETS = {768: 1.15, 1024: 1.15, 2048: 1.3, 4096: 1.5}

@@ -34,17 +34,10 @@ from rootfree_kernels import RECIPE, IFShampoo, RFRMSProp
 from rootfree_kernels.eager import cpu_matmul_dtype
 from rootfree_kernels.ops.backends import choose
 
-COMMON = {
-    "lr": 1e-3,
-    "batch_size": 16,
-    "beta2": 0.2,
-    "momentum": 0.9,
-    "riemannian_momentum": 0.5,
-    "damping": 1e-4,
-}
+COMMON = {"lr": 1e-3, "batch_size": 16, "beta2": 0.2, "momentum": 0.9, "riemannian_momentum": 0.5, "damping": 1e-4}
 LARGE = 20_000_000
 BYTES = 28
-"""Of an FP32 number in a diagonal step: weight, gradient, s and m are read, and all but the gradient written."""
+"""The bytes of an FP32 number in a diagonal step: weight, gradient, s and m are read, all but the gradient written."""
 
 Row = dict[str, Any]
 

@@ -47,7 +47,7 @@ YARDSTICK = "AdamW, fused"
 COMMON = {"lr": 1e-3, "batch_size": 16}
 SMALL = GPT2(width=768 // SCALE, vocabulary=50257 // SCALE, context=1024 // SCALE)
 ROUNDS = 3
-"""How often two checkouts take turns when they are compared."""
+"""The number of turns of each checkout when two are compared."""
 
 Times = dict[str, dict[str, float]]
 """The median and the least µs of a step, by optimizer."""
