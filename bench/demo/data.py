@@ -79,30 +79,17 @@ def _corpus(train: bytearray, held_out: bytearray, source: str, num_files: int |
 # ---- site-packages -----------------------------------------------------------------------------------------------
 
 
-class Source(NamedTuple):
-    """A file, its path below the folder it was found in, and its size in bytes."""
-
-    path: Path
-    name: str
-    size: int
-
-    def rank(self) -> bytes:
-        """Return a digest of the name. Files are read in its order, so that a limit on bytes takes a fair share of
-        every package instead of the first letters of the alphabet."""
-        return hashlib.sha256(self.name.encode()).digest()
-
-
 def read_corpus(max_bytes: int, folders: Sequence[Path] | None = None) -> Corpus:
     """Read at most `max_bytes` of the sources in site-packages, or the standard library where these hold little.
 
     The result depends on the files alone: neither on the order in which the file system lists them nor on threads.
     """
-    files = choose(sources(site_packages() if folders is None else folders), max_bytes)
-    if sum(file.size for file in files) < min(LEAST, max_bytes // 2):
+    paths, total = choose(site_packages() if folders is None else folders, max_bytes)
+    if total < min(LEAST, max_bytes // 2):
         library = standard_library()
         return library._replace(train=library.train[:max_bytes], held_out=library.held_out[:max_bytes])
     with ThreadPoolExecutor(8) as pool:  # reading waits for the disk
-        train, held_out, count = split(pool.map(lambda file: file.path.read_bytes(), files))
+        train, held_out, count = split(pool.map(Path.read_bytes, paths))
     return _corpus(train, held_out, "site-packages", count)
 
 
@@ -112,27 +99,32 @@ def site_packages() -> list[Path]:
     return [*dict.fromkeys(folder.resolve() for folder in folders if folder.is_dir())]
 
 
-def sources(folders: Iterable[Path]) -> list[Source]:
-    """List all Python files of some size below the folders. Symbolic links are left out: they may lead anywhere."""
+def choose(folders: Iterable[Path], max_bytes: int) -> tuple[list[Path], int]:
+    """Return Python files below the folders until `max_bytes` are reached, and their bytes.
+
+    Files come in the order of a digest of their names, so that a limit on bytes takes a fair share of every package
+    instead of the first letters of the alphabet.
+    """
     found = []
     for folder in folders:
-        for parent, _, names in os.walk(folder):
-            for path in (Path(parent, name) for name in names if name.endswith(".py")):
-                info = path.lstat()
-                if stat.S_ISREG(info.st_mode) and 0 < info.st_size <= LARGEST_FILE:
-                    found.append(Source(path, path.relative_to(folder).as_posix(), info.st_size))
-    return found
-
-
-def choose(files: Iterable[Source], max_bytes: int) -> list[Source]:
-    """Return files in the order of their ranks until `max_bytes` are reached."""
+        for path, size in _sources(folder):
+            found.append((hashlib.sha256(path.relative_to(folder).as_posix().encode()).digest(), path, size))
     chosen, total = [], 0
-    for file in sorted(files, key=Source.rank):
-        total += file.size
-        if total > max_bytes:
+    for _, path, size in sorted(found):
+        if total + size > max_bytes:
             break
-        chosen.append(file)
-    return chosen
+        chosen.append(path)
+        total += size
+    return chosen, total
+
+
+def _sources(folder: Path) -> Iterator[tuple[Path, int]]:
+    """Yield the Python files below a folder, and their sizes. Symbolic links are left out: they may lead anywhere."""
+    for parent, _, names in os.walk(folder):
+        for path in (Path(parent, name) for name in names if name.endswith(".py")):
+            info = path.lstat()
+            if stat.S_ISREG(info.st_mode) and 0 < info.st_size <= LARGEST_FILE:
+                yield path, info.st_size
 
 
 def split(contents: Iterable[bytes]) -> tuple[bytearray, bytearray, int]:

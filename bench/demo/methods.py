@@ -154,7 +154,7 @@ def options_of(method: str) -> list[str]:
     return [name for name in dict.fromkeys(names) if name not in ("self", "model", "params", "options", "settings")]
 
 
-def problem(method: str) -> str | None:
+def why_unavailable(method: str) -> str | None:
     """Return why a method cannot be used here, or None."""
     peer = METHODS[method].peer
     return why_missing(peer) if peer else None

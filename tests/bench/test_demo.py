@@ -159,7 +159,7 @@ def test_variants_append_their_runs_and_compare_with_the_first_of_a_group(monkey
 
 def run_of(held_out, planned, step_seconds):
     """Return a run with these losses by step."""
-    points = [Evaluation(step, step * step_seconds, loss, 1 - step / planned) for step, loss in held_out.items()]
+    points = [Evaluation(step, step * step_seconds, loss, 3.0, 1 - step / planned) for step, loss in held_out.items()]
     last = points[-1]
     return Run([3.0] * last.step, points, last.seconds, 0.1, planned=planned)
 

@@ -13,11 +13,11 @@ import torch
 
 from bench.demo import __main__ as demo
 from bench.demo.__main__ import attempt, logger, parse
-from bench.demo.data import Corpus, batches, read_corpus, sources
+from bench.demo.data import Corpus, batches, choose, read_corpus
 from bench.demo.methods import METHODS, Method
 from bench.demo.report import common_step, table
 from bench.demo.settings import AT_LARGE, SETTINGS, SIZES, settings_of
-from bench.demo.train import Session, Trainee, round_number, train, warmup_cosine
+from bench.demo.train import Session, Trainee, round_number, warmup_cosine
 
 TINY = replace(SIZES["tiny"], steps=6)
 
@@ -72,7 +72,7 @@ def test_whole_files_are_held_out_and_copies_tables_and_other_files_are_not_read
     (tmp_path / "package0" / "table.py").write_text("x" * (1 << 21))
     (tmp_path / "package0" / "notes.txt").write_text("x" * 40)
     (tmp_path / "package0" / "link.py").symlink_to(tmp_path / "package0" / "module0.py")
-    assert len(sources([tmp_path])) == 401
+    assert len(choose([tmp_path], 20_000)[0]) == 401
     found = read_corpus(20_000, [tmp_path])
     train_side, held_out = files_of(found.train), files_of(found.held_out)
     assert not train_side & held_out
