@@ -37,8 +37,7 @@ class Corpus(NamedTuple):
     train: Tensor
     held_out: Tensor
     source: str
-    num_files: int | None = None
-    """None where the files were not counted."""
+    num_files: int
 
     def to(self, device: torch.device) -> Corpus:
         return self._replace(train=self.train.to(device), held_out=self.held_out.to(device))
@@ -57,23 +56,28 @@ def batches(data: Tensor, count: int, task: Task, seed: int) -> Iterator[tuple[T
         yield window[:, :-1], window[:, 1:]
 
 
+def split(files: Iterable[tuple[bytes, bytes]], source: str) -> Corpus:
+    """Put whole files, given as (key, content), on the train side or the held-out side by a hash of their keys. Files
+    whose key was seen before are left out."""
+    sides, seen = (bytearray(), bytearray()), set()
+    for key, content in files:
+        digest = hashlib.sha256(key).digest()
+        if digest not in seen:
+            seen.add(digest)
+            sides[digest[0] < HELD_OUT].extend(content)
+    train, held_out = (torch.frombuffer(side, dtype=torch.uint8) for side in sides)
+    return Corpus(train, held_out, source, len(seen))
+
+
 # ---- the standard library ----------------------------------------------------------------------------------------
 
 
 def standard_library() -> Corpus:
     """Read the standard library's sources. The hash of a file's name decides whether it is held out."""
     root = Path(sysconfig.get_path("stdlib"))
-    sides = bytearray(), bytearray()
-    for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
-        name = path.relative_to(root)
-        if LEFT_OUT.isdisjoint(name.parts):
-            sides[hashlib.sha256(name.as_posix().encode()).digest()[0] < HELD_OUT].extend(path.read_bytes())
-    return _corpus(*sides, "the standard library")
-
-
-def _corpus(train: bytearray, held_out: bytearray, source: str, num_files: int | None = None) -> Corpus:
-    train_, held_out_ = (torch.frombuffer(side, dtype=torch.uint8) for side in (train, held_out))
-    return Corpus(train_, held_out_, source, num_files)
+    names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
+    chosen = (name for name in names if LEFT_OUT.isdisjoint(Path(name).parts))
+    return split(((name.encode(), (root / name).read_bytes()) for name in chosen), "the standard library")
 
 
 # ---- site-packages -----------------------------------------------------------------------------------------------
@@ -89,8 +93,8 @@ def read_corpus(max_bytes: int, folders: Sequence[Path] | None = None) -> Corpus
         library = standard_library()
         return library._replace(train=library.train[:max_bytes], held_out=library.held_out[:max_bytes])
     with ThreadPoolExecutor(8) as pool:  # reading waits for the disk
-        train, held_out, count = split(pool.map(Path.read_bytes, paths))
-    return _corpus(train, held_out, "site-packages", count)
+        # The key is the content and not the path, so that copies of a file (vendored packages) are left out.
+        return split(((content, content) for content in pool.map(Path.read_bytes, paths)), "site-packages")
 
 
 def site_packages() -> list[Path]:
@@ -125,18 +129,3 @@ def _sources(folder: Path) -> Iterator[tuple[Path, int]]:
             info = path.lstat()
             if stat.S_ISREG(info.st_mode) and 0 < info.st_size <= LARGEST_FILE:
                 yield path, info.st_size
-
-
-def split(contents: Iterable[bytes]) -> tuple[bytearray, bytearray, int]:
-    """Put whole files on the train side or the held-out side by a hash of what they hold; also return their number.
-
-    The hash is taken of the content and not of the path, so that copies of a file (vendored packages) are on the same
-    side; a second copy is left out.
-    """
-    sides, seen = (bytearray(), bytearray()), set()
-    for content in contents:
-        digest = hashlib.sha256(content).digest()
-        if digest not in seen:
-            seen.add(digest)
-            sides[digest[0] < HELD_OUT].extend(content)
-    return *sides, len(seen)

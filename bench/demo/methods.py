@@ -106,9 +106,14 @@ def soap(model: GPT, lr: float, betas: tuple[float, float], weight_decay: float,
     return optimizer
 
 
-def paper_rule(optimizer: type[Optimizer]) -> Callable[..., Optimizer]:
-    """Return a function that makes one of our optimizers with the options of the paper."""
-    return lambda model, **settings: optimizer(model.parameters(), **settings)
+def if_shampoo(model: GPT, **settings: Any) -> Optimizer:
+    """Return IFShampoo by the paper's rule for all weights."""
+    return IFShampoo(model.parameters(), **settings)
+
+
+def rf_rmsprop(model: GPT, **settings: Any) -> Optimizer:
+    """Return RFRMSProp for all weights."""
+    return RFRMSProp(model.parameters(), **settings)
 
 
 class Method(NamedTuple):
@@ -129,8 +134,8 @@ METHODS = {
     "adamw": Method("AdamW", adamw, AdamW),
     "muon": Method("Muon", muon),
     "recipe": Method("IFShampoo (recipe)", IFShampoo.for_model, IFShampoo),
-    "ifshampoo": Method("IFShampoo (paper's rule)", paper_rule(IFShampoo), IFShampoo),
-    "rfrmsprop": Method("RFRMSProp", paper_rule(RFRMSProp), RFRMSProp),
+    "ifshampoo": Method("IFShampoo (paper's rule)", if_shampoo, IFShampoo),
+    "rfrmsprop": Method("RFRMSProp", rf_rmsprop, RFRMSProp),
     "shampoo": Method("Distributed Shampoo", shampoo, peer="distributed_shampoo"),
     "soap": Method("SOAP", soap, peer="soap"),
 }
