@@ -143,7 +143,7 @@ def _cells(run: Run, runs: Runs) -> dict[str, str]:
     if not run.evaluations:
         return {"steps": _ending(run)}
     (first, loss), step, taken = baseline_of(runs), common_step(runs), len(run.train)
-    common = run.at_step(step) if len({x.planned for x in runs.values()}) > 1 else None
+    common = run.at_step(step) if len({x.planned for x in runs.values() if x.evaluations}) > 1 else None
     until = run.seconds_to(loss)
     return {
         "steps": f"{taken}" if run.is_complete else f"{taken} of {run.planned}: {_ending(run)}",
