@@ -153,7 +153,7 @@ def test_divergence_and_errors_are_recorded_and_do_not_stop_the_others(steps, mo
     monkeypatch.setattr(Trainee, "step", broken)
     where, rows = session(steps)
     runs = {method: trained(method, where) for method in ("adamw", "muon", "rfrmsprop")}
-    # Of 8 steps each is evaluated, of 80 every eighth.
+    # There is an evaluation after every step of 8, and after every eighth of 80.
     message = "the held-out loss is nan after step 3" if steps == 8 else "the loss is nan at step 4"
     assert runs["adamw"].diverged == message and len(runs["adamw"].train) == 3
     assert runs["muon"].error == "OutOfMemoryError: CUDA out of memory"
@@ -232,9 +232,8 @@ def test_size_and_device_decide_what_is_trained_and_for_how_long(arguments, expe
 
 def test_settings_and_sizes_can_be_changed_from_outside():
     changes = ("adamw.lr=2e-3", "adamw.betas=(.9,.99)", "ifshampoo.clip=row_sum", "recipe.factor_dtype=torch.float32")
-    options, task = parse(
-        ["--device", "cpu", "--size", "124m", "--batch", "8", "--set"] + " --set ".join(changes).split()
-    )
+    sets = [argument for change in changes for argument in ("--set", change)]
+    options, task = parse(["--device", "cpu", "--size", "124m", "--batch", "8", *sets])
     assert task == replace(SIZES["124m"], batch=8)
     adamw, ifshampoo, recipe = (options.settings[name] for name in ("adamw", "ifshampoo", "recipe"))
     assert adamw["lr"] == 2e-3 and adamw["betas"] == (0.9, 0.99) and adamw["weight_decay"] == 0.1
