@@ -81,7 +81,8 @@ def orthogonalized(grad: Tensor, coefficients: tuple[float, float, float], steps
 
 
 def shampoo(model: GPT, lr: float, betas: tuple[float, float], weight_decay: float, T: int) -> Optimizer:
-    """Return Meta's Distributed Shampoo, with Adam's learning rate by grafting, and roots by eigh every T-th step."""
+    """Return Meta's Distributed Shampoo, with Adam's learning rate by grafting, and roots by eigh every T-th step, from
+    the T-th on."""
     package = find("distributed_shampoo")
     optimizer: Optimizer = package.DistributedShampoo(
         model.parameters(),
