@@ -30,6 +30,10 @@ class GPTConfig:
     """Whether to follow GPT-2: LayerNorm in the place of RMSNorm, biases, one matrix for query, key and value, the
     embedding as the head, and 0.02 as the standard deviation of every matrix."""
 
+    @property
+    def norm(self) -> type[nn.LayerNorm] | type[nn.RMSNorm]:
+        return nn.LayerNorm if self.is_gpt2 else nn.RMSNorm
+
     def shapes(self) -> dict[str, Shape]:
         """Return the shape of every parameter by its name. Weights are inputs × outputs, as OpenAI stored them."""
         with torch.device("meta"):
@@ -67,7 +71,7 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        width, norm, linear = config.width, _norm(config), partial(nn.Linear, bias=config.is_gpt2)
+        width, norm, linear = config.width, config.norm, partial(nn.Linear, bias=config.is_gpt2)
         self.heads, self.is_gpt2 = max(1, width // config.head_width), config.is_gpt2
         self.norm1, self.norm2 = norm(width), norm(width)
         if config.is_gpt2:
@@ -96,7 +100,7 @@ class GPT(nn.Module):
         self.config = config
         self.bytes, self.places = nn.Embedding(config.vocabulary, width), nn.Embedding(config.context, width)
         self.blocks = nn.Sequential(*(Block(config) for _ in range(config.depth)))
-        self.norm = _norm(config)(width)
+        self.norm = config.norm(width)
         self.head = None if config.is_gpt2 else nn.Linear(width, config.vocabulary, bias=False)
         for name, weight in self.named_parameters():
             if weight.ndim == 2:
@@ -135,7 +139,3 @@ class GPT(nn.Module):
             logits = self(text[:, -self.config.context :])[:, -1] / temperature
             text = torch.cat([text, torch.multinomial(logits.softmax(-1), 1, generator=generator)], 1)
         return bytes(text[0].tolist()).decode(errors="replace")
-
-
-def _norm(config: GPTConfig) -> type[nn.LayerNorm] | type[nn.RMSNorm]:
-    return nn.LayerNorm if config.is_gpt2 else nn.RMSNorm

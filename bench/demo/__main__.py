@@ -32,7 +32,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -43,8 +43,8 @@ import torch
 from bench.common.memory import release
 from bench.common.record import gpu, provenance
 from bench.demo.data import Corpus, read_corpus, standard_library
-from bench.demo.methods import make, options_of, problem, terms
-from bench.demo.report import Run, Runs, table, write_report
+from bench.demo.methods import make, options_of, terms, why_unavailable
+from bench.demo.report import Run, table, write_report
 from bench.demo.settings import SETTINGS, SIZES, Task, settings_of
 from bench.demo.train import Session, Trainee, train
 
@@ -123,7 +123,7 @@ def _settings(parser: argparse.ArgumentParser, options: argparse.Namespace, task
     for method in changes:
         if method not in known:
             parser.error(f"--optimizers {method}: no settings at size {options.size}: choose from {', '.join(known)}")
-        if reason := problem(method):
+        if reason := why_unavailable(method):
             parser.error(f"--optimizers {method}: {reason}")
     for method, option, value in options.set:
         if method not in changes:
@@ -160,7 +160,7 @@ def logger(file: TextIO, start: float, prints: bool = True) -> Callable[[dict[st
 
 
 @contextmanager
-def progress_bar(method: str, steps: int) -> Iterator[Callable[[int, float], object]]:
+def progress_bar(method: str, steps: int | None) -> Iterator[Callable[[int, float], object]]:
     """Show a progress bar; yield a function that moves it to a step and shows the loss."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -170,19 +170,18 @@ def progress_bar(method: str, steps: int) -> Iterator[Callable[[int, float], obj
         yield lambda step, loss: progress.update(bar, completed=step, loss=loss)
 
 
-def attempt(method: str, settings: dict[str, Any], session: Session, with_bar: bool = False) -> Run:
-    """Train one method from the start. An error is recorded in the run and in the log."""
-    run = Run()
+def attempt(method: str, settings: dict[str, Any], session: Session, bar: bool = False, sample: bool = False) -> Run:
+    """Train one method from the start, with a progress bar and a sample of text at the end if they are wanted. An error
+    is recorded in the run and in the log."""
+    run, steps = Run(), None if session.seconds else session.task.steps
     try:
         trainee = Trainee(method, settings, session, run)
-        if with_bar:
-            with progress_bar(method, session.task.steps) as trainee.on_step:
-                train(trainee)
-            run.sample = trainee.model.sample("def ", 300, session.task.seed) if run.is_complete else ""
-        else:
+        with progress_bar(method, steps) if bar else nullcontext(trainee.on_step) as trainee.on_step:
             train(trainee)
-    except Exception as problem:  # of any kind, out of memory too: the other methods go on
-        run.error = f"{type(problem).__name__}: {problem}"
+        if sample and run.is_complete:
+            run.sample = trainee.model.cpu().sample("def ", 300, session.task.seed)
+    except Exception as error:  # of any kind, out of memory too: the other methods go on
+        run.error = f"{type(error).__name__}: {error}"
         session.log({"optimizer": method, "seconds": run.seconds, "error": run.error})
     trainee = None
     release()
@@ -206,14 +205,6 @@ def about(options: argparse.Namespace, task: Task, corpus: Corpus, arguments: Se
     }
 
 
-def print_sample(runs: Runs) -> None:
-    """Print the text that the best model wrote, if it wrote one."""
-    written = {name: run for name, run in runs.items() if run.sample and run.held_out_loss is not None}
-    if written:
-        best = min(written, key=lambda name: written[name].held_out_loss or 0.0)
-        print(f"\nwritten by the model of {best}:\n\n{written[best].sample}\n")
-
-
 def main(arguments: Sequence[str]) -> int:
     """Train all methods and write what they did; return the exit status, 1 where one failed other than by diverging."""
     start = time.perf_counter()
@@ -226,16 +217,19 @@ def main(arguments: Sequence[str]) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     runs: dict[str, Run] = {}
     write_report(options.out, record, runs)  # so that a run which is cut short says where it comes from
-    with_bar = options.size == "small" and options.device == "cpu" and find_spec("rich") is not None
+    small = options.size == "small"
+    bar = small and options.device == "cpu" and find_spec("rich") is not None
     with (options.out / "progress.jsonl").open("w", encoding="utf-8") as file:
-        log = logger(file, start, prints=not with_bar)
+        log = logger(file, start, prints=not bar)
         session = Session(task, corpus, device, options.seconds, compile=options.compile, log=log)
         for method, settings in options.settings.items():
-            runs[method] = attempt(method, settings, session, with_bar)
+            runs[method] = attempt(method, settings, session, bar, sample=small)
             record["wall_seconds"] = time.perf_counter() - start
             write_report(options.out, record, runs)
     print(table(runs))
-    print_sample(runs)
+    if written := {name: run for name, run in runs.items() if run.sample}:
+        best = min(written, key=lambda name: written[name].held_out_loss or 0.0)
+        print(f"\nwritten by the model of {best}:\n\n{written[best].sample}\n")
     print(f"Wrote summary.json, README.md and progress.jsonl to {options.out}")
     return int(any(run.error for run in runs.values()))
 

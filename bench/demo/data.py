@@ -37,8 +37,7 @@ class Corpus(NamedTuple):
     train: Tensor
     held_out: Tensor
     source: str
-    num_files: int | None = None
-    """None where the files were not counted."""
+    num_files: int
 
     def to(self, device: torch.device) -> Corpus:
         return self._replace(train=self.train.to(device), held_out=self.held_out.to(device))
@@ -57,39 +56,31 @@ def batches(data: Tensor, count: int, task: Task, seed: int) -> Iterator[tuple[T
         yield window[:, :-1], window[:, 1:]
 
 
+def split(files: Iterable[tuple[bytes, bytes]], source: str) -> Corpus:
+    """Put whole files, given as (key, content), on the train side or the held-out side by a hash of their keys. Files
+    whose key was seen before are left out."""
+    sides, seen = (bytearray(), bytearray()), set()
+    for key, content in files:
+        digest = hashlib.sha256(key).digest()
+        if digest not in seen:
+            seen.add(digest)
+            sides[digest[0] < HELD_OUT].extend(content)
+    train, held_out = (torch.frombuffer(side, dtype=torch.uint8) for side in sides)
+    return Corpus(train, held_out, source, len(seen))
+
+
 # ---- the standard library ----------------------------------------------------------------------------------------
 
 
 def standard_library() -> Corpus:
     """Read the standard library's sources. The hash of a file's name decides whether it is held out."""
     root = Path(sysconfig.get_path("stdlib"))
-    sides = bytearray(), bytearray()
-    for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
-        name = path.relative_to(root)
-        if LEFT_OUT.isdisjoint(name.parts):
-            sides[hashlib.sha256(name.as_posix().encode()).digest()[0] < HELD_OUT].extend(path.read_bytes())
-    return _corpus(*sides, "the standard library")
-
-
-def _corpus(train: bytearray, held_out: bytearray, source: str, num_files: int | None = None) -> Corpus:
-    train_, held_out_ = (torch.frombuffer(side, dtype=torch.uint8) for side in (train, held_out))
-    return Corpus(train_, held_out_, source, num_files)
+    names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
+    chosen = (name for name in names if LEFT_OUT.isdisjoint(Path(name).parts))
+    return split(((name.encode(), (root / name).read_bytes()) for name in chosen), "the standard library")
 
 
 # ---- site-packages -----------------------------------------------------------------------------------------------
-
-
-class Source(NamedTuple):
-    """A file, its path below the folder it was found in, and its size in bytes."""
-
-    path: Path
-    name: str
-    size: int
-
-    def rank(self) -> bytes:
-        """Return a digest of the name. Files are read in its order, so that a limit on bytes takes a fair share of
-        every package instead of the first letters of the alphabet."""
-        return hashlib.sha256(self.name.encode()).digest()
 
 
 def read_corpus(max_bytes: int, folders: Sequence[Path] | None = None) -> Corpus:
@@ -97,13 +88,13 @@ def read_corpus(max_bytes: int, folders: Sequence[Path] | None = None) -> Corpus
 
     The result depends on the files alone: neither on the order in which the file system lists them nor on threads.
     """
-    files = choose(sources(site_packages() if folders is None else folders), max_bytes)
-    if sum(file.size for file in files) < min(LEAST, max_bytes // 2):
+    paths, total = choose(site_packages() if folders is None else folders, max_bytes)
+    if total < min(LEAST, max_bytes // 2):
         library = standard_library()
         return library._replace(train=library.train[:max_bytes], held_out=library.held_out[:max_bytes])
     with ThreadPoolExecutor(8) as pool:  # reading waits for the disk
-        train, held_out, count = split(pool.map(lambda file: file.path.read_bytes(), files))
-    return _corpus(train, held_out, "site-packages", count)
+        # The key is the content and not the path, so that copies of a file (vendored packages) are left out.
+        return split(((content, content) for content in pool.map(Path.read_bytes, paths)), "site-packages")
 
 
 def site_packages() -> list[Path]:
@@ -112,39 +103,29 @@ def site_packages() -> list[Path]:
     return [*dict.fromkeys(folder.resolve() for folder in folders if folder.is_dir())]
 
 
-def sources(folders: Iterable[Path]) -> list[Source]:
-    """List all Python files of some size below the folders. Symbolic links are left out: they may lead anywhere."""
+def choose(folders: Iterable[Path], max_bytes: int) -> tuple[list[Path], int]:
+    """Return Python files below the folders until `max_bytes` are reached, and their bytes.
+
+    Files come in the order of a digest of their names, so that a limit on bytes takes a fair share of every package
+    instead of the first letters of the alphabet.
+    """
     found = []
     for folder in folders:
-        for parent, _, names in os.walk(folder):
-            for path in (Path(parent, name) for name in names if name.endswith(".py")):
-                info = path.lstat()
-                if stat.S_ISREG(info.st_mode) and 0 < info.st_size <= LARGEST_FILE:
-                    found.append(Source(path, path.relative_to(folder).as_posix(), info.st_size))
-    return found
-
-
-def choose(files: Iterable[Source], max_bytes: int) -> list[Source]:
-    """Return files in the order of their ranks until `max_bytes` are reached."""
+        for path, size in _sources(folder):
+            found.append((hashlib.sha256(path.relative_to(folder).as_posix().encode()).digest(), path, size))
     chosen, total = [], 0
-    for file in sorted(files, key=Source.rank):
-        total += file.size
-        if total > max_bytes:
+    for _, path, size in sorted(found):
+        if total + size > max_bytes:
             break
-        chosen.append(file)
-    return chosen
+        chosen.append(path)
+        total += size
+    return chosen, total
 
 
-def split(contents: Iterable[bytes]) -> tuple[bytearray, bytearray, int]:
-    """Put whole files on the train side or the held-out side by a hash of what they hold; also return their number.
-
-    The hash is taken of the content and not of the path, so that copies of a file (vendored packages) are on the same
-    side; a second copy is left out.
-    """
-    sides, seen = (bytearray(), bytearray()), set()
-    for content in contents:
-        digest = hashlib.sha256(content).digest()
-        if digest not in seen:
-            seen.add(digest)
-            sides[digest[0] < HELD_OUT].extend(content)
-    return *sides, len(seen)
+def _sources(folder: Path) -> Iterator[tuple[Path, int]]:
+    """Yield the Python files below a folder, and their sizes. Symbolic links are left out: they may lead anywhere."""
+    for parent, _, names in os.walk(folder):
+        for path in (Path(parent, name) for name in names if name.endswith(".py")):
+            info = path.lstat()
+            if stat.S_ISREG(info.st_mode) and 0 < info.st_size <= LARGEST_FILE:
+                yield path, info.st_size

@@ -81,7 +81,8 @@ def orthogonalized(grad: Tensor, coefficients: tuple[float, float, float], steps
 
 
 def shampoo(model: GPT, lr: float, betas: tuple[float, float], weight_decay: float, T: int) -> Optimizer:
-    """Return Meta's Distributed Shampoo, with Adam's learning rate by grafting, and roots by eigh every T-th step."""
+    """Return Meta's Distributed Shampoo, with Adam's learning rate by grafting, and roots by eigh every T-th step, from
+    the T-th on."""
     package = find("distributed_shampoo")
     optimizer: Optimizer = package.DistributedShampoo(
         model.parameters(),
@@ -106,9 +107,14 @@ def soap(model: GPT, lr: float, betas: tuple[float, float], weight_decay: float,
     return optimizer
 
 
-def paper_rule(optimizer: type[Optimizer]) -> Callable[..., Optimizer]:
-    """Return a function that makes one of our optimizers with the options of the paper."""
-    return lambda model, **settings: optimizer(model.parameters(), **settings)
+def if_shampoo(model: GPT, **settings: Any) -> Optimizer:
+    """Return IFShampoo by the paper's rule for all weights."""
+    return IFShampoo(model.parameters(), **settings)
+
+
+def rf_rmsprop(model: GPT, **settings: Any) -> Optimizer:
+    """Return RFRMSProp for all weights."""
+    return RFRMSProp(model.parameters(), **settings)
 
 
 class Method(NamedTuple):
@@ -129,8 +135,8 @@ METHODS = {
     "adamw": Method("AdamW", adamw, AdamW),
     "muon": Method("Muon", muon),
     "recipe": Method("IFShampoo (recipe)", IFShampoo.for_model, IFShampoo),
-    "ifshampoo": Method("IFShampoo (paper's rule)", paper_rule(IFShampoo), IFShampoo),
-    "rfrmsprop": Method("RFRMSProp", paper_rule(RFRMSProp), RFRMSProp),
+    "ifshampoo": Method("IFShampoo (paper's rule)", if_shampoo, IFShampoo),
+    "rfrmsprop": Method("RFRMSProp", rf_rmsprop, RFRMSProp),
     "shampoo": Method("Distributed Shampoo", shampoo, peer="distributed_shampoo"),
     "soap": Method("SOAP", soap, peer="soap"),
 }
@@ -154,7 +160,7 @@ def options_of(method: str) -> list[str]:
     return [name for name in dict.fromkeys(names) if name not in ("self", "model", "params", "options", "settings")]
 
 
-def problem(method: str) -> str | None:
+def why_unavailable(method: str) -> str | None:
     """Return why a method cannot be used here, or None."""
     peer = METHODS[method].peer
     return why_missing(peer) if peer else None

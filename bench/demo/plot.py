@@ -9,30 +9,22 @@ import argparse
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from bench.demo.methods import METHODS
 
-
-class Style(NamedTuple):
-    """How the line of a method looks. Ours are thicker and lie above the others."""
-
-    color: str
-    marker: str
-    width: float = 1.6
-
-
-# The colours are Okabe's and Ito's, which colour-blind readers can tell apart.
+# Colour, marker and width. The colours are Okabe's and Ito's, which colour-blind readers can tell apart. Our lines are
+# thicker than others and lie above them.
 STYLES = {
-    "adamw": Style("#000000", "s"),
-    "muon": Style("#E69F00", "^"),
-    "shampoo": Style("#009E73", "D"),
-    "soap": Style("#CC79A7", "v"),
-    "rfrmsprop": Style("#56B4E9", "o", 2.4),
-    "ifshampoo": Style("#0072B2", "o", 2.4),
-    "recipe": Style("#D55E00", "o", 3.2),
+    "adamw": ("#000000", "s", 1.6),
+    "muon": ("#E69F00", "^", 1.6),
+    "shampoo": ("#009E73", "D", 1.6),
+    "soap": ("#CC79A7", "v", 1.6),
+    "rfrmsprop": ("#56B4E9", "o", 2.4),
+    "ifshampoo": ("#0072B2", "o", 2.4),
+    "recipe": ("#D55E00", "o", 3.2),
 }
-OTHER = Style("#777777", "x")
+OTHER = ("#777777", "x", 1.6)
 LABELS = {"seconds": "seconds of training", "steps": "steps"}
 
 

@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +20,9 @@ class Evaluation(NamedTuple):
     """Seconds of training until then."""
 
     held_out_loss: float
+    train_loss: float
+    """The mean over the steps since the last evaluation."""
+
     lr_factor: float
     """What the learning rate was multiplied by in the step before."""
 
@@ -66,26 +68,22 @@ class Run:
     def held_out_loss(self) -> float | None:
         return self.evaluations[-1].held_out_loss if self.evaluations else None
 
-    def recent_train_loss(self) -> float:
-        """Return the mean train loss since the last evaluation."""
-        recent = self.train[self.evaluations[-1].step if self.evaluations else 0 :]
-        return sum(recent) / len(recent)
-
     def at_step(self, step: int | None) -> Evaluation | None:
         return next((x for x in self.evaluations if x.step == step), None)
 
     def seconds_to(self, loss: float | None) -> float | None:
         """Return the seconds of training until the held-out loss was `loss`, between evaluations along a line; None if
         it never was."""
-        if loss is None or not self.evaluations:
+        if loss is None:
             return None
-        first = self.evaluations[0]
-        if first.held_out_loss <= loss:
-            return first.seconds
-        for before, now in pairwise(self.evaluations):
+        before = None
+        for now in self.evaluations:
             if now.held_out_loss <= loss:
+                if before is None:
+                    return now.seconds
                 part = (before.held_out_loss - loss) / (before.held_out_loss - now.held_out_loss)
                 return before.seconds + part * (now.seconds - before.seconds)
+            before = now
         return None
 
     def figures(self) -> dict[str, Any]:
@@ -145,7 +143,7 @@ def _cells(run: Run, runs: Runs) -> dict[str, str]:
     if not run.evaluations:
         return {"steps": _ending(run)}
     (first, loss), step, taken = baseline_of(runs), common_step(runs), len(run.train)
-    common = run.at_step(step) if len({x.planned for x in runs.values()}) > 1 else None
+    common = run.at_step(step) if len({x.planned for x in runs.values() if x.evaluations}) > 1 else None
     until = run.seconds_to(loss)
     return {
         "steps": f"{taken}" if run.is_complete else f"{taken} of {run.planned}: {_ending(run)}",

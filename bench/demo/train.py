@@ -212,13 +212,12 @@ class Trainee:
     def _evaluate(self, factor: float) -> None:
         """Evaluate after an interval, and log a row."""
         run, step = self.run, len(self.run.train)
-        recent = run.recent_train_loss()
+        recent = run.train[run.evaluations[-1].step if run.evaluations else 0 :]
         held_out = self.held_out_loss()
         if not math.isfinite(held_out):
             raise Diverged(f"the held-out loss is {held_out} after step {step}")
-        run.evaluations.append(Evaluation(step, run.seconds, held_out, factor))
-        figures = {"step": step, "steps": run.planned, "seconds": run.seconds, "lr_factor": factor}
-        self.session.log({"optimizer": self.method, **figures, "train_loss": recent, "held_out_loss": held_out})
+        run.evaluations.append(Evaluation(step, run.seconds, held_out, sum(recent) / len(recent), factor))
+        self.session.log({"optimizer": self.method, "steps": run.planned, **run.evaluations[-1]._asdict()})
 
 
 def train(trainee: Trainee) -> Run:

@@ -223,7 +223,7 @@ def test_beside_adamw_theirs_gets_the_matrices_and_adamw_the_rest():
 
 
 def test_a_row_is_the_mean_of_whole_cycles_after_the_warm_up():
-    trainee = Trainee(TINY.task, CPU, lambda model: torch.optim.SGD(model.parameters(), momentum=0.9), 10)
+    trainee = Trainee(TINY.task, CPU, lambda model: torch.optim.SGD(model.parameters(), momentum=0.9))
     trainee.prepare()
     trainee.steps = [1000.0] + [100.0] * 9
     trainee.in_optimizer = [950.0] + [0.0] * 9
@@ -235,7 +235,7 @@ def test_a_row_is_the_mean_of_whole_cycles_after_the_warm_up():
 
 
 def test_what_warms_up_shows_the_memory_and_leaves_no_times(clock):
-    trainee = Trainee(TINY.task, CPU, lambda model: torch.optim.SGD(model.parameters(), momentum=0.9), 10)
+    trainee = Trainee(TINY.task, CPU, lambda model: torch.optim.SGD(model.parameters(), momentum=0.9))
     trainee.prepare()
     tokens = next(batches(TINY.task, CPU))
     weights = sum(x.nbytes for x in trainee.model.parameters())
