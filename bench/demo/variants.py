@@ -61,6 +61,8 @@ CASES = {
     "recipe, root-free matrices": Case("recipe", {"direction": "root_free", "damping": 1e-3, "rest": WHITENED}),
     "recipe, clipped at 1": Case("recipe", {}, clip=1.0),
     "recipe, clipped at 0.01, always": Case("recipe", {}, clip=0.01),
+    "recipe, T = 2": Case("recipe", {"precondition_frequency": 2}),
+    "recipe, least memory": Case("recipe", {"packed_momentum": True, "state_dtype": torch.bfloat16}),
     **{f"rounding: {name}": Case("ifshampoo", changes) for name, changes in ROUNDING.items()},
     **{f"slow-rounding: {name}": Case("ifshampoo", {**SLOW, **changes}) for name, changes in ROUNDING.items()},
 }
