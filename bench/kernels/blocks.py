@@ -92,7 +92,7 @@ RECIPE = Rule(
             "kron_gather_kernel": "gather",
             "kron_average_kernel": "average",
             "bmm": "C·M",
-            "bmm 2": "·K",
+            "bmm 2": "C·M·K",
             "kron_size_kernel": "size",
             "kron_apply_kernel": "apply",
         },
