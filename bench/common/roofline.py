@@ -157,15 +157,15 @@ def row_sum_stages(p: int, d: int) -> dict[str, Work]:
     return {**stages, "norms": sums, **last}
 
 
-def recipe_update_stages(p: int, d: int) -> dict[str, Work]:
+def recipe_update_stages(p: int, d: int, grad_bytes: int = 4, factor_bytes: int = 2) -> dict[str, Work]:
     """Return the launches of an update of the recipe, whose damping takes no product and which keeps no P_C and P_K.
 
     "start" reads the diagonals of the factors. "copy" is no launch of ours: `torch._foreach_copy_` of C' and K'.
     """
-    pd, squares, cubes, size = p * d, p * p + d * d, p**3 + d**3, 2
-    plain = update_stages(p, d)
+    pd, squares, cubes, size = p * d, p * p + d * d, p**3 + d**3, factor_bytes
+    plain = update_stages(p, d, grad_bytes, size)
     return {
-        "gather": Work(0, (4 + size) * pd),
+        "gather": Work(0, (grad_bytes + size) * pd),
         "start": Work(0, size * (p + d)),
         "CᵀG": plain["CᵀG"],
         "·K": plain["·K"],
@@ -186,16 +186,18 @@ def step_stages(p: int, d: int, grad_bytes: int = 4, weight_bytes: int = 4, fact
     }
 
 
-def recipe_step_stages(p: int, d: int) -> dict[str, Work]:
+def recipe_step_stages(
+    p: int, d: int, grad_bytes: int = 4, weight_bytes: int = 4, factor_bytes: int = 2
+) -> dict[str, Work]:
     """Return the launches of a step of the recipe, gather included: momentum of the gradient, U, its norm, the step."""
-    pd, size = p * d, 2
+    pd, size = p * d, factor_bytes
     return {
-        "gather": Work(0, (4 + size) * pd),
+        "gather": Work(0, (grad_bytes + size) * pd),
         "average": Work(0, (8 + 2 * size) * pd),
         "C·M": Work(2 * p * pd, size * (p * p + 2 * pd)),
-        "·K": Work(2 * d * pd, size * (d * d + 2 * pd)),
+        "C·M·K": Work(2 * d * pd, size * (d * d + 2 * pd)),
         "size": Work(0, size * pd),
-        "apply": Work(0, (8 + size) * pd),
+        "apply": Work(0, (2 * weight_bytes + size) * pd),
     }
 
 

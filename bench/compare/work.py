@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 
 from bench.common.optimizers import Entry
-from bench.common.roofline import Work, diagonal_bytes, step_stages, total, update_stages
+from bench.common.roofline import (
+    Work,
+    diagonal_bytes,
+    recipe_step_stages,
+    recipe_update_stages,
+    step_stages,
+    total,
+    update_stages,
+)
 from bench.common.workloads import Workload
 from bench.compare.contest import UPDATE
 
@@ -22,11 +30,14 @@ def work_of(entry: Entry, workload: Workload, block: int, kind: str) -> tuple[Wo
 def _if_shampoo(entry: Entry, workload: Workload, block: int, kind: str) -> tuple[Work, torch.dtype]:
     dtype = entry.option("factor_dtype") or torch.bfloat16
     factor, weight = dtype.itemsize, entry.weights.itemsize
+    step, update = step_stages, update_stages
+    if entry.option("direction") == "whitened":
+        step, update = recipe_step_stages, recipe_update_stages
     work = Work()
     for p, d in workload.blocks(block):
-        stages = step_stages(p, d, grad_bytes=weight, weight_bytes=weight, factor_bytes=factor)
+        stages = step(p, d, grad_bytes=weight, weight_bytes=weight, factor_bytes=factor)
         if kind == UPDATE:
-            stages |= update_stages(p, d, grad_bytes=weight, factor_bytes=factor)
+            stages |= update(p, d, grad_bytes=weight, factor_bytes=factor)
         work += total(stages)
     return work, dtype
 

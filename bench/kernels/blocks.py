@@ -8,14 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bench.common.roofline import (
-    Work,
-    recipe_step_stages,
-    recipe_update_stages,
-    row_sum_stages,
-    step_stages,
-    update_stages,
-)
+from bench.common import roofline
+from bench.common.roofline import Work
 from bench.common.tensors import random_tensors
 from rootfree_kernels import ops
 from rootfree_kernels.arguments import (
@@ -68,8 +62,8 @@ PAPER = Rule(
     "",
     OPTIONS,
     StepOptions(0.9, 0.01, False, "stochastic"),
-    update_stages,
-    step_stages,
+    roofline.update_stages,
+    roofline.step_stages,
     {
         UPDATE: {
             "kron_gather_kernel": "gather",
@@ -83,20 +77,22 @@ PAPER = Rule(
         STEP: {"kron_gather_kernel": "gather", "bmm": "P_C·G", "kron_step_kernel": "step"},
     },
 )
-ROW_SUM = PAPER._replace(suffix=", row sums", factor=OPTIONS._replace(clip="row_sum"), update_stages=row_sum_stages)
+ROW_SUM = PAPER._replace(
+    suffix=", row sums", factor=OPTIONS._replace(clip="row_sum"), update_stages=roofline.row_sum_stages
+)
 RECIPE = Rule(
     ", recipe",
     FactorOptions(16.0, 0.95, 0.0, 1e-8, 1.0, "row_sum", "stochastic", "whitened", True, "gradient"),
     StepOptions(0.9, 0.01, True, "stochastic", "gradient", True),
-    recipe_update_stages,
-    recipe_step_stages,
+    roofline.recipe_update_stages,
+    roofline.recipe_step_stages,
     {
         UPDATE: {**PAPER.launches[UPDATE], "kron_start_kernel": "start", "kron_whiten_kernel": "whiten"},
         STEP: {
             "kron_gather_kernel": "gather",
             "kron_average_kernel": "average",
             "bmm": "C·M",
-            "bmm 2": "·K",
+            "bmm 2": "C·M·K",
             "kron_size_kernel": "size",
             "kron_apply_kernel": "apply",
         },
