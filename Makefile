@@ -1,14 +1,15 @@
-# `make test`, `make demo` and `make bench` need Python 3.10 or later and, for the compiled extension, a C++ compiler. The
-# rest they install into .venv, once.
+# `make help` lists the targets. Most of them first set up .venv, which needs Python 3.10 or later. A C++ compiler is needed
+# for the compiled extension only.
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
 KERNEL_ARGS ?=
-STAGES ?=
-GPU_PYTHON ?= python3.12
 BENCH_ARGS ?=
+PROFILE_ARGS ?=
+STAGES ?=
 
-# What the GPU machine runs: `make gpu-bundle` compiles for these.
+# Versions on the GPU machine, for which `make gpu-bundle` compiles.
+GPU_PYTHON ?= python3.12
 GPU_TORCH ?= 2.11.0
 GPU_TRITON ?= 3.6.0
 
@@ -16,42 +17,55 @@ VENV := .venv
 VPY := $(VENV)/bin/python
 PIP := $(VPY) -m pip --disable-pip-version-check --quiet
 STAMP := $(VENV)/.installed
+DOCS_STAMP := $(VENV)/.installed-docs
 GPU_VENV := .venv-gpu
 GPU_STAMP := $(GPU_VENV)/.installed-$(GPU_TORCH)-$(GPU_TRITON)
 ON_FAKE_GPU := python -m pytest -p tests.fake_gpu.plugin -p no:cacheprovider -q --timeout 300
 FAKE_GPU := $(GPU_VENV)/bin/python tests/fake_gpu $(ON_FAKE_GPU)
 FAKE_GPU_PAIR := $(GPU_VENV)/bin/python tests/fake_gpu --devices 2 $(ON_FAKE_GPU)
-# The compile gate runs with the pinned Triton and with this one, the oldest that pyproject.toml allows.
+# The oldest Triton that pyproject.toml allows. `make kernels` checks it as well as the pinned one.
 OLDEST_TRITON := 3.6.0
 OLDEST := $(CURDIR)/$(VENV)/triton-$(OLDEST_TRITON)
-BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
+CIBUILDWHEEL := 4.3.5
+WHEEL_VENV := .venv-wheels
+WHEEL_STAMP := $(WHEEL_VENV)/.installed-$(CIBUILDWHEEL)
+BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(wildcard build_support/*.py csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
 .DEFAULT_GOAL := help
-.PHONY: help install test kernels sanitize gpu gpu-bundle fake-gpu demo peers bench gpu-bench bench-pytest lint clean
+.PHONY: help install test lint types docs kernels sanitize fake-gpu demo bench bench-pytest profile peers
+.PHONY: gpu gpu-bench gpu-bundle dist wheels clean
 
 help:
-	@echo "make install   set up $(VENV): pinned dependencies and this package, editable"
-	@echo "make test      all tests; PYTEST_ARGS='-k packaging' chooses some"
-	@echo "make kernels   compile every kernel, Triton's for sm_80, sm_90, sm_100 and gfx942, CUDA's where there is nvcc, and"
-	@echo "               check the machine code, with the pinned Triton and with $(OLDEST_TRITON); needs no GPU;"
-	@echo "               KERNEL_ARGS='--only rf_rmsprop --all' chooses some"
-	@echo "make sanitize  run the tests of the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer"
-	@echo "make gpu       on a machine with a GPU, in \$$(PYTHON)'s own environment: tests, measurements, profiles and a language"
-	@echo "               model, in stages of 12 minutes together; STAGES='machine tests quick:120' chooses some"
-	@echo "make gpu-bundle  without a GPU: compile what such a machine needs (PyTorch $(GPU_TORCH), Triton $(GPU_TRITON), the Python of"
-	@echo "               GPU_PYTHON) into .gpu-bundle/, which make gpu uses there; installs 5 GB into $(GPU_VENV) once"
-	@echo "make fake-gpu  run the tests that need a GPU on one that computes nothing: launches, devices, streams, graphs"
-	@echo "make demo      train a small language model with AdamW, Muon and IFShampoo"
-	@echo "make peers     install what a package index offers of the optimizers to compare with, and say which are there"
-	@echo "make bench     every optimizer side by side on this machine, in under 10 minutes: a page, JSON and plots in"
-	@echo "               bench/results/; BENCH_ARGS='--only 1024 --optimizers Shampoo --sections steps' chooses"
-	@echo "make gpu-bench the same on a machine with a GPU, in \$$(PYTHON)'s own environment"
-	@echo "make bench-pytest  benchmarks that hold steps to a reference operation, by pytest-benchmark"
-	@echo "make lint      ruff and mypy"
-	@echo "make clean     remove $(VENV), builds and caches"
+	@echo "Set up"
+	@echo "  make install       install this package (editable) and its pinned dependencies into $(VENV)"
+	@echo "  make clean         remove virtual environments, builds and caches"
 	@echo
-	@echo "All but gpu*, fake-gpu and clean run install first where it is due. PYTHON=python3.12 chooses the interpreter,"
-	@echo "ROOTFREE_BUILD=none|cpu|cuda what is compiled (make clean before a change of either)."
+	@echo "Check"
+	@echo "  make test          run all tests                                    PYTEST_ARGS='-k packaging'"
+	@echo "  make lint          run ruff and mypy (make types: only mypy)"
+	@echo "  make docs          build the documentation into build/docs; warnings are errors"
+	@echo "  make kernels       compile all GPU kernels, check the machine code  KERNEL_ARGS='--only rf_rmsprop'"
+	@echo "  make sanitize      test the C++ kernels with AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "  make fake-gpu      run the GPU tests on a fake GPU that computes nothing (installs 5 GB)"
+	@echo
+	@echo "Measure"
+	@echo "  make demo          train a small language model with AdamW, Muon and IFShampoo"
+	@echo "  make bench         compare all optimizers on this CPU               BENCH_ARGS='--only 1024 --sections steps'"
+	@echo "  make bench-pytest  time steps relative to a reference operation     PYTEST_ARGS='--benchmark-compare'"
+	@echo "  make profile       measure the phases of a step on this CPU         PROFILE_ARGS='--optimizer RFRMSProp'"
+	@echo "  make peers         install the optimizers to compare with"
+	@echo
+	@echo "On a machine with a GPU (in the environment of PYTHON; nothing is downloaded)"
+	@echo "  make gpu           run tests, measurements and profiles             STAGES='machine tests quick:120'"
+	@echo "  make gpu-bench     compare all optimizers                           BENCH_ARGS='...'"
+	@echo "  make gpu-bundle    before, on another machine: compile everything that make gpu needs (installs 5 GB)"
+	@echo
+	@echo "Release"
+	@echo "  make dist          build the source distribution and the wheel in pure Python into dist, and check them"
+	@echo "  make wheels        build the wheels with the compiled extension into dist (needs Docker)"
+	@echo
+	@echo "PYTHON=python3.12 chooses the interpreter, ROOTFREE_BUILD=none|cpu|cuda what is compiled. Run make clean before a"
+	@echo "change of either."
 
 install: $(STAMP)
 
@@ -66,7 +80,7 @@ kernels: $(STAMP) $(OLDEST)/.installed
 sanitize: $(STAMP)
 	@.ci/sanitize
 
-# No .venv here: PYTHON is the one that has PyTorch and Triton for the GPU, and nothing is fetched.
+# These use PYTHON itself, which has PyTorch and Triton for the GPU, and not .venv.
 gpu:
 	@$(PYTHON) -m bench.gpu_run $(STAGES)
 
@@ -93,23 +107,52 @@ gpu-bench:
 bench-pytest: $(STAMP)
 	@$(VPY) -m pytest bench/steps/benchmarks --benchmark-autosave $(PYTEST_ARGS)
 
+profile: $(STAMP)
+	@$(VPY) -m bench.profile --device cpu $(PROFILE_ARGS)
+
+# -E reads all pages again. Otherwise warnings of unchanged pages would not be repeated.
+docs: $(DOCS_STAMP)
+	@$(VPY) -m sphinx -E -q -W --keep-going docs build/docs
+	@echo "built build/docs/index.html"
+
 lint: $(STAMP)
 	@$(VPY) -m ruff check .
 	@$(VPY) -m ruff format --check .
+	@$(MAKE) --no-print-directory types
+
+# mypy has to find triton_kernels/ inside the package, from where it is imported.
+types: $(STAMP)
 	@trap 'rm -f rootfree_kernels/triton_kernels' EXIT; ln -sfn ../triton_kernels rootfree_kernels/triton_kernels; \
-	  $(VPY) -m mypy rootfree_kernels  # which has to see the folder where it is imported from
+	  $(VPY) -m mypy rootfree_kernels
+
+# The wheel is built from the source distribution, in an isolated environment without PyTorch.
+dist: $(STAMP)
+	@rm -rf dist
+	@ROOTFREE_BUILD= $(VPY) -m build --outdir dist . > /dev/null
+	@$(VPY) -m tests.tools.check_dist dist
+
+wheels: $(WHEEL_STAMP)
+	@$(WHEEL_VENV)/bin/cibuildwheel --platform linux --output-dir dist
 
 clean:
-	rm -rf $(VENV) $(GPU_VENV) .gpu-bundle build dist *.egg-info rootfree_kernels/_C.*so rootfree_kernels/_build*.json
+	rm -rf $(VENV) $(GPU_VENV) $(WHEEL_VENV) .gpu-bundle build dist *.egg-info rootfree_kernels/_C.*so rootfree_kernels/_build*.json
 	rm -rf .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	find bench csrc rootfree_kernels tests triton_kernels -name __pycache__ -prune -exec rm -rf {} +
+	find bench build_support csrc docs rootfree_kernels tests triton_kernels -name __pycache__ -prune -exec rm -rf {} +
 
-# PyTorch comes before the package: the extension is compiled against the very version that will run it.
+# PyTorch is installed first, because the extension is compiled against it.
 $(STAMP): $(BUILD_INPUTS) | $(VPY)
 	@echo "installing the pinned dependencies and rootfree-kernels (again only when they change) ..."
 	@$(PIP) install -c constraints.txt torch setuptools wheel pybind11 ninja
 	@$(PIP) install --no-build-isolation -c constraints.txt -e '.[dev,bench]'
 	@$(VPY) -m rootfree_kernels
+	@touch $@
+
+# The dependencies "docs" of pyproject.toml, which only `make docs` needs.
+$(DOCS_STAMP): $(STAMP)
+	@echo "installing Sphinx (again only when the dependencies change) ..."
+	@$(PIP) install -c constraints.txt $$($(VPY) -c 'import importlib.metadata as metadata; \
+	  found = [r.split(";") for r in metadata.requires("rootfree-kernels")]; \
+	  print(*[name for name, *marker in found if "docs" in "".join(marker)])')
 	@touch $@
 
 $(GPU_STAMP): $(BUILD_INPUTS) bench/gpu_run/requirements.txt | $(GPU_VENV)/bin/python
@@ -120,12 +163,18 @@ $(GPU_STAMP): $(BUILD_INPUTS) bench/gpu_run/requirements.txt | $(GPU_VENV)/bin/p
 	  --no-deps -e .
 	@touch $@
 
+$(WHEEL_STAMP):
+	@echo "installing cibuildwheel $(CIBUILDWHEEL) (once) ..."
+	@$(PYTHON) -m venv --clear $(WHEEL_VENV)
+	@$(WHEEL_VENV)/bin/python -m pip --disable-pip-version-check --quiet install cibuildwheel==$(CIBUILDWHEEL)
+	@touch $@
+
 $(GPU_VENV)/bin/python:
 	@$(GPU_PYTHON) -c 'import ensurepip, venv' || \
 	  { echo "make: there is no working $(GPU_PYTHON); name the GPU machine's Python: make GPU_PYTHON=python3.12"; exit 1; }
 	@$(GPU_PYTHON) -m venv $(GPU_VENV)
 
-# Beside the pinned Triton and not in its place: who puts this folder on PYTHONPATH imports the older one.
+# A second Triton in a folder of its own. It is imported if this folder is on PYTHONPATH.
 $(OLDEST)/.installed: | $(VPY)
 	@echo "installing Triton $(OLDEST_TRITON) in $(VENV)/triton-$(OLDEST_TRITON), for make kernels (once) ..."
 	@rm -rf "$(OLDEST)"

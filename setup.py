@@ -1,20 +1,18 @@
-"""Build rootfree_kernels: the Python package always, the compiled extension where that is possible.
+"""Build rootfree_kernels: the Python package always, the compiled extension if possible.
 
-pyproject.toml holds the metadata. Here is what it cannot say: the folder triton_kernels/ is installed inside
-the package, and rootfree_kernels._C is compiled against the PyTorch of this environment. Whatever keeps it
-from being compiled is printed, is recorded beside the modules in _build.json (pip hides what a build prints),
-and leaves a working install in pure Python.
+pyproject.toml has most of the metadata. This file does the rest: it installs the folder triton_kernels/ inside the
+package, compiles rootfree_kernels._C against the PyTorch of this environment, and gives the README absolute links. If
+the extension cannot be compiled, the build prints the reason, records it in _build.json beside the modules (because
+pip hides what a build prints), and installs the package in pure Python.
 
-ROOTFREE_BUILD=none compiles nothing; =cpu wants the C++ part alone, =cuda both parts, and what is wanted by
-name and cannot be built is an error.
+ROOTFREE_BUILD=none compiles nothing, =cpu the C++ part only, =cuda both parts. A part that is named and cannot be built
+is an error.
 """
 
 import json
 import os
 import platform
-import re
 import shlex
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -24,47 +22,18 @@ from glob import glob
 from pathlib import Path
 
 from setuptools import Command, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build import build
 
+ROOT = Path(__file__).resolve().parent
+sys.path.append(str(ROOT))  # for build_support: pip does not run this file as a script
 
-def is_toolkit(folder):
-    """Whether a folder has what a build needs of a CUDA toolkit: the compiler and the headers."""
-    return (folder / "bin/nvcc").is_file() and (folder / "include/cuda_runtime_api.h").is_file()
-
-
-def toolkit_of(nvcc):
-    """Return the toolkit that an nvcc says it runs in, or None. It may be a script that calls another one."""
-    command = [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull]
-    try:
-        said = subprocess.run(command, capture_output=True, text=True, timeout=60).stderr
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    found = re.search(r"^#\$ _HERE_=(.+)$", said, re.MULTILINE)
-    return Path(found[1].strip()).parent if found else None
-
-
-def find_toolkit(usual=Path("/usr/local/cuda")):
-    """Return the CUDA toolkit to build with, and None; or None, and why there is none.
-
-    The first guesses are PyTorch's own. It takes the folder above the nvcc on the PATH for a toolkit without looking
-    for headers, which fails where that nvcc is a script; such an nvcc is asked.
-    """
-    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    nvcc = shutil.which("nvcc")
-    guesses = [Path(named)] if named else []
-    guesses += [Path(nvcc).parents[1], Path(nvcc).resolve().parents[1]] if nvcc else []
-    if not any(map(is_toolkit, guesses)):
-        guesses += [folder for folder in (nvcc and toolkit_of(nvcc), usual) if folder and folder.exists()]
-    if found := next(filter(is_toolkit, guesses), None):
-        return found, None
-    if not guesses:
-        return None, "no CUDA toolkit: set CUDA_HOME or put nvcc on the PATH"
-    where = ", ".join(map(str, dict.fromkeys(guesses)))
-    return None, f"no CUDA toolkit: not both bin/nvcc and include/cuda_runtime_api.h in {where}; set CUDA_HOME"
+from build_support.metadata import long_description, version  # noqa: E402
+from build_support.toolkit import find_toolkit  # noqa: E402
 
 
 def set_cuda_home():
-    """Tell PyTorch where the toolkit is, before it guesses; return why there is none, or None."""
+    """Tell PyTorch where the CUDA toolkit is. Return the reason if there is none, or None."""
     if torch.version.cuda is None or os.name == "nt":
         return None
     folder, problem = find_toolkit()
@@ -79,29 +48,28 @@ try:
 
     toolkit_problem = set_cuda_home()
     from torch.utils import cpp_extension
-except Exception as error:  # a broken install of torch raises anything, and must not break this one
+except Exception as error:  # a broken PyTorch can raise anything, and must not break this build
     torch = cpp_extension = None
     torch_problem = textwrap.shorten(f"{type(error).__name__}: {error}", 80, placeholder=" ...")
 
-ROOT = Path(__file__).resolve().parent
 PACKAGE = "rootfree_kernels"
 KERNELS = f"{PACKAGE}.triton_kernels"  # the folder triton_kernels/
 TABLES = f"{PACKAGE}.ops.dispatch_tables"  # a folder of data
-# What was left out of a wheel, which is of one Python, and of a tree, in which every Python has a build of its own.
+# Where the outcome of the build is recorded: in a wheel, and in a source tree, which several Pythons may build in.
 WHEEL_RECORD = "_build.json"
 TREE_RECORD = f"_build{sysconfig.get_config_var('EXT_SUFFIX').rpartition('.')[0]}.json"
 CPU_SOURCES = ["csrc/bindings.cpp", "csrc/operators.cpp", *sorted(glob("csrc/cpu/*.cpp", root_dir=ROOT))]
 VECTORIZED_SOURCES = sorted(glob("csrc/cpu/kernels/*.cpp", root_dir=ROOT))
 CUDA_SOURCES = sorted(glob("csrc/cuda/*.cu", root_dir=ROOT) + glob("csrc/cuda/*.cpp", root_dir=ROOT))
 
-# What ROOTFREE_BUILD may say -> the parts of the extension it insists on.
+# Value of ROOTFREE_BUILD -> the parts of the extension that must be built.
 MODES = {"auto": (), "none": (), "cpu": ("cpp",), "cuda": ("cpp", "cuda")}
 MODE = os.environ.get("ROOTFREE_BUILD") or "auto"
 if MODE not in MODES:
     raise SystemExit(f"rootfree-kernels: ROOTFREE_BUILD={MODE} is unknown: choose one of {', '.join(MODES)}")
 
-# Instruction sets that the vectorised sources are compiled for, one of which is chosen when run -> flags of GCC and
-# Clang, those with which PyTorch compiles its own kernels.
+# Instruction set -> flags of GCC and Clang, the same as for PyTorch's own kernels. The vectorised sources are compiled
+# once for each, and one is chosen at run time.
 INSTRUCTION_SETS = {
     "default": [],
     "avx2": ["-mavx2", "-mfma"],
@@ -110,13 +78,13 @@ INSTRUCTION_SETS = {
 HAS_AVX = platform.machine().lower() in ("x86_64", "amd64") and os.name != "nt"
 
 CXX_FLAGS = [] if os.name == "nt" else ["-O3", "-g0", "-fvisibility=hidden"]
-# Loops vectorise where nobody looks at errno and at floating-point exceptions; results are the same to the bit on every
-# instruction set where none fuses products with sums.
+# Without errno and floating-point exceptions, compilers vectorise more loops. Without fused multiply-adds, every
+# instruction set gives bitwise the same results.
 VECTORIZED_FLAGS = [] if os.name == "nt" else ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 
-NVCC_FLAGS = ["-O3", "-fmad=false"]  # likewise: the same results on every GPU
+NVCC_FLAGS = ["-O3", "-fmad=false"]  # no fused multiply-adds here either
 
-# A program that loads the extension from a file.
+# Program that loads the extension from a file.
 LOAD = f"""
 import sys, torch
 from importlib.util import module_from_spec, spec_from_file_location
@@ -124,30 +92,30 @@ spec = spec_from_file_location("{PACKAGE}._C", sys.argv[1])
 spec.loader.exec_module(module_from_spec(spec))
 """
 
-LEFT_OUT = {"cpp": None, "cuda": None}  # part -> why it is not built, None where it is
+LEFT_OUT = {"cpp": None, "cuda": None}  # part -> reason why it is not built, or None
 
 
 def leave_out(part, reason):
-    """Go on without a part of the extension, unless ROOTFREE_BUILD insists on it."""
+    """Record that a part of the extension is not built. Raise an error if ROOTFREE_BUILD names it."""
     if part in MODES[MODE]:
         raise SystemExit(f"rootfree-kernels: ROOTFREE_BUILD={MODE} is impossible here: {reason}")
-    LEFT_OUT[part] = LEFT_OUT[part] or reason  # the first reason stands
+    LEFT_OUT[part] = LEFT_OUT[part] or reason  # keep the first reason
 
 
 def why_no_cpp():
-    """Why the extension cannot be built at all, or None."""
+    """Return the reason why nothing can be compiled, or None."""
     if MODE == "none":
         return "ROOTFREE_BUILD=none"
     if torch is None:
         return (
-            f"PyTorch cannot be imported in the build environment ({torch_problem}); "
-            "with torch installed, `pip install --no-build-isolation` builds the extension"
+            f"PyTorch cannot be imported in the build environment ({torch_problem}); with PyTorch installed, "
+            "`pip install --no-build-isolation --no-binary rootfree-kernels rootfree-kernels` builds the extension"
         )
     return None
 
 
 def why_no_cuda():
-    """Why the CUDA part is left out, or None. A visible GPU plays no part: builders may have none."""
+    """Return the reason why the CUDA part is left out, or None. No GPU is needed to compile it."""
     if LEFT_OUT["cpp"]:
         return LEFT_OUT["cpp"]
     if MODE == "cpu":
@@ -169,10 +137,9 @@ CLANG = "#ifndef __clang__\n#error another compiler\n#endif\n"
 
 @cache
 def why_no_compiler(*flags, program=SIMPLEST):
-    """Why the C++ compiler cannot compile a program, that of the simplest extension, with these flags, in one line, or
-    None."""
+    """Return in one line why the C++ compiler cannot compile `program` with these flags, or None."""
     if os.name == "nt":
-        return None  # setuptools searches for MSVC itself, and says what it found
+        return None  # setuptools finds MSVC, or says why not
     compiler = os.environ.get("CXX") or "c++"
     includes = [f"-I{sysconfig.get_path(name)}" for name in ("include", "platinclude")]
     command = [*shlex.split(compiler), *flags, "-x", "c++", "-fsyntax-only", *includes, "-"]
@@ -189,16 +156,14 @@ def why_no_compiler(*flags, program=SIMPLEST):
 
 
 def instruction_sets():
-    """Those that are compiled for here."""
+    """Return the names of the instruction sets that this compiler supports."""
     return [name for name, flags in INSTRUCTION_SETS.items() if not flags or (HAS_AVX and not why_no_compiler(*flags))]
 
 
 def make_extension(with_cuda):
-    """The extension rootfree_kernels._C, with the CUDA sources or without."""
+    """Return the extension rootfree_kernels._C, with or without the CUDA sources."""
     kind = cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension
-    if (
-        with_cuda
-    ):  # for any GPU that is served, later ones too, and not for those alone that the builder happens to have
+    if with_cuda:  # for all supported GPUs, also newer ones, instead of only those of this machine
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
     macros = [(f"ROOTFREE_WITH_{name.upper()}", "1") for name in instruction_sets()[1:]]
     return kind(
@@ -212,15 +177,17 @@ def make_extension(with_cuda):
 
 
 def openmp_flags():
-    """So that loops run on PyTorch's threads, on Linux and by GCC; elsewhere they run on one. Nothing is linked: GCC's
-    OpenMP, which PyTorch has loaded, is found when the extension is, whereas a second one would keep threads of its own
-    spinning. Code of Clang's wants Clang's."""
+    """Return the flags that let loops run on the threads of PyTorch: on Linux with GCC. Otherwise they use one thread.
+
+    The OpenMP library is not linked: PyTorch has already loaded GCC's, and a second one would keep a second set of
+    spinning threads. Clang's code would need Clang's library.
+    """
     is_gcc = platform.system() == "Linux" and not why_no_compiler("-fopenmp") and bool(why_no_compiler(program=CLANG))
     return ["-fopenmp"] if is_gcc and torch.backends.openmp.is_available() else []
 
 
 def pybind11_include():
-    """The headers of pybind11; an environment without it takes the copy among PyTorch's headers."""
+    """Return the folder of pybind11's headers. Without pybind11, the copy among PyTorch's headers is used."""
     try:
         import pybind11
     except ImportError:
@@ -229,14 +196,14 @@ def pybind11_include():
 
 
 def tolerant_build_ext():
-    """PyTorch's build_ext that survives a failing compile (Extension.optional does not survive ninja's)."""
-    # pip runs a virtual environment's Python without its scripts on the PATH, where PyTorch looks for ninja.
+    """Return PyTorch's build_ext, changed to go on if a compile fails. (`Extension.optional` does not cover ninja.)"""
+    # PyTorch looks for ninja on the PATH, but pip does not put the scripts of a virtual environment there.
     os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
 
     class BuildExt(cpp_extension.BuildExtension):
         def finalize_options(self):
             super().finalize_options()
-            if self.editable_mode:  # where setuptools would compile all of it in a new folder every time
+            if self.editable_mode:  # by default setuptools uses a new folder, and compiles everything, every time
                 self.build_temp = str(
                     ROOT / "build" / f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
                 )
@@ -247,7 +214,7 @@ def tolerant_build_ext():
             super().build_extension(ext)
 
         def compile_for(self, instruction_set, ext):
-            """The objects of the vectorised sources, compiled for an instruction set."""
+            """Compile the vectorised sources for an instruction set. Return the object files."""
             return self.compiler.compile(
                 VECTORIZED_SOURCES,
                 output_dir=os.path.join(self.build_temp, instruction_set),
@@ -265,20 +232,20 @@ def tolerant_build_ext():
             if problem:
                 leave_out("cpp", problem)
                 leave_out("cuda", problem)
-                self.extensions = []  # so that no later step looks for the file
+                self.extensions = []  # nothing is there to be copied
 
         def why_not_compiled(self):
             try:
                 super().build_extensions()
             except Exception as error:
                 what = textwrap.shorten(f"{type(error).__name__}: {error}", 80, placeholder=" ...")
-                return f"the compile failed ({what}); `pip install -v` shows the compiler's words"
+                return f"the compile failed ({what}); `pip install -v` shows the compiler's output"
             return self.why_not_loaded()
 
         def why_not_loaded(self):
-            """Why Python cannot load what was compiled, in one line, or None."""
+            """Return in one line why Python cannot load the compiled extension, or None."""
             if "-fsanitize" in os.environ.get("CFLAGS", ""):
-                return None  # it can, where the sanitizers' libraries come before all else
+                return None  # it needs the sanitizers' libraries to be loaded first
             command = [sys.executable, "-c", LOAD, self.get_ext_fullpath(f"{PACKAGE}._C")]
             run = subprocess.run(command, capture_output=True, text=True)
             if run.returncode == 0:
@@ -298,7 +265,7 @@ def tolerant_build_ext():
 
 
 class BuildRecord(Command):
-    """Print what was left out, and write it into a file beside the modules, of the wheel or the tree."""
+    """Print what was left out, and record it in a file beside the modules."""
 
     def initialize_options(self):
         self.build_lib = None
@@ -311,7 +278,7 @@ class BuildRecord(Command):
         if LEFT_OUT["cpp"]:
             print(f"rootfree-kernels: compiled extension left out: {LEFT_OUT['cpp']}", flush=True)
             stale = self.folder() / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-            stale.unlink(missing_ok=True)  # an earlier build's would be packed, or imported, all the same
+            stale.unlink(missing_ok=True)  # the extension of an earlier build
         else:
             parts = f"built for {', '.join(instruction_sets())} instructions"
             cuda = f"CUDA part left out: {LEFT_OUT['cuda']}" if LEFT_OUT["cuda"] else "with CUDA"
@@ -328,10 +295,6 @@ class BuildRecord(Command):
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
-    def get_source_files(self):
-        """What a source distribution holds beside the Python modules, extension or not."""
-        return sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*") if path.is_file())
-
     def get_outputs(self):
         return [] if self.editable_mode else [str(self.file())]
 
@@ -340,12 +303,22 @@ class BuildRecord(Command):
 
 
 class Build(build):
-    # The record comes last, when the outcome is known.
-    sub_commands = [*build.sub_commands, ("build_record", None)]  # noqa: RUF012, setuptools' own way
+    # The record comes last, because it needs the outcome.
+    sub_commands = [*build.sub_commands, ("build_record", None)]  # noqa: RUF012, as setuptools does
+
+
+class Wheel(bdist_wheel):
+    """Build a wheel for any platform and Python (py3-none-any) if the extension could not be compiled."""
+
+    def run_command(self, command):
+        super().run_command(command)
+        if command == "build" and LEFT_OUT["cpp"]:
+            self.distribution.ext_modules = []
+            self.root_is_pure = True
 
 
 def describe_extension():
-    """The extension modules and the commands that build them, empty where there is nothing to build."""
+    """Return the extension modules and the commands that build them. Both are empty if nothing can be compiled."""
     for part, why in (("cpp", why_no_cpp), ("cuda", why_no_cuda)):
         if reason := why():
             leave_out(part, reason)
@@ -356,13 +329,16 @@ def describe_extension():
 
 extensions, commands = describe_extension()
 setup(
-    # A top-level triton_kernels is another project's, and others probe for it: ours goes inside the package.
+    version=version(),
+    long_description=long_description(),
+    long_description_content_type="text/markdown",
+    # Other projects look for a top-level package triton_kernels, which is not this one. Ours goes inside the package.
     packages=[
-        *find_packages(include=[PACKAGE, f"{PACKAGE}.*"], exclude=[KERNELS]),  # a link to it may lie in the package
+        *find_packages(include=[PACKAGE, f"{PACKAGE}.*"], exclude=[KERNELS]),  # without the link that make lint creates
         *(KERNELS, TABLES),
     ],
     package_dir={KERNELS: "triton_kernels"},
     package_data={PACKAGE: ["py.typed"], TABLES: ["*"]},
     ext_modules=extensions,
-    cmdclass={"build": Build, "build_record": BuildRecord, **commands},
+    cmdclass={"build": Build, "build_record": BuildRecord, "bdist_wheel": Wheel, **commands},
 )

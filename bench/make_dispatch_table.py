@@ -1,12 +1,12 @@
-"""The dispatch table of a device, of what `make gpu` and `make gpu-bench` measured there.
+"""Make the dispatch table of a device from the records that `make gpu` and `make gpu-bench` wrote there.
 
     python -m bench.make_dispatch_table RECORD.json [RECORD.json ...] [--out FILE]
 
 Writes rootfree_kernels/ops/dispatch_tables/<device>.json, where the package finds it, or FILE, for ROOTFREE_DISPATCH.
-Every class of shapes for which a record has alternatives that took turns gets an entry, with all that was measured of
-them. A choice is written where it is clearly faster in one case of the class and slower in none: by more than 3% of the
-median, with its 90th percentile below the other's 10th. Elsewhere, and where a case was timed with gaps of the host or
-fewer than ten times, the entry is null and the order of preference stands. Rows without alternatives are passed over.
+Each class of shapes with measured alternatives gets an entry, with all their times. The entry has a choice if that
+choice is clearly faster in one case of the class and slower in none: by more than 3% of the median, with its 90th
+percentile below the other's 10th. Otherwise, and if a case was timed with gaps of the host or fewer than ten times, the
+choice is null and the order of preference stands. Rows without alternatives are passed over.
 """
 
 from __future__ import annotations
@@ -19,19 +19,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bench.common.record import write_json
 from rootfree_kernels.ops.dispatch import OPERATIONS, TABLES, DispatchTableError, parse, size_class, slug
 
 MARGIN = 1.03
-"""How many times as long the other one must take."""
+"""How many times as long the other choice must take."""
 
 MIN_SAMPLES = 10
-"""Fewer have no 10th and 90th percentile to speak of."""
+"""Fewer samples give no meaningful 10th and 90th percentile."""
 
 PROVENANCE = ("date", "commit", "driver", "cuda", "torch", "triton")
 
 
 class RecordError(Exception):
-    """A record cannot be read, or says nothing that a table could be made of."""
+    """A record cannot be read, or no table can be made of it."""
 
 
 class Case(NamedTuple):
@@ -45,7 +46,7 @@ class Case(NamedTuple):
         return all(time.get("queued") and time.get("samples", 0) >= MIN_SAMPLES for time in self.times.values())
 
     def ratio(self) -> float:
-        """How many times as long as the fastest choice the next one takes."""
+        """Return the time of the second fastest choice over that of the fastest."""
         first, second, *_ = sorted(time["median"] for time in self.times.values())
         return second / first
 
@@ -60,13 +61,18 @@ class Case(NamedTuple):
 
 Class = tuple[int, ...]
 Classes = dict[str, dict[Class, list[Case]]]
-"""The cases of every operation, by the upper ends of the classes of their sizes."""
+"""The cases of every operation, by the upper ends of their classes of sizes."""
 
 
 # ---- reading records ---------------------------------------------------------------------------------------------
 
 
 def read(path: Path) -> dict[str, Any]:
+    """Read a record.
+
+    Raises:
+        RecordError: the file is no record.
+    """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -77,7 +83,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def read_all(paths: Sequence[Path]) -> dict[str, dict[str, Any]]:
-    """Records by the names of their files."""
+    """Return records by the names of their files."""
     names = [path.name for path in paths]
     if twice := {name for name in names if names.count(name) > 1}:
         raise RecordError(f"several records are called {' and '.join(sorted(twice))}: give them names of their own.")
@@ -85,7 +91,7 @@ def read_all(paths: Sequence[Path]) -> dict[str, dict[str, Any]]:
 
 
 def alternatives(record: Mapping[str, Any], name: str) -> Iterator[tuple[str, Class, Case]]:
-    """(operation, class, case) of the rows of a record that have alternatives."""
+    """Yield (operation, class, case) of the rows of a record that have alternatives."""
     rows = record.get("rows")
     for row in rows if isinstance(rows, list) else ():
         found = row.get("alternatives") if isinstance(row, dict) else None
@@ -101,28 +107,24 @@ def alternatives(record: Mapping[str, Any], name: str) -> Iterator[tuple[str, Cl
 # ---- the table ---------------------------------------------------------------------------------------------------
 
 
-def is_clearly_faster(fast: Mapping[str, Any], slow: Mapping[str, Any]) -> bool:
-    return slow["median"] > MARGIN * fast["median"] and fast["p90"] < slow["p10"]
-
-
 def beats(choice: str, other: str, cases: Sequence[Case]) -> bool:
-    """Whether a choice is clearly faster than another in one case, and slower in none."""
+    """Return whether a choice is clearly faster than another in one case, and slower in none."""
     pairs = [(case.times[choice], case.times[other]) for case in cases]
-    slower = any(ours["median"] > theirs["median"] for ours, theirs in pairs)
-    return not slower and any(is_clearly_faster(*pair) for pair in pairs)
+    if any(ours["median"] > theirs["median"] for ours, theirs in pairs):
+        return False
+    return any(theirs["median"] > MARGIN * ours["median"] and ours["p90"] < theirs["p10"] for ours, theirs in pairs)
 
 
 def verdict(cases: Sequence[Case]) -> str | None:
-    """The choice that beats all others, None where there is none."""
+    """Return the choice that beats all others, None if there is none."""
     choices = {choice for case in cases for choice in case.times}
     if not all(case.is_usable() and set(case.times) == choices for case in cases):
         return None
-    winners = [x for x in sorted(choices) if all(beats(x, other, cases) for other in choices - {x})]
-    return winners[0] if winners else None
+    return next((x for x in sorted(choices) if all(beats(x, other, cases) for other in choices - {x})), None)
 
 
 def table(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """What a table's file holds, of records by their names.
+    """Return the content of a table's file, made of records by their names.
 
     Raises:
         RecordError: the records are of several devices, or have no alternatives.
@@ -138,28 +140,20 @@ def table(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         raise RecordError(
             f"no alternatives in {', '.join(records)}: pass records of this version's bench.kernels or bench.compare."
         )
-    come_from = [{"record": name, **{key: x.get(key) for key in PROVENANCE}} for name, x in records.items()]
-    operations = {name: _entries(name, classes[name]) for name in OPERATIONS if name in classes}
-    return {"device": next(iter(devices.values())), "records": come_from, "operations": operations}
-
-
-def _entries(operation: str, classes: Mapping[Class, Sequence[Case]]) -> list[dict[str, Any]]:
-    names = OPERATIONS[operation].sizes
-    return [
-        {
-            **dict(zip(names, sizes, strict=True)),
-            "choice": verdict(cases),
-            "measured": [case.as_json() for case in cases],
-        }
-        for sizes, cases in sorted(classes.items())
-    ]
+    origins = [{"record": name, **{key: x.get(key) for key in PROVENANCE}} for name, x in records.items()]
+    operations: dict[str, list[dict[str, Any]]] = {name: [] for name in OPERATIONS if name in classes}
+    for name, entries in operations.items():
+        for sizes, cases in sorted(classes[name].items()):
+            measured = {"choice": verdict(cases), "measured": [case.as_json() for case in cases]}
+            entries.append(dict(zip(OPERATIONS[name].sizes, sizes, strict=True)) | measured)
+    return {"device": next(iter(devices.values())), "records": origins, "operations": operations}
 
 
 # ---- command line ------------------------------------------------------------------------------------------------
 
 
 def summary(made: Mapping[str, Any]) -> list[str]:
-    """A line for every entry."""
+    """Return a line for every entry."""
     lines = []
     for operation, entries in made["operations"].items():
         for entry in entries:
@@ -170,7 +164,7 @@ def summary(made: Mapping[str, Any]) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the table, and return the exit status: 0 where there was something to write."""
+    """Write the table, and return the exit status: 0 if there was something to write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
         "records", type=Path, nargs="+", metavar="RECORD.json", help="records of bench.kernels and bench.compare"
@@ -184,8 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (RecordError, DispatchTableError) as error:
         print(f"✗ {error}")
         return 1
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(made, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(path, made)
     print("\n".join([*summary(made), f"Wrote {path}."]))
     return 0
 

@@ -5,7 +5,7 @@ from rootfree_kernels.batch_size import BatchSizeCounter
 from rootfree_kernels.optim import PAPER_RULE, RECIPE, GrowingInterval, IFShampoo, RFAdaGrad, RFRMSProp
 from rootfree_kernels.param_split import ParamSplit, split_params
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "PAPER_RULE",

@@ -16,7 +16,14 @@ HEAD_NAMES = frozenset({"head", "lm_head", "classifier", "score", "unembed", "ou
 
 @dataclass
 class ParamSplit:
-    """Named parameters in three parts, and for each name one sentence on why it is in its part."""
+    """Named parameters of a model in three parts. `print(split)` says for every parameter where it is, and why.
+
+    Attributes:
+        matrices: hidden weights with Kronecker factors, as pairs (name, parameter).
+        embeddings_and_heads: weights with one row for each token or class, as such pairs.
+        vectors: everything else, as such pairs.
+        reasons: one sentence for each name that says why the parameter is in its part.
+    """
 
     matrices: list[tuple[str, Parameter]] = field(default_factory=list)
     embeddings_and_heads: list[tuple[str, Parameter]] = field(default_factory=list)

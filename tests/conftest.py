@@ -1,4 +1,4 @@
-"""Set-up of pytest for all tests, and fixtures of several folders."""
+"""Configuration of pytest, and fixtures that several folders use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every function of the package is annotated, except Triton's kernels.
+"""All functions of the package are annotated, except Triton's kernels.
 
 mypy demands annotations in rootfree_kernels only. In triton_kernels it cannot, because Triton gives the annotations of
 a kernel's parameters a meaning of its own; this test does.
@@ -44,7 +44,7 @@ def functions(tree: ast.AST) -> Iterator[tuple[ast.FunctionDef | ast.AsyncFuncti
 
 
 @pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(ROOT)) for path in FILES])
-def test_every_function_but_kernels_is_annotated(path: Path) -> None:
+def test_all_functions_except_kernels_are_annotated(path: Path) -> None:
     assert missing_annotations(path.read_text(encoding="utf-8")) == []
 
 

@@ -1,4 +1,4 @@
-"""How a parameter is cut into blocks."""
+"""Cutting parameters into blocks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.calls import reference as ref
 
 
 @given(st.integers(1, 5000), st.integers(1, 1500))
-def test_a_side_is_cut_as_the_reference_cuts_it(size, max_dim):
+def test_side_lengths_match_the_reference(size, max_dim):
     runs = split_side(size, max_dim)
     starts = [(run.start + i * run.size, run.size) for run in runs for i in range(run.num_blocks)]
     blocks = [slice(start, start + length) for start, length in starts]
@@ -21,7 +21,7 @@ def test_a_side_is_cut_as_the_reference_cuts_it(size, max_dim):
 
 
 @given(st.integers(1, 200_000), st.integers(1, 2048))
-def test_blocks_cover_a_side_within_the_longest_side_and_none_is_below_half_of_another(size, max_dim):
+def test_blocks_cover_a_side_and_have_similar_sizes(size, max_dim):
     runs = split_side(size, max_dim)
     assert [run.start for run in runs] == [0, *(run.stop for run in runs[:-1])] and runs[-1].stop == size
     sizes = [run.size for run in runs]
@@ -45,7 +45,7 @@ def test_sides_of_real_models_are_cut_at_multiples_of_16(size, sizes):
     assert [(run.num_blocks, run.size) for run in split_side(size, 1024)] == sizes
 
 
-def test_none_leaves_a_side_whole():
+def test_max_dim_none_does_not_cut():
     assert split_side(10**6, None) == [(0, 1, 10**6)]
 
 
@@ -62,7 +62,7 @@ def test_none_leaves_a_side_whole():
     ],
     ids=str,
 )
-def test_what_is_seen_as_a_matrix(shape, expected):
+def test_which_shapes_become_matrices(shape, expected):
     assert matrix_shape(shape) == expected
 
 
@@ -78,7 +78,7 @@ def test_the_blocks_of_all_tiles_are_views_that_cover_the_matrix_once(rows, cols
     assert (matrix == 1).all()
 
 
-def test_blocks_stand_row_by_row():
+def test_blocks_are_in_row_major_order():
     matrix = torch.arange(24.0).reshape(4, 6)
     (tile,) = tiles(matrix.shape, 3)
     assert [view[0, 0].item() for view in block_views(matrix, tile)] == [0, 3, 12, 15]

@@ -1,4 +1,4 @@
-"""`make kernels`, the compile gate, on small kernels: what it reads, what it lets pass and what it stops."""
+"""`make kernels`, the compile gate, on small kernels: what passes, what does not, and how machine code is read."""
 
 from __future__ import annotations
 
@@ -19,14 +19,13 @@ pytest.importorskip("triton", reason="Triton is not installed")
 import triton
 import triton.language as tl
 
-from bench.gate import triton as compile_kernels
+from bench.common.paths import ROOT
+from bench.gate import triton as triton_gate
 from bench.gate.machine_code import TARGETS, count, parse_amdgcn, parse_resource_usage, parse_sass
-from bench.gate.triton import Job, Row, worst
+from bench.gate.report import Row, worst
+from bench.gate.triton import Job
 from rootfree_kernels.triton_kernels.common import dot
 from rootfree_kernels.triton_kernels.configuration import Configuration
-
-ROOT = Path(__file__).resolve().parents[1]
-
 
 # ---- kernels: the gate imports this file in a process of its own -------------------------------------------------
 
@@ -104,23 +103,26 @@ def configurations() -> Iterator[Configuration]:
 # ---- the gate on them --------------------------------------------------------------------------------------------
 
 
-def run_gate(folder: Path, *arguments: str) -> tuple[int, str, list[dict[str, Any]]]:
-    """Exit status, printed table and rows of the gate on this file's kernels. It is told to use the interpreter, which
-    it must not do."""
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    changed = {"TRITON_INTERPRET": "1", "TRITON_CACHE_DIR": str(folder), "PYTHONPATH": os.pathsep.join(paths)}
-    environment = {**os.environ, **changed, "PYTHONIOENCODING": "utf-8"}
+Result = tuple[int, str, list[dict[str, Any]]]
+
+
+def run_gate(folder: Path, *arguments: str) -> Result:
+    """Return exit status, printed table and rows of the gate on this file's kernels.
+
+    The environment asks for the interpreter, which the gate must not use.
+    """
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    changed = {
+        "TRITON_INTERPRET": "1",
+        "TRITON_CACHE_DIR": str(folder),
+        "PYTHONPATH": path,
+        "PYTHONIOENCODING": "utf-8",
+    }
     file, output = folder / f"rows-{triton.__version__}.json", folder / "rows-{triton}.json"
     file.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "bench.gate.triton", "--module", __name__, "--output", str(output)]
-    result = subprocess.run(
-        [*command, *arguments],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        encoding="utf-8",
-    )
+    command = [sys.executable, "-m", "bench.gate.triton", "--module", __name__, "--output", str(output), *arguments]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8"}
+    result = subprocess.run(command, cwd=ROOT, env={**os.environ, **changed}, **streams)
     assert "Traceback" not in result.stdout, result.stdout
     return result.returncode, result.stdout, json.loads(file.read_text())["rows"] if file.exists() else []
 
@@ -131,18 +133,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def gate(folder: Path) -> tuple[int, str, list[dict[str, Any]]]:
+def gate(folder: Path) -> Result:
     return run_gate(folder)
 
 
 def violations(rows: list[dict[str, Any]], configuration: Configuration) -> dict[str, list[str]]:
-    """The broken bounds of a configuration, by target."""
-    line = compile_kernels.describe(configuration)
+    """Return the broken bounds of a configuration, by target."""
+    line = triton_gate.describe(configuration)
     return {row["target"]: row["violations"] for row in rows if row["configuration"] == line}
 
 
 @pytest.mark.parametrize("name", PASSING)
-def test_passes(gate: tuple[int, str, list[dict[str, Any]]], name: str) -> None:
+def test_passes(gate: Result, name: str) -> None:
     assert violations(gate[2], PASSING[name]) == {target: [] for target in TARGETS}
 
 
@@ -161,32 +163,29 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", FAILING)
-def test_fails(gate: tuple[int, str, list[dict[str, Any]]], name: str) -> None:
+def test_fails(gate: Result, name: str) -> None:
     status, printed, rows = gate
     assert violations(rows, FAILING[name]) == BROKEN[name]
     assert status == 1
-    assert f"✗ {compile_kernels.describe(FAILING[name])}" in printed
+    assert f"✗ {triton_gate.describe(FAILING[name])}" in printed
 
 
 @pytest.mark.parametrize("target", [name for name, target in TARGETS.items() if target.backend == "cuda"])
-def test_fp32_operands_are_not_rounded_to_tf32(gate: tuple[int, str, list[dict[str, Any]]], target: str) -> None:
-    """The tensor cores of NVIDIA's GPUs take FP32 only as TF32, which has 10 bits of mantissa: none may be used."""
+def test_fp32_operands_are_not_rounded_to_tf32(gate: Result, target: str) -> None:
+    """NVIDIA's tensor cores take FP32 only as TF32, which has 10 bits of mantissa, so none may be used."""
     assert "mma" in violations(gate[2], IN_FP32)[target]
-
-
-def test_the_gate_says_which_triton_it_ran_with(gate: tuple[int, str, list[dict[str, Any]]]) -> None:
-    assert f" by Triton {triton.__version__} in " in gate[1].splitlines()[-1]
 
 
 def test_exit_status_is_0_where_all_pass(folder: Path) -> None:
     status, printed, rows = run_gate(folder, "--only", "scale_wide.*BLOCK=1024", "--targets", "sm_90,gfx942", "--all")
     assert status == 0 and len(rows) == 2
-    assert "✗" not in printed and "2 ≥1" in printed and "all pass" in printed
+    assert "✗" not in printed and "2 ≥1" in printed
+    assert f" by Triton {triton.__version__} in " in printed.splitlines()[-1] and printed.endswith("s: all pass\n")
 
 
 def test_nothing_to_compile_does_not_pass(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # which main takes out of the environment; this puts it back
-    assert compile_kernels.main(["--module", "json"]) == 1
+    assert triton_gate.main(["--module", "json"]) == 1
     assert "nothing to compile" in capsys.readouterr().out
 
 
@@ -194,21 +193,21 @@ def test_a_kernel_without_configurations_is_named() -> None:
     module = ModuleType("module")
     module.listed_kernel, module.forgotten_kernel, module.helper = scale_wide, product, scale_narrow
     listed = [PASSING["vector"]._replace(kernel=SimpleNamespace(__name__="listed_kernel"))]
-    assert compile_kernels.forgotten([module], listed) == ["forgotten_kernel"]
+    assert triton_gate.forgotten([module], listed) == ["forgotten_kernel"]
 
 
-def test_a_crash_of_the_compiler_is_laid_at_the_right_door(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_of_the_compiler_is_reported_for_the_right_job(monkeypatch: pytest.MonkeyPatch) -> None:
     def compile_one(job: Job) -> tuple[Row, bytes]:
         if job.target == "sm_90":
             os._exit(1)
         return job.row(), b""
 
-    monkeypatch.setattr(compile_kernels, "compile_one", compile_one)  # workers are forked, and see it
-    rows = compile_kernels.compile_all([Job(PASSING["vector"], target) for target in TARGETS])
+    monkeypatch.setattr(triton_gate, "compile_one", compile_one)  # workers are forked, and see it
+    rows = triton_gate.compile_all([Job(PASSING["vector"], target) for target in TARGETS])
     assert {row.target: row.error for row in rows} == {**dict.fromkeys(TARGETS, ""), "sm_90": "the compiler crashed"}
 
 
-# ---- what it reads -----------------------------------------------------------------------------------------------
+# ---- machine code --------------------------------------------------------------------------------------------------
 
 SASS = """\
 	.headerflags	@"EF_CUDA_64BIT_ADDRESS EF_CUDA_ACCELERATORS EF_CUDA_SM90 EF_CUDA_VIRTUAL_SM(EF_CUDA_SM90)"

@@ -1,4 +1,4 @@
-"""Tests on the fake GPU (`make fake-gpu`), which computes nothing: devices, launches, and waits of the host."""
+"""Tests on the fake GPU (`make fake-gpu`), which computes nothing: devices, launches and host syncs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pair = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two fake 
 
 
 def make(cls: Any, *devices: int, **options: Any) -> torch.optim.Optimizer:
-    """An optimizer of the same parameters on each device, stepped twice."""
+    """Return an optimizer with the same parameters on each device, after two steps."""
     params = [torch.nn.Parameter(torch.ones(s, device=f"cuda:{device}")) for device in devices for s in SHAPES]
     for param in params:
         param.grad = torch.ones_like(param)
@@ -71,7 +71,7 @@ def test_a_step_of_vectors_is_one_launch(fake: Any) -> None:
 @pytest.mark.parametrize("capturable", [False, True], ids=["", "capturable"])
 @pytest.mark.parametrize("cls", [IFShampoo, RFRMSProp])
 def test_parameters_on_two_devices(cls: Any, capturable: bool, current: int) -> None:
-    """The current device does not matter and stays. The plugin checks tensors and stream of every launch."""
+    """The current device has no effect and does not change. The plugin checks tensors and streams of launches."""
     with torch.cuda.device(current):
         optimizer = make(cls, 0, 1, capturable=capturable)
         assert torch.cuda.current_device() == current
@@ -85,11 +85,11 @@ def test_a_device_that_is_not_the_current_one() -> None:
     make(RFRMSProp, 1)
 
 
-# ---- the fake GPU itself: it finds what it is there to find --------------------------------------------------------
+# ---- the fake GPU itself finds errors ------------------------------------------------------------------------------
 
 
 def launch(fake: Any, stream: int, threads: int = 32) -> None:
-    """A launch past PyTorch, as a kernel of the extension is launched."""
+    """Launch a kernel without PyTorch, as the extension does."""
     sizes = ctypes.c_uint * 3
     fake.library.fake_gpu_launch(sizes(1, 1, 1), sizes(threads, 1, 1), 0, ctypes.c_void_p(stream))
 

@@ -1,7 +1,8 @@
-"""Wheels, with a C++ compiler and without one, and no top-level triton_kernels."""
+"""Wheels with and without the compiled extension, their metadata, and the search for the CUDA toolkit."""
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -13,22 +14,26 @@ from pathlib import Path
 
 import pytest
 
+import rootfree_kernels
+from tests.tools import check_dist
+
 pytestmark = pytest.mark.skipif(
-    any(find_spec(name) is None for name in ("pip", "setuptools")),  # imported here, they would clash
+    any(find_spec(name) is None for name in ("pip", "setuptools")),  # importing them here would clash with PyTorch
     reason="building a wheel needs pip and setuptools",
 )
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ["pyproject.toml", "setup.py", "README.md", "LICENSE", "csrc", "rootfree_kernels", "triton_kernels"]
-BUILD_PRODUCTS = shutil.ignore_patterns("__pycache__", "*.so", "*.pyd", "_build*.json")
-WHEEL_HOLDS = (
-    *("__init__.py", "py.typed", "_build.json", "triton_kernels/__init__.py"),
-    *(
-        "ops/dispatch_tables/README.md",
-        "ops/dispatch_tables/a-device.json",
-    ),  # the latter is put into the copy of the tree
+SOURCES = (
+    *("pyproject.toml", "setup.py", "README.md", "LICENSE"),
+    *("build_support", "csrc", "rootfree_kernels", "triton_kernels"),
 )
-CHANGED = ("PYTHONPATH", "ROOTFREE_BUILD")  # environment variables that would change what is tested
+BUILD_PRODUCTS = shutil.ignore_patterns("__pycache__", "*.so", "*.pyd", "_build*.json")
+WHEEL_CONTAINS = (
+    *("__init__.py", "py.typed", "_build.json", "triton_kernels/__init__.py"),
+    # build_wheel adds a-device.json to its copy of the tree
+    *("ops/dispatch_tables/README.md", "ops/dispatch_tables/a-device.json"),
+)
+CHANGED = ("PYTHONPATH", "ROOTFREE_BUILD", "ROOTFREE_LOCAL_VERSION")  # environment variables that are not passed on
 
 
 def compiler_works() -> bool:
@@ -44,7 +49,7 @@ needs_compiler = pytest.mark.skipif(not compiler_works(), reason="no working C++
 
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> str:
-    """Run a command away from the repository and return its output; show all of it if it fails."""
+    """Run a command in another folder than the repository. Return its output, or show it if the command fails."""
     inherited = {name: value for name, value in os.environ.items() if name not in CHANGED}
     environment = {**inherited, **environment}
     result = subprocess.run(
@@ -55,7 +60,7 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> str:
 
 
 def copy_tree(tree: Path) -> Path:
-    """Copy the tree without what was built in it."""
+    """Copy the source tree without the files that builds left in it."""
     tree.mkdir()
     for name in SOURCES:
         if (ROOT / name).is_dir():
@@ -66,7 +71,7 @@ def copy_tree(tree: Path) -> Path:
 
 
 def build_wheel(folder: Path, **environment: str) -> Path:
-    """Build a wheel from a copy of the tree, so that nothing built earlier slips in."""
+    """Build a wheel from a copy of the source tree, which has no files of earlier builds."""
     tree, wheels = copy_tree(folder / "tree"), folder / "wheels"
     (tree / "rootfree_kernels/ops/dispatch_tables/a-device.json").write_text("{}")
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
@@ -104,20 +109,20 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-def test_wheel_holds_the_package_and_nothing_beside_it(wheel: Path) -> None:
+def test_wheel_contains_only_the_package(wheel: Path) -> None:
     top_level = {name.split("/")[0] for name in names(wheel)}
     assert {name for name in top_level if not name.endswith(".dist-info")} == {"rootfree_kernels"}
 
 
-@pytest.mark.parametrize("name", WHEEL_HOLDS)
-def test_wheel_holds(wheel: Path, name: str) -> None:
+@pytest.mark.parametrize("name", WHEEL_CONTAINS)
+def test_wheel_contains(wheel: Path, name: str) -> None:
     assert f"rootfree_kernels/{name}" in names(wheel)
 
 
 def test_every_module_of_the_tree_is_in_the_wheel(wheel: Path) -> None:
     package = {path.relative_to(ROOT) for path in ROOT.glob("rootfree_kernels/**/*.py")}
-    triton_room = {"rootfree_kernels" / path.relative_to(ROOT) for path in ROOT.glob("triton_kernels/**/*.py")}
-    assert {path.as_posix() for path in package | triton_room} <= set(names(wheel))
+    triton = {"rootfree_kernels" / path.relative_to(ROOT) for path in ROOT.glob("triton_kernels/**/*.py")}
+    assert {path.as_posix() for path in package | triton} <= set(names(wheel))
 
 
 def test_build_record_agrees_with_the_wheel(wheel: Path) -> None:
@@ -127,33 +132,60 @@ def test_build_record_agrees_with_the_wheel(wheel: Path) -> None:
 
 
 @needs_compiler
-def test_extension_is_built_where_there_is_a_compiler(wheel: Path) -> None:
+def test_extension_is_built_if_there_is_a_compiler(wheel: Path) -> None:
     assert has_extension(wheel), build_record(wheel)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="/bin/false stands in for a broken compiler")
-def test_broken_compiler_leaves_a_wheel_that_says_why(wheel_without_compiler: Path) -> None:
+def test_wheel_records_that_the_compiler_is_broken(wheel_without_compiler: Path) -> None:
     record = build_record(wheel_without_compiler)
     assert not record["extension"] and not has_extension(wheel_without_compiler)
     assert "/bin/false" in record["left_out"]["cpp"]
     assert "rootfree_kernels/__init__.py" in names(wheel_without_compiler)
 
 
-def test_triton_kernels_is_imported_from_inside_the_package_only(installed: Path, tmp_path: Path) -> None:
+@pytest.mark.skipif(os.name == "nt", reason="/bin/false stands in for a broken compiler")
+def test_wheel_without_the_extension_is_for_every_platform(wheel_without_compiler: Path) -> None:
+    assert check_dist.wheel_problems(wheel_without_compiler) == []
+    assert not any(".data/" in name for name in names(wheel_without_compiler))
+
+
+@needs_compiler
+def test_wheel_with_the_extension_is_for_this_python_and_platform(wheel: Path) -> None:
+    (tag,) = check_dist.tags(wheel)
+    version = f"{sys.version_info.major}{sys.version_info.minor}"
+    assert re.fullmatch(rf"cp{version}-cp{version}t?-(?!any).+", tag)
+
+
+def test_metadata_has_the_version_and_a_description_without_relative_links(wheel: Path) -> None:
+    metadata = check_dist.wheel_metadata(wheel)
+    assert str(metadata.version) == rootfree_kernels.__version__
+    assert metadata.description_content_type == "text/markdown"
+    assert metadata.description and check_dist.relative_links(metadata.description) == []
+    assert check_dist.relative_links((ROOT / "README.md").read_text(encoding="utf-8"))  # the check finds them
+
+
+def test_version_of_a_build_can_name_the_torch_that_it_needs() -> None:
+    program = "from build_support.metadata import version; print(version())"
+    output = run(sys.executable, "-c", program, cwd=ROOT, ROOTFREE_LOCAL_VERSION="torch2.13")
+    assert output.splitlines()[-1] == f"{rootfree_kernels.__version__}+torch2.13"
+
+
+def test_triton_kernels_is_imported_from_inside_the_package(installed: Path, tmp_path: Path) -> None:
     program = "import rootfree_kernels.triton_kernels as kernels; print(kernels.__file__)"
     output = run(sys.executable, "-c", program, cwd=tmp_path, PYTHONPATH=str(installed))
     assert Path(output.splitlines()[-1]).is_relative_to(installed)
 
 
 def test_no_top_level_triton_kernels_after_install(installed: Path, tmp_path: Path) -> None:
-    """This wheel does not install it, nor does the installation, editable or not, that runs these tests."""
+    """Neither this wheel nor the installation that runs these tests has a top-level triton_kernels."""
     program = "import rootfree_kernels, importlib.util as u; print(u.find_spec('triton_kernels'))"
     output = run(sys.executable, "-c", program, cwd=tmp_path, PYTHONPATH=str(installed))
     assert output.splitlines()[-1] == "None"
 
 
 @needs_compiler
-def test_extension_tells_how_it_was_built(installed: Path, tmp_path: Path) -> None:
+def test_extension_knows_how_it_was_built(installed: Path, tmp_path: Path) -> None:
     program = "import json; from rootfree_kernels import _C; print(json.dumps(_C.build_info()))"
     output = run(sys.executable, "-c", program, cwd=tmp_path, PYTHONPATH=str(installed))
     info = json.loads(output.splitlines()[-1])
@@ -166,18 +198,18 @@ def test_extension_tells_how_it_was_built(installed: Path, tmp_path: Path) -> No
 
 
 def record_seen(tree: Path) -> dict:
-    """Return the record that the package in a tree finds."""
+    """Return the build record that the package of a source tree reads."""
     program = "import json; from rootfree_kernels.native import build_record; print(json.dumps(build_record()))"
     return json.loads(run(sys.executable, "-c", program, cwd=tree.parent, PYTHONPATH=str(tree)).splitlines()[-1])
 
 
-def test_every_python_that_builds_in_a_tree_has_a_record_of_its_own(tmp_path: Path) -> None:
+def test_each_python_has_its_own_build_record_in_a_source_tree(tmp_path: Path) -> None:
     tree = copy_tree(tmp_path / "tree")
     package = tree / "rootfree_kernels"
     others = {"_build.json": "of an earlier version", "_build.cpython-39-x86_64-linux-gnu.json": "of another Python"}
     for name, why in others.items():
         (package / name).write_text(json.dumps({"extension": False, "left_out": {"cpp": why, "cuda": why}}))
-    assert record_seen(tree)["left_out"]["cpp"] == "of an earlier version"  # where there is nothing newer
+    assert record_seen(tree)["left_out"]["cpp"] == "of an earlier version"  # the only one for this Python
 
     program = "import setuptools.build_meta as backend; backend.build_editable('wheels')"
     run(sys.executable, "-c", program, cwd=tree, ROOTFREE_BUILD="none")
@@ -215,7 +247,7 @@ def script(path: Path, text: str) -> Path:
 
 @pytest.fixture
 def toolkit(tmp_path: Path) -> Path:
-    """A folder with an nvcc that says where it is, and with headers."""
+    """A CUDA toolkit: a folder with headers and an nvcc that prints where it is."""
     home = tmp_path / "cuda"
     script(home / "bin/nvcc", f'echo "#\\$ _HERE_={home}/bin" >&2')
     (home / "include").mkdir()
@@ -224,7 +256,7 @@ def toolkit(tmp_path: Path) -> Path:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="scripts stand in for nvcc")
-def test_an_nvcc_that_is_a_script_is_asked_for_its_toolkit(toolkit: Path, tmp_path: Path) -> None:
+def test_find_toolkit_asks_an_nvcc_that_is_a_script(toolkit: Path, tmp_path: Path) -> None:
     wrapper = script(tmp_path / "local/bin/nvcc", f'exec {toolkit}/bin/nvcc "$@"').parent
     silent = script(tmp_path / "broken/bin/nvcc", "exit 1").parent
     (tmp_path / "linked/bin").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The packed format of symmetric matrices."""
+"""Packed storage of symmetric matrices."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SIZES = [*range(1, 10), 128, 255]
 
 
 def symmetric(num: int, size: int, dtype: torch.dtype) -> Tensor:
-    """Random matrices, with a zero of either sign and an infinity among their numbers."""
+    """Return random matrices with zeros of both signs and an infinity."""
     (numbers,) = gradients([(num, size, size)], size, dtype)
     for place, value in enumerate((0.0, -0.0, torch.inf)):
         numbers.view(-1)[place * size % numbers.numel()] = value
@@ -23,7 +23,7 @@ def symmetric(num: int, size: int, dtype: torch.dtype) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP64], ids=str)
 @pytest.mark.parametrize("size", SIZES)
-def test_a_packed_matrix_has_a_triangle_s_numbers_and_comes_back_to_the_bit(size: int, dtype: torch.dtype) -> None:
+def test_packing_and_unpacking_keeps_every_bit(size: int, dtype: torch.dtype) -> None:
     matrices = symmetric(3, size, dtype)
     packed = torch.full((3, *packed_shape(size)), torch.nan, dtype=dtype)
     assert packed[0].numel() == size * (size + 1) // 2
@@ -42,8 +42,8 @@ def test_a_packed_matrix_has_a_triangle_s_numbers_and_comes_back_to_the_bit(size
     ],
     ids=len,
 )
-def test_the_format_is_that_of_lapack(rows: list[str]) -> None:
-    """The cases are those of its documentation (TRANSR = 'N', UPLO = 'L'): digits are the row and the column."""
+def test_format_matches_the_examples_of_lapack(rows: list[str]) -> None:
+    """Examples from LAPACK's documentation (TRANSR = 'N', UPLO = 'L'). Digits are the row and the column."""
     expected = torch.tensor([[float(digits) for digits in row.split()] for row in rows])
     size = int(expected.max() // 10) + 1
     index = torch.arange(size)
@@ -54,8 +54,8 @@ def test_the_format_is_that_of_lapack(rows: list[str]) -> None:
 
 
 @pytest.mark.parametrize("size", [2, 5, 8])
-def test_what_is_symmetric_but_for_roundings_becomes_so_to_the_bit(size: int) -> None:
-    """Each pair takes one of its two numbers."""
+def test_an_almost_symmetric_matrix_becomes_exactly_symmetric(size: int) -> None:
+    """Both elements of a pair get one of the two values."""
     matrices = gradients([(2, size, size)], 0, FP32)[0]
     packed = torch.empty(2, *packed_shape(size))
     pack(matrices, packed)

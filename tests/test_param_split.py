@@ -9,7 +9,7 @@ from rootfree_kernels import RFRMSProp, split_params
 
 
 class Tied(nn.Module):
-    """A language model whose head shares the embedding's weight, with a second head of its own."""
+    """A language model with one head that shares the embedding's weight, and a second head."""
 
     def __init__(self):
         super().__init__()
@@ -29,7 +29,7 @@ def names(part):
     return [name for name, _ in part]
 
 
-def test_parameters_fall_into_matrices_embeddings_with_heads_and_vectors_each_with_a_reason():
+def test_split_sorts_parameters_and_gives_reasons():
     model = Tied()
     split = split_params(model)
     assert names(split.matrices) == ["hidden.weight", "conv.weight", "value.weight", "square.weight"]

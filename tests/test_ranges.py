@@ -1,4 +1,4 @@
-"""Ranges for profilers: which there are, in what order and nesting, and that there are none where nobody listens."""
+"""Ranges for profilers: names, order and nesting. Without a profiler there are none."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ BACKENDS = ["eager", pytest.param("cpp", marks=needs_cpp), pytest.param("triton"
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 Tree = list[tuple[str, "Tree"]]
-"""Ranges in order, each with those within it."""
+"""Ranges in order, each with its inner ranges."""
 
 
 class FakeNVTX:
-    """Keeps the ranges of every thread, and answers as a tool that counts levels does; without one, -2."""
+    """Record the ranges of every thread. Return levels as a tool that counts them does, or -2 without a tool."""
 
     def __init__(self, answers: bool) -> None:
         self.answers, self.calls = answers, []
@@ -57,7 +57,7 @@ class FakeNVTX:
         return len(self.open()) - 1 if self.answers else -2
 
     def tree(self) -> Tree:
-        """All ranges of this thread; they are closed."""
+        """Return all ranges of this thread. All must be closed."""
         (tree,) = self.open()
         return tree
 
@@ -79,7 +79,7 @@ def device_of(backend: str) -> str:
 
 
 def start(case: Case, backend: str, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Callable[[], None]:
-    """Return a function that takes a step of a run that has taken two: first an update, then another step."""
+    """Return a function that takes the next step of a run after two steps, the first of which was an update."""
     monkeypatch.setenv("ROOTFREE_BACKEND", backend)
     model = Model().to(device_of(backend))
     optimizer = case.make(model.parameters(), **changes)
@@ -102,7 +102,7 @@ def leaves(*names: str) -> Tree:
 
 
 def weights(backend: str, inside: bool) -> Tree:
-    """The phases of `kron_step`; the C++ operator marks those `inside` for PyTorch's profilers alone."""
+    """Return the phases of `kron_step`. The C++ operator marks those `inside` only for PyTorch's profilers."""
     phases = leaves("precondition", "apply")
     return [("precondition and apply", phases if inside else [])] if backend == "cpp" else phases
 
@@ -133,7 +133,7 @@ def test_the_diagonal_optimizers_have_one_phase(attach: Any, monkeypatch: Any) -
 
 
 def test_blocks_are_counted_and_not_parameters(attach: Any, monkeypatch: Any) -> None:
-    """7 × 5 falls into blocks of 3 × 3, 3 × 2, 2 × 3 and 2 × 2; 4 × 6 into 2 × 3."""
+    """7 × 5 is cut into blocks of 3 × 3, 3 × 2, 2 × 3 and 2 × 2, and 4 × 6 into 2 × 3."""
     step, nvtx = start(SHAMPOO, "eager", monkeypatch, max_preconditioner_dim=3), attach()
     step()
     ((_, batches),) = nvtx.tree()
@@ -150,20 +150,20 @@ def test_on_a_cpu_both_phases_of_eager_pytorch_take_turns_by_slices(attach: Any,
 
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("cpp", marks=needs_cpp)])
-def test_where_no_tool_is_attached_a_step_asks_once(backend: str, attach: Any, monkeypatch: Any) -> None:
+def test_a_step_looks_for_a_tool_once_if_none_is_attached(backend: str, attach: Any, monkeypatch: Any) -> None:
     step, nvtx = start(SHAMPOO, backend, monkeypatch), attach(answers=False)
     step(), step()
     assert nvtx.calls == ["push IFShampoo.step"] * 2
 
 
-def test_a_tool_that_counts_no_levels_is_known_by_what_it_injects(attach: Any, monkeypatch: Any) -> None:
+def test_a_tool_that_counts_no_levels_is_recognised_by_its_injection_library(attach: Any, monkeypatch: Any) -> None:
     step, nvtx = start(SHAMPOO, "eager", monkeypatch), attach(answers=False, injected=True)
     step()
     assert nvtx.tree() == expected("eager", update=True)
 
 
-def test_nvtx_is_left_alone_where_pytorch_has_none() -> None:
-    """Its functions raise there."""
+def test_nvtx_is_not_called_if_pytorch_lacks_it() -> None:
+    """Its functions would raise."""
     has_nvtx = bool(torch.version.cuda) and hasattr(torch._C, "_nvtx")
     assert (ranges._nvtx is not None) == has_nvtx
 
@@ -175,11 +175,11 @@ def test_nvtx_says_that_no_tool_is_attached() -> None:
     assert torch.cuda.nvtx.range_push("nobody") == -2
 
 
-# ---- whatever happens ----------------------------------------------------------------------------------------------
+# ---- exceptions and threads ----------------------------------------------------------------------------------------
 
 
 def fails(*args: Any, **options: Any) -> Any:
-    """An operator that raises in the middle of its work."""
+    """An operator that raises inside of a range."""
     ranges.phase("half way")
     raise FloatingPointError("on purpose")
 
@@ -198,7 +198,7 @@ def test_ranges_are_closed_when_an_exception_passes(operator: str, attach: Any, 
     assert [name for name, _ in again.tree()] == ["IFShampoo.step"] * 2
 
 
-def test_a_step_that_is_refused_leaves_no_range_open(attach: Any, monkeypatch: Any) -> None:
+def test_a_step_that_raises_leaves_no_range_open(attach: Any, monkeypatch: Any) -> None:
     model, optimizer = SHAMPOO.start()
     train(model, optimizer, [0])
     nvtx = attach()
@@ -208,7 +208,7 @@ def test_a_step_that_is_refused_leaves_no_range_open(attach: Any, monkeypatch: A
     assert nvtx.tree() == leaves("IFShampoo.step")
 
 
-def test_every_thread_has_ranges_of_its_own(attach: Any, monkeypatch: Any) -> None:
+def test_every_thread_has_its_own_ranges(attach: Any, monkeypatch: Any) -> None:
     """Two threads take turns from batch to batch."""
     steps = [start(SHAMPOO, "eager", monkeypatch) for _ in range(2)]
     nvtx, turn, trees = attach(), threading.Barrier(2, timeout=60), []
@@ -248,7 +248,7 @@ def test_an_operator_called_by_itself_has_no_ranges(attach: Any, monkeypatch: An
 
 
 def tree_of(profiler: profile) -> Tree:
-    """The ranges that `record_function` and C++ made in this thread, but for those of torch.optim itself."""
+    """Return the ranges of `record_function` and C++ in this thread, without those of torch.optim."""
     events = [event for event in profiler.events() if event.is_user_annotation and "#" not in event.name]
     events.sort(key=lambda event: (event.time_range.start, -event.time_range.end))
     tree: Tree = []
@@ -277,7 +277,7 @@ def test_the_profiler_has_every_step_batch_and_phase(backend: str, monkeypatch: 
 
 @every_backend
 def test_a_range_lies_within_an_operator_or_around_it(backend: str, monkeypatch: Any) -> None:
-    """Otherwise a trace could not be drawn: the profiler has its own ranges around operators."""
+    """Otherwise a trace could not be displayed, because the profiler has its own ranges around operators."""
     step = start(SHAMPOO, backend, monkeypatch)
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         step()
@@ -291,7 +291,7 @@ def test_a_range_lies_within_an_operator_or_around_it(backend: str, monkeypatch:
     assert any("rootfree::kron_step" in name for *_, name in spans)
 
 
-def test_profilers_of_pytorch_go_before_nvtx(attach: Any, monkeypatch: Any) -> None:
+def test_profilers_of_pytorch_have_priority_over_nvtx(attach: Any, monkeypatch: Any) -> None:
     """Otherwise `torch.autograd.profiler.emit_nvtx`, one of them, would report every range to NVTX twice."""
     step, nvtx = start(SHAMPOO, "eager", monkeypatch), attach()
     assert profiled(step) == expected("eager", update=True)
@@ -316,7 +316,7 @@ def test_the_profiler_s_ranges_are_closed_when_an_exception_passes(monkeypatch: 
 
 @pytest.mark.parametrize("case", [Case("IFShampoo", IFShampoo), RMSPROP], ids=lambda case: case.name)
 def test_a_compiled_step_has_no_ranges_and_is_compiled_once(case: Case, attach: Any, monkeypatch: Any) -> None:
-    """It stays one graph though a profiler is attached to steps of others before, between and during tracing."""
+    """It stays one graph, even if a profiler is attached to other steps before, between and during tracing."""
     torch._dynamo.reset()
     other, nvtx = start(case, "eager", monkeypatch), attach()
     model, optimizer = case.start(capturable=True, lr=torch.tensor(0.01))

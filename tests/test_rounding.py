@@ -1,4 +1,4 @@
-"""The three rounding modes, and the counter-based bits, which every backend must draw identically."""
+"""The three rounding modes, and the random bits, which must be the same for every backend."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
 
 def mix(x: int) -> int:
-    """`mix` of the documentation, in plain integers."""
+    """`mix` of the documentation, with Python integers."""
     x ^= x >> 16
     x = x * 0x7FEB352D & 0xFFFFFFFF
     x ^= x >> 15

@@ -1,4 +1,4 @@
-"""The structure of the source: short signatures, no circles, few changes of file on the way through a step."""
+"""Structure of the source: short signatures, no import cycles, few changes between files during a step."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ def listed(findings: list[signatures.Finding]) -> str:
     return "\n".join(str(finding) for finding in findings)
 
 
-def test_only_kernels_and_constructors_of_optimizers_have_many_parameters() -> None:
+def test_functions_have_few_parameters() -> None:
     found = [finding for finding in signatures.many_parameters(most=MOST_PARAMETERS) if not finding.allowed]
     assert not found, listed(found)
 
 
 @pytest.mark.parametrize("in_functions", [False, True], ids=["modules", "functions"])
-def test_no_modules_import_each_other_in_circles(in_functions: bool) -> None:
+def test_there_are_no_import_cycles(in_functions: bool) -> None:
     found = signatures.import_cycles(in_functions=in_functions)
     assert not found, listed(found)
 
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("cpp", marks=needs_cpp)])
-def test_a_step_changes_files_seldom(backend: str) -> None:
+def test_a_step_moves_between_files_rarely(backend: str) -> None:
     assert file_changes.count(backend) <= MOST_CHANGES[backend]

@@ -20,7 +20,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from bench.common.peers import find
-from bench.demo.fp32_muon import use_fp32
+from bench.demo.methods import use_fp32_muon
 from rootfree_kernels import RECIPE, IFShampoo, RFRMSProp
 from rootfree_kernels.eager import cpu_matmul_dtype
 from rootfree_kernels.ops.backends import BACKENDS, why_not
@@ -152,7 +152,7 @@ def of_torch(name: str, params: Sequence[Parameter], period: int, block: int, **
 
 def muon_of_torch(params: Sequence[Parameter], period: int, block: int) -> Optimizer:
     if muon_is_fp32(params[0].device):
-        use_fp32()
+        use_fp32_muon()
     return torch.optim.Muon(params, lr=LR, momentum=0.9)
 
 

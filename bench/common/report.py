@@ -85,7 +85,9 @@ def cell(value: Any) -> str:
         return f"{number(value.median)} ({number(value.p10)}–{number(value.p90)}){gaps}"
     if value is None:
         return "–"
-    return number(value) if isinstance(value, int | float) else str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    return number(value) if isinstance(value, float) else str(value)
 
 
 def _cell_with_target(row: Row, column: str) -> str:
@@ -97,16 +99,18 @@ def _cell_with_target(row: Row, column: str) -> str:
     return f"{text} ({target}: met)" if met else f"**{text} ({target}: missed)**"
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Return the lines of a Markdown table whose columns are aligned, so that it is easy to read in a terminal too."""
-    escaped = [[text.replace("|", "\\|") for text in row] for row in (columns, *rows)]
-    widths = [max(3, *map(len, column)) for column in zip(*escaped, strict=True)]
-    lines = [[text.ljust(width) for text, width in zip(row, widths, strict=True)] for row in escaped]
+def table(columns: Sequence[str], rows: Iterable[Sequence[str] | str]) -> list[str]:
+    """Return the lines of a Markdown table whose columns are aligned, so that it is easy to read in a terminal too.
+
+    A row that is a string is a heading between rows: it is shown as it is.
+    """
+    lines = [row if isinstance(row, str) else [text.replace("|", "\\|") for text in row] for row in (columns, *rows)]
+    widths = [max(3, *map(len, column)) for column in zip(*(x for x in lines if isinstance(x, list)), strict=True)]
     lines.insert(1, ["-" * width for width in widths])
-    return [f"| {' | '.join(line)} |" for line in lines]
+    return [x if isinstance(x, str) else f"| {' | '.join(map(str.ljust, x, widths))} |" for x in lines]
 
 
-def _section(name: str, rows: list[Row], note: str) -> list[str]:
+def section(name: str, rows: list[Row], note: str) -> list[str]:
     """Return the lines of one table: heading, note, table and failures."""
     columns = list(dict.fromkeys(column for row in rows for column in (*row.cells, *row.targets)))
     lines = [f"### {name}", ""]
@@ -158,7 +162,7 @@ def markdown(record: Mapping[str, Any], rows: list[Row], notes: Mapping[str, str
         *summary(rows),
     ]
     for name in dict.fromkeys(row.table for row in rows):
-        lines += _section(name, [row for row in rows if row.table == name], notes.get(name, ""))
+        lines += section(name, [row for row in rows if row.table == name], notes.get(name, ""))
     return "\n".join(lines).rstrip() + "\n"
 
 

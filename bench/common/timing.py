@@ -1,8 +1,8 @@
-"""Times on a GPU: device events around a call that was queued ahead, so that no gap of the host is in them.
+"""Measure how long calls take: on a GPU by device events, on a CPU by the host's clock.
 
-Variants take turns in one process, inputs change from call to call, and the first calls warm up. Before each call the
-device is put to sleep for longer than the host takes to queue it; whether that worked is checked for every sample. All
-times are in microseconds.
+Variants take turns in one process. Inputs change from call to call, and the first calls warm up. On a GPU the device
+sleeps before each call for longer than the host takes to queue it, so that no gap of the host is in the time; every
+sample records whether that worked. All times are in microseconds.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -22,7 +23,16 @@ Call = Callable[[], Any]
 
 KERNELS = "rootfree_kernels.triton_kernels"
 MAX_LEAD = 20_000.0
-"""µs that the device sleeps before a call, at most: a call that takes the host longer is timed with its gaps."""
+"""The longest sleep of the device before a call, in µs. A call that takes the host longer is timed with its gaps."""
+
+
+class Sample(NamedTuple):
+    """The time of one call in µs, and of its stages by name."""
+
+    time: float
+    queued: bool = True
+    """False if the device had to wait for the host to queue the call, so that gaps of the host are in the time."""
+    stages: Mapping[str, float] = {}
 
 
 class Timing(NamedTuple):
@@ -33,7 +43,7 @@ class Timing(NamedTuple):
     p90: float
     samples: int
     queued: bool = True
-    """Whether the samples were queued before the device began with them; otherwise gaps of the host are included."""
+    """False if the device had to wait for the host, so that gaps of the host are in the samples."""
 
     @classmethod
     def of(cls, samples: Sequence[float], queued: bool = True) -> Timing:
@@ -41,18 +51,34 @@ class Timing(NamedTuple):
         median, p10, p90 = (ordered[round(q * (len(ordered) - 1))] for q in (0.5, 0.1, 0.9))
         return cls(median, p10, p90, len(ordered), queued)
 
+    @classmethod
+    def of_samples(cls, samples: Sequence[Sample]) -> Timing:
+        """Return the quantiles of the queued samples; of all samples if most were not queued."""
+        kept, queued = _kept(samples)
+        return cls.of([sample.time for sample in kept], queued)
+
+
+def _kept(samples: Sequence[Sample]) -> tuple[Sequence[Sample], bool]:
+    """Return the samples that count, and whether they were queued."""
+    kept = [sample for sample in samples if sample.queued]
+    queued = 2 * len(kept) >= len(samples)
+    return (kept if queued else samples), queued
+
+
+# ---- clocks --------------------------------------------------------------------------------------------------------
+
 
 class HostClock:
-    """Times of the host, for a machine without a GPU: a call is over when it returns."""
+    """Times of the host: a call is over when it returns. `wait` waits for the device before and after each call."""
+
+    def __init__(self, wait: Call = lambda: None) -> None:
+        self.synchronize = wait
 
     def mark(self) -> float:
         return time.perf_counter()
 
     def elapsed(self, start: float, end: float) -> float:
         return (end - start) * 1e6
-
-    def synchronize(self) -> None:
-        pass
 
     def lead(self, microseconds: float) -> None:
         pass
@@ -90,21 +116,29 @@ class DeviceClock:
         torch.cuda._sleep(int(microseconds * self.cycles_per_microsecond))
 
     def reached(self, mark: torch.cuda.Event) -> bool:
-        """Whether the device has come to a mark."""
+        """Return whether the device has come to a mark."""
         return bool(mark.query())
 
 
 def clock_of(device: torch.device) -> HostClock | DeviceClock:
+    """Return the clock that times the work of a device."""
     return DeviceClock(device) if device.type == "cuda" else HostClock()
 
 
-# ---- stages of a call --------------------------------------------------------------------------------------------
+def host_clock(device: torch.device) -> HostClock:
+    """Return a clock that times the host in a call, with the device's queue empty before."""
+    return HostClock(partial(torch.cuda.synchronize, device)) if device.type == "cuda" else HostClock()
+
+
+# ---- stages of a call ----------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def recorded_stages(clock: Any, into: list[tuple[str, Any, Any]]) -> Iterator[None]:
-    """Put (name, start, end) of every Triton launch and every `torch.bmm` into a list; of a name that comes again,
-    the second is called "name 2"."""
+    """Append (name, start, end) of every Triton launch and every `torch.bmm` to a list.
+
+    A name that comes a second time gets a number: "bmm", "bmm 2".
+    """
 
     def recorded(function: Callable[..., Any], name_of: Callable[..., str]) -> Callable[..., Any]:
         def call(*args: Any, **options: Any) -> Any:
@@ -126,123 +160,111 @@ def recorded_stages(clock: Any, into: list[tuple[str, Any, Any]]) -> Iterator[No
         yield
 
 
-# ---- measuring ---------------------------------------------------------------------------------------------------
-
-
-class Measured(NamedTuple):
-    """The time of a variant, and of each of its stages where they were asked for."""
-
-    total: Timing
-    stages: dict[str, Timing]
-
-
-class _Sample(NamedTuple):
-    total: float
-    stages: dict[str, float]
-    queued: bool
+# ---- measuring -----------------------------------------------------------------------------------------------------
 
 
 @dataclass
-class _Variant:
-    """What is measured of a variant, as far as it has come."""
-
-    calls: Sequence[Call]
-    lead: float = 0.0
-    retries: int = 6  # of samples that the device began with before they were queued
-    samples: list[_Sample] = field(default_factory=list)
-
-    def next_call(self) -> Call:
-        return self.calls[len(self.samples) % len(self.calls)]
-
-    def measured(self) -> Measured:
-        kept = [sample for sample in self.samples if sample.queued]
-        queued = 2 * len(kept) >= len(self.samples)  # a few for which the host was held up are left out
-        if not queued:
-            kept = self.samples
-        names = dict.fromkeys(name for sample in kept for name in sample.stages)
-        stages = {name: [x.stages[name] for x in kept if name in x.stages] for name in names}
-        times = {name: Timing.of(values, queued) for name, values in stages.items()}
-        return Measured(Timing.of([sample.total for sample in kept], queued), times)
-
-
-@dataclass
-class Timer:
-    """How often and how long is measured."""
+class Stopwatch:
+    """Times single calls. Before each one the device sleeps for longer than the host takes to queue the call."""
 
     clock: Any
-    warmups: int = 10
-    repeats: int = 50
-    min_repeats: int = 10
-    seconds: float = 4.0
-    """That a measurement of all its variants may take; beyond it there are fewer repeats."""
+    retries: int = 0
+    """The number of calls that may be repeated, after a longer sleep, because they were not queued in time."""
+    lead: float = 0.0
+    """The µs that the device sleeps."""
 
-    def measure(self, variants: Mapping[str, Sequence[Call]], stages: bool = False) -> dict[str, Measured]:
-        """Time variants, which take turns; each is a sequence of calls, on other inputs each, that take turns too."""
-        running = {name: _Variant(calls) for name, calls in variants.items()}
-        for variant in running.values():
-            self._warm_up(variant)
+    def warm_up(self, call: Call) -> None:
+        """Call without timing the device, and set the lead by the time that the host takes."""
+        self.clock.synchronize()
         start = time.perf_counter()
-        self._sample_all(running.values(), stages)
-        repeats = int(self.seconds / max(time.perf_counter() - start, 1e-6))
-        for _ in range(max(self.min_repeats, min(self.repeats, repeats)) - 1):
-            self._sample_all(running.values(), stages)
-        return {name: variant.measured() for name, variant in running.items()}
+        call()
+        self.lead = min(2e6 * (time.perf_counter() - start) + 20.0, MAX_LEAD)
 
-    def _sample_all(self, variants: Iterable[_Variant], stages: bool) -> None:
-        for variant in variants:
-            variant.samples.append(self._queued_sample(variant, stages))
-
-    def _warm_up(self, variant: _Variant) -> None:
-        host = 0.0
-        for index in range(max(self.warmups, 1)):
-            self.clock.synchronize()
-            start = time.perf_counter()
-            variant.calls[index % len(variant.calls)]()
-            host = (time.perf_counter() - start) * 1e6
-        variant.lead = min(2.0 * host + 20.0, MAX_LEAD)
-
-    def _queued_sample(self, variant: _Variant, stages: bool) -> _Sample:
-        sample = self._sample(variant, stages)
-        while not sample.queued and variant.retries:
-            variant.retries -= 1
-            variant.lead = min(2.0 * variant.lead, MAX_LEAD)
-            sample = self._sample(variant, stages)
+    def time(self, call: Call, stages: bool = False) -> Sample:
+        """Return the time of a call, and of its stages if asked for."""
+        sample = self._time_once(call, stages)
+        while not sample.queued and self.retries:
+            self.retries -= 1
+            self.lead = min(2.0 * self.lead, MAX_LEAD)
+            sample = self._time_once(call, stages)
         return sample
 
-    def _sample(self, variant: _Variant, stages: bool) -> _Sample:
+    def _time_once(self, call: Call, stages: bool) -> Sample:
         marks: list[tuple[str, Any, Any]] = []
-        call = variant.next_call()
-        with recorded_stages(self.clock, marks) if stages else ExitStack():
+        with recorded_stages(self.clock, marks) if stages else nullcontext():
             self.clock.synchronize()
-            self.clock.lead(variant.lead)
+            self.clock.lead(self.lead)
             start = self.clock.mark()
             call()
             end = self.clock.mark()
             queued = not self.clock.reached(start)
         self.clock.synchronize()
         times = {name: self.clock.elapsed(*pair) for name, *pair in marks}
-        return _Sample(self.clock.elapsed(start, end), times, queued)
+        return Sample(self.clock.elapsed(start, end), queued, times)
+
+
+class Measured(NamedTuple):
+    """The time of a variant, and of each of its stages if they were asked for."""
+
+    total: Timing
+    stages: dict[str, Timing]
+
+    @classmethod
+    def of(cls, samples: Sequence[Sample]) -> Measured:
+        kept, queued = _kept(samples)
+        names = dict.fromkeys(name for sample in kept for name in sample.stages)
+        stages = {name: [x.stages[name] for x in kept if name in x.stages] for name in names}
+        return cls(Timing.of_samples(samples), {name: Timing.of(times, queued) for name, times in stages.items()})
+
+
+@dataclass
+class Timer:
+    """A clock, and how often and for how long it measures."""
+
+    clock: Any
+    warmups: int = 10
+    repeats: int = 50
+    min_repeats: int = 10
+    seconds: float = 4.0
+    """The time for a measurement of all its variants: beyond it there are fewer repeats, but `min_repeats`."""
+
+    def measure(self, variants: Mapping[str, Sequence[Call]], stages: bool = False) -> dict[str, Measured]:
+        """Time variants, which take turns. Each is a sequence of calls on different inputs, which take turns too."""
+        return {name: Measured.of(samples) for name, samples in self.samples(variants, stages).items()}
+
+    def samples(
+        self, variants: Mapping[str, Sequence[Call]], stages: bool = False, before: Call = lambda: None
+    ) -> dict[str, list[Sample]]:
+        """Return the samples of variants in the order of time. `before` is called before each sample.
+
+        The order of the variants is reversed every time: a call finds the caches as the one before left them.
+        """
+        found: dict[str, list[Sample]] = {name: [] for name in variants}
+        watches = {name: Stopwatch(self.clock, retries=6) for name in variants}
+        for name, calls in variants.items():
+            for index in range(max(self.warmups, 1)):
+                before()
+                watches[name].warm_up(calls[index % len(calls)])
+        start, done, wanted = time.perf_counter(), 0, 1
+        while done < wanted:
+            for name in [*variants][:: -1 if done % 2 else 1]:
+                before()
+                call = variants[name][done % len(variants[name])]
+                found[name].append(watches[name].time(call, stages))
+            done += 1
+            if done == 1:
+                affordable = int(self.seconds / max(time.perf_counter() - start, 1e-6))
+                wanted = min(self.repeats, max(self.min_repeats, affordable))
+        return found
 
     def host(self, call: Call, before: Call = lambda: None) -> Timing:
-        """µs of the host in `call`, which the device's queue is empty before."""
-        samples = []
-        for index in range(self.warmups + self.repeats):
-            before()
-            self.clock.synchronize()
-            start = time.perf_counter()
-            call()
-            if index >= self.warmups:
-                samples.append((time.perf_counter() - start) * 1e6)
-        self.clock.synchronize()
-        return Timing.of(samples)
-
-
-def cache_bytes(device: torch.device) -> int:
-    """Bytes of the device's last-level cache, 64 MB where it does not tell."""
-    properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
-    return getattr(properties, "L2_cache_size", 0) or 1 << 26
+        """Return the host's time in `call`, with the device's queue empty before. `before` is not timed."""
+        on_host = replace(self, clock=HostClock(self.clock.synchronize), min_repeats=self.repeats)
+        return Timing.of_samples(on_host.samples({"call": [call]}, before=before)["call"])
 
 
 def num_inputs(bytes_of_one: float, device: torch.device) -> int:
-    """How many inputs a call needs in turn so that none of it is left in the cache from the time before: at most 8."""
-    return max(1, min(8, math.ceil(3 * cache_bytes(device) / max(bytes_of_one, 1.0))))
+    """Return how many inputs, at most 8, must take turns so that the cache keeps none from the call before."""
+    properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+    cache = getattr(properties, "L2_cache_size", 0) or 1 << 26  # 64 MB if the device does not tell
+    return max(1, min(8, math.ceil(3 * cache / max(bytes_of_one, 1.0))))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-from bench.common.gpt2 import GPT2
+from bench.common.gpt import GPT2
 from rootfree_kernels.blocks import tiles
 
 Matrix = tuple[int, int]
@@ -41,7 +41,7 @@ class Workload:
 
 def gpt2_matrices(model: GPT2) -> tuple[Matrix, ...]:
     """Return the weights of a GPT-2's layers, in the order of the model."""
-    hidden = (shape for name, shape in model.shapes().items() if name.startswith("h.") and len(shape) == 2)
+    hidden = (shape for name, shape in model.shapes().items() if name.startswith("blocks.") and len(shape) == 2)
     return tuple((rows, columns) for rows, columns in hidden)
 
 

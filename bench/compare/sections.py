@@ -23,6 +23,7 @@ from bench.compare.alternatives import alternatives, backend_of
 from bench.compare.contest import OTHER, UPDATE, Case, Contestant, Gradients, cases_of, run_contest
 from bench.compare.settings import Plan
 from bench.compare.targets import DEFAULT
+from bench.compare.work import work_of
 from rootfree_kernels.eager import cpu_matmul_dtype
 
 Piece = Callable[[], None]
@@ -142,7 +143,7 @@ def _figures(run: Run, contestant: Contestant) -> Row:
     figures = contestant.measured()
     roof = run.record["roofline"]
     for kind in (UPDATE, OTHER):
-        if roof and (found := roofline.work_of(entry, workload, block, kind)):
+        if roof and (found := work_of(entry, workload, block, kind)):
             work, dtype = found[0], cpu_matmul_dtype(found[1], run.device)
             figures[f"roofline of {kind}"] = roofline.Roofline(**roof).limit(work, dtype) / figures[kind]["median"]
     if entry.is_ours:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from bench.common.gpt2 import GPT2
+from bench.common.gpt import GPT2
 from bench.common.optimizers import ENTRIES, Entry
 from bench.common.workloads import WORKLOADS, Workload
 from bench.compare import training
@@ -83,7 +83,7 @@ TINY = Plan(
     layer_side=8,
     periods=(1, 2),
     period_side=16,
-    task=training.Task("tiny GPT", GPT2(1, 8, 50, 4), batch=2, heads=2, bf16=False),
+    task=training.Task("tiny GPT", GPT2(1, 8, 50, 4, head_width=4), batch=2, bf16=False),
     training_cycles=(1, 1),
 )
 TINY_WORKLOADS = (Workload("16²", ((16, 16),)), Workload("pair", ((8, 40), (24, 8))))

@@ -1,8 +1,8 @@
-"""Whole training steps: a GPT on random tokens, forward, backward and step, with one optimizer after another.
+"""Measure whole training steps: forward, backward and step of a GPT on random tokens, with one optimizer after another.
 
-On a GPU GPT-2 124M in BF16 autocast with 32 × 1024 tokens, on a CPU the small GPT of `bench.demo`. Second-order
-optimizers and Muon step the matrices of the layers; embeddings and vectors take AdamW beside theirs, and the diagonal
-step of the same optimizer beside ours. Contestants have models of their own; on a CPU they take turns, step by step.
+The model is GPT-2 124M on a GPU, in BF16 autocast with 32 × 1024 tokens, and a small GPT-2 on a CPU. Second-order
+optimizers and Muon step the matrices of the blocks. Embeddings and vectors take AdamW beside other people's optimizers,
+and the diagonal step of the same optimizer beside ours. Every optimizer has its own model. On a CPU they take turns.
 """
 
 from __future__ import annotations
@@ -15,25 +15,24 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
-from bench.common.gpt2 import GPT2
+from bench.common.gpt import GPT, GPT2
 from bench.common.memory import peak_bytes, release, state_bytes
 from bench.common.optimizers import ENTRIES, Entry
 from bench.common.timing import Timing
-from bench.demo.peers import Together
+from bench.demo.methods import Together
 from rootfree_kernels import IFShampoo
 
 
 @dataclass(frozen=True)
 class Task:
-    """A model and what is fed to it."""
+    """A model and the batches that it is trained on."""
 
     name: str
     model: GPT2
     batch: int
-    heads: int
     bf16: bool = True
 
     @property
@@ -41,66 +40,31 @@ class Task:
         return self.batch * self.model.context
 
 
-GPT2_124M = Task("GPT-2 124M", GPT2(), batch=32, heads=12)
-SMALL = Task("small GPT", GPT2(depth=5, width=128, vocabulary=256, context=128), batch=16, heads=4, bf16=False)
+GPT2_124M = Task("GPT-2 124M", GPT2(), batch=32)
+SMALL = Task("small GPT", GPT2(5, 128, vocabulary=256, context=128, head_width=32), batch=16, bf16=False)
 
 
-class Layer(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attention, self.projection = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        parts = self.attention(self.ln_1(x)).chunk(3, dim=-1)
-        query, key, value = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in parts)
-        y = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        x = x + self.projection(y.transpose(1, 2).flatten(2))
-        return x + self.down(F.gelu(self.up(self.ln_2(x)), approximate="tanh"))
-
-
-class Transformer(nn.Module):
-    """GPT-2 with the head tied to the embedding; tokens [batch, length] to the mean loss of the next token."""
+class Transformer(GPT):
+    """A GPT-2 that maps tokens [batch, length] to the mean loss of the next token."""
 
     def __init__(self, task: Task) -> None:
-        super().__init__()
-        size = task.model
-        self.wte, self.wpe = nn.Embedding(size.vocabulary, size.width), nn.Embedding(size.context, size.width)
-        self.h = nn.ModuleList(Layer(size.width, task.heads) for _ in range(size.depth))
-        self.ln_f = nn.LayerNorm(size.width)
-        for param in self.parameters():
-            if param.ndim == 2:
-                nn.init.normal_(param, std=0.02)
+        super().__init__(task.model)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = self.wte(tokens) + self.wpe.weight[: tokens.shape[1]]
-        for layer in self.h:
-            x = layer(x)
-        logits = F.linear(self.ln_f(x), self.wte.weight)
+        logits = super().forward(tokens)
         return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
-
-    def matrices(self) -> list[nn.Parameter]:
-        """The weights of the layers."""
-        return [x for name, x in self.named_parameters() if name.startswith("h.") and x.ndim == 2]
-
-    def rest(self) -> list[nn.Parameter]:
-        """Embeddings and vectors."""
-        matrices = set(self.matrices())
-        return [x for x in self.parameters() if x not in matrices]
 
 
 # ---- optimizers --------------------------------------------------------------------------------------------------
 
 
 def whole(entry: Entry, model: Transformer, period: int) -> Optimizer:
-    """One optimizer for the whole model."""
+    """Return one optimizer for the whole model."""
     return entry.make([*model.parameters()], period, 1024)
 
 
 def in_groups(entry: Entry, model: Transformer, period: int) -> Optimizer:
-    """Ours, with the diagonal step for embeddings and vectors."""
+    """Return ours, with the diagonal step for embeddings and vectors."""
     groups = [{"params": model.matrices()}, {"params": model.rest(), "structure": "elementwise"}]
     return entry.make(groups, period, 1024)
 
@@ -112,7 +76,7 @@ def by_recipe(entry: Entry, model: Transformer, period: int) -> Optimizer:
 
 
 def beside_adamw(entry: Entry, model: Transformer, period: int) -> Optimizer:
-    """Theirs for the matrices, AdamW for the rest."""
+    """Return theirs for the matrices, with AdamW for the rest."""
     adamw = torch.optim.AdamW(model.rest(), lr=1e-4, fused=True)
     return Together(entry.make(model.matrices(), period, 1024), adamw)
 
@@ -135,7 +99,7 @@ ROWS: dict[str, tuple[str, int, Callable[[Entry, Transformer, int], Optimizer]]]
     "sirfshampoo, T = 10": ("sirfshampoo", SELDOM, beside_adamw),
     "SOAP, T = 10": ("SOAP", SELDOM, beside_adamw),
 }
-"""By what a row is called: the entry, T, and which part of the model it steps."""
+"""By the name of a row: the entry, T, and the function that makes the optimizer."""
 
 BASELINE = "AdamW, fused"
 """The row that the others are compared with."""
@@ -151,18 +115,18 @@ class Trainee:
     task: Task
     device: torch.device
     make: Callable[[Transformer], Optimizer]
-    period: int
     steps: list[float] = field(default_factory=list)
     in_optimizer: list[float] = field(default_factory=list)
     peak: int = 0
 
     def prepare(self) -> None:
+        """Make model and optimizer."""
         torch.manual_seed(0)
         self.model = Transformer(self.task).to(self.device)
         self.optimizer = self.make(self.model)
 
     def warm_up(self, tokens: Tensor, clock: Any, number: int) -> None:
-        """A step whose memory is taken down where it may be an update, and not its time."""
+        """Take a step and forget its time. Its memory is measured where it may be an update."""
         if number % SELDOM in (0, SELDOM - 1):
             params = [*self.model.parameters()]
             kept = sum(x.nbytes for x in params) + state_bytes(self.optimizer, params)
@@ -173,6 +137,7 @@ class Trainee:
         self.in_optimizer.clear()
 
     def step(self, tokens: Tensor, clock: Any) -> None:
+        """Take a step and note its time, and that of the optimizer's part."""
         clock.synchronize()
         marks = [clock.mark()]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.task.bf16):
@@ -187,15 +152,14 @@ class Trainee:
         self.in_optimizer.append(clock.elapsed(marks[1], marks[2]))
 
     def row(self) -> dict[str, Any]:
-        """Means over whole cycles of T: an update belongs to them as often as it comes."""
-        steps, in_optimizer = self.steps, self.in_optimizer
-        mean, share = sum(steps) / len(steps), sum(in_optimizer) / sum(steps)
+        """Return means over whole cycles of T, to which an update belongs as often as it comes."""
+        steps, in_optimizer = sum(self.steps), sum(self.in_optimizer)
         return {
-            "mean": mean,
-            "spread": Timing.of(steps)._asdict(),
-            "optimizer_share": share,
-            "in_optimizer": sum(in_optimizer) / len(in_optimizer),
-            "tokens_per_second": self.task.tokens / mean * 1e6,
+            "mean": steps / len(self.steps),
+            "spread": Timing.of(self.steps)._asdict(),
+            "optimizer_share": in_optimizer / steps,
+            "in_optimizer": in_optimizer / len(self.steps),
+            "tokens_per_second": self.task.tokens * len(self.steps) / steps * 1e6,
             "state_bytes": state_bytes(self.optimizer, self.model.parameters()),
             "peak_bytes": self.peak,
         }
@@ -209,19 +173,15 @@ def names_of(device: torch.device, entries: Sequence[Entry]) -> list[str]:
 
 def contestants(task: Task, device: torch.device, names: Sequence[str]) -> dict[str, Trainee]:
     """Return the trainees of these rows."""
-    found = {}
-    for name in names:
-        entry_name, period, part = ROWS[name]
-        found[name] = Trainee(task, device, partial(_make, part, ENTRIES[entry_name], period), period)
-    return found
-
-
-def _make(part: Callable[..., Optimizer], entry: Entry, period: int, model: Transformer) -> Optimizer:
-    return part(entry, model, period)
+    rows = {name: ROWS[name] for name in names}
+    return {
+        name: Trainee(task, device, partial(make, ENTRIES[entry], period=period))
+        for name, (entry, period, make) in rows.items()
+    }
 
 
 def batches(task: Task, device: torch.device) -> Iterator[Tensor]:
-    """Random tokens, without end."""
+    """Yield random tokens, without end."""
     generator = torch.Generator(device=device).manual_seed(0)
     size = (task.batch, task.model.context)
     while True:
@@ -231,8 +191,8 @@ def batches(task: Task, device: torch.device) -> Iterator[Tensor]:
 def measure(
     task: Task, clock: Any, device: torch.device, names: Sequence[str], cycles: tuple[int, int], deadline: float
 ) -> list[dict[str, Any]]:
-    """Return a row for each name; times in µs. `cycles` of T = 10 warm up and are measured. On a GPU each trains alone,
-    since its memory is measured; on a CPU they take turns."""
+    """Return a row for each name, with times in µs. `cycles` are the numbers of cycles of T = 10 that warm up and that
+    are measured. On a GPU each optimizer trains alone, since its memory is measured; on a CPU they take turns."""
     rows = []
     trainees = contestants(task, device, names)
     alone = device.type == "cuda"
@@ -241,7 +201,6 @@ def measure(
         for name, trainee in group.items():
             row = {"optimizer": name, "task": task.name}
             rows.append(row | ({"error": problems[name]} if name in problems else trainee.row()))
-        for trainee in group.values():
             vars(trainee).pop("model", None), vars(trainee).pop("optimizer", None)
         release()
     return rows
@@ -250,23 +209,22 @@ def measure(
 def _train(
     group: dict[str, Trainee], task: Task, clock: Any, device: torch.device, cycles: tuple[int, int], deadline: float
 ) -> dict[str, str]:
-    """Train for the cycles that warm up and for those that are measured; why one did not, by name."""
+    """Train for all cycles, and return why a trainee stopped before, by name."""
     problems: dict[str, str] = {}
     data = batches(task, device)
     for number in range(sum(cycles) * SELDOM):
         tokens = next(data)
-        for name, trainee in list(group.items())[:: 1 if number % 2 else -1]:
-            if name in problems:
-                continue
+        running = [name for name in group if name not in problems]
+        for name in running[:: 1 if number % 2 else -1]:
             try:
                 if time.perf_counter() > deadline:
                     raise TimeoutError("left out: the run's time was over")
                 if number == 0:
-                    trainee.prepare()
+                    group[name].prepare()
                 if number < cycles[0] * SELDOM:
-                    trainee.warm_up(tokens, clock, number)
+                    group[name].warm_up(tokens, clock, number)
                 else:
-                    trainee.step(tokens, clock)
+                    group[name].step(tokens, clock)
             except Exception as error:  # of any kind: it is recorded, and the others go on
                 problems[name] = f"{type(error).__name__}: {error}"
     return problems

@@ -1,188 +1,238 @@
-"""Train a small byte-level GPT on Python's own standard library with several optimizers, side by side.
+"""Train a byte-level GPT with several optimizers, side by side.
 
     python -m bench.demo [--steps N] [--seed N] [--out DIR] [--optimizers adamw ifshampoo ...]
-
-Every optimizer starts from the same weights and sees the same batches in the same order. The run
-prints a table, writes ``summary.json`` and ``loss.png`` to ``--out`` and samples text from the best model.
-
     python -m bench.demo --device cuda --size 30m|124m --seconds 60
+    python -m bench.demo --device cuda --size 30m --steps 1000 --optimizers adamw muon --set adamw.lr=2e-3
 
-trains a larger model of the same kind on a GPU instead: ``--size`` and ``--device cuda`` are options of
-`bench.demo.language`, whose ``--help`` has the others.
+The first form trains a small model on Python's standard library, on the CPU and in less than 5 minutes on two cores.
+The others train a larger model of the same kind on the Python sources in this machine's site-packages, on a GPU with
+products in BF16 (autocast). About a tenth of the files is held out. Every optimizer starts from the same weights and
+sees the same batches in the same order. Losses are in nats per byte.
+
+Time and schedule. With --steps, every method takes the same number of steps, with the same schedule: a short warm-up,
+then a cosine to zero. With --seconds, the number of steps is that time divided by the measured time of a step, and the
+schedule goes over these steps, so that every method is judged at its end. On a GPU or with --seconds, each method takes
+throw-away steps before: kernels are compiled, memory is allocated, and the time of a step is measured; then weights and
+optimizer are made anew. Only the time of training counts: the clock stops for evaluations. All methods are evaluated at
+multiples of the same number of steps, and the report also compares them at the last one that all have reached. A slow
+method's learning rate has come down further there, which favours it, so that the report shows the factor.
+
+Writes to --out as it goes: progress.jsonl, a line for every evaluation; after every method summary.json, README.md and,
+where there is matplotlib, two plots. A method that diverges or fails (out of memory, say) is recorded, and the others
+go on; the exit status is 1 where one failed.
 """
 
+from __future__ import annotations
+
 import argparse
+import ast
+import json
 import math
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, replace
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
-from torch import Tensor, nn
 
-from bench.common.memory import state_bytes
-from bench.common.peers import why_missing
-from bench.common.record import provenance
-from bench.demo import language as language_model
-from bench.demo.model import GPT, Task, batches, standard_library, warmup_cosine
-from bench.demo.peers import MODULES, PEER_METHODS
-from bench.demo.report import Run, plot, table_of, write_summary
-from rootfree_kernels import IFShampoo, RFRMSProp
+from bench.common.memory import release
+from bench.common.record import gpu, provenance
+from bench.demo.data import Corpus, read_corpus, standard_library
+from bench.demo.methods import make, options_of, terms, why_unavailable
+from bench.demo.report import Run, table, write_report
+from bench.demo.settings import SETTINGS, SIZES, Task, settings_of
+from bench.demo.train import Session, Trainee, train
 
-METHODS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "adamw": torch.optim.AdamW,
-    "rfrmsprop": RFRMSProp,
-    "ifshampoo": IFShampoo,
-}
-"""Optimizers that take all of the model's weights. `ifshampoo` follows the paper's rule, `recipe` the recipe."""
+SHOWN = {"small": ["adamw", "muon", "recipe"]}
+"""The optimizers that are trained if none are asked for, by size; at other sizes all that have settings."""
 
-SHOWN = ("adamw", "muon", "recipe")
-"""The optimizers that are trained if none are asked for."""
+POSITIVE = ("seconds", "steps", "batch", "length", "width", "layers", "max_bytes")
+"""The options that must be above 0."""
 
-# Found by `python -m bench.demo.tune --method NAME` (bench/results/demo-tuning.json), with as many trials for each.
-# Muon had more, and the recipe fewer.
-CHOSEN: dict[str, dict[str, Any]] = {
-    "adamw": {"lr": 2.48e-3, "betas": (0.9, 0.9797), "weight_decay": 0.0168},
-    "rfrmsprop": {"lr": 1.79e-4, "beta2": 0.0829, "damping": 3.35e-5},
-    "ifshampoo": {"lr": 7.21e-5, "beta2": 0.753, "riemannian_momentum": 0.203, "damping": 2.23e-5},
-    "shampoo": {"lr": 4.21e-3, "betas": (0.9, 0.9856), "weight_decay": 0.0216, "T": 3},
-    "muon": {"lr": 4.5e-2, "adamw_lr": 3.02e-3, "weight_decay": 0.234, "momentum": 0.9},
-    "recipe": {"lr": 4.5e-2, "weight_decay": 0.234},
-}
+# ---- command line ------------------------------------------------------------------------------------------------
 
 
-def make_optimizer(method: str, model: nn.Module, task: Task, **settings: Any) -> torch.optim.Optimizer:
-    """``method`` on all of the model's weights. The root-free methods count a sequence as one loss term."""
-    if method in PEER_METHODS:
-        return PEER_METHODS[method](model, **settings)
-    if method == "recipe":
-        return IFShampoo.for_model(model, **settings)
-    if method != "adamw":
-        settings["batch_size"] = task.batch
-    return METHODS[method](model.parameters(), **settings)
+def parse_change(text: str) -> tuple[str, str, Any]:
+    """Read METHOD.OPTION=VALUE, as in `adamw.lr=1e-3`; the value is a Python literal, torch.DTYPE or a word."""
+    place, _, value = text.partition("=")
+    method, _, option = place.partition(".")
+    if not (option and value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not METHOD.OPTION=VALUE, as in adamw.lr=1e-3")
+    if value.startswith("torch."):
+        return method, option, getattr(torch, value[len("torch.") :], value)
+    try:
+        return method, option, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return method, option, value
 
 
-@torch.no_grad()
-def evaluate(model: GPT, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """The mean loss over ``batches``."""
-    losses = [model.loss(*batch).item() for batch in batches]
-    return sum(losses) / len(losses)
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("bench.demo", description=__doc__, formatter_class=raw, allow_abbrev=False)
+    add = parser.add_argument
+    add("--device", choices=("cuda", "cpu"), help="default cpu for size small, otherwise cuda where there is a GPU")
+    add("--size", choices=SIZES, help="default small; 30m with --device cuda")
+    add("--seconds", type=float, help="of training, a method; default 60 for a size other than small")
+    add("--steps", type=int, help="steps of every method, in the place of --seconds; default 400 at small")
+    add("--optimizers", nargs="+", metavar="NAME", help="default adamw muon recipe; all for a size other than small")
+    add("--seed", type=int, help="of weights and order of the data; default 0")
+    add("--batch", type=int, help="sequences of a batch")
+    add("--length", type=int, help="bytes of a sequence")
+    add("--width", type=int, help="columns of the model")
+    add("--layers", type=int, help="blocks of the model")
+    add("--warmup", type=int, help="steps in which the learning rate goes up")
+    add("--set", type=parse_change, action="append", default=[], metavar="METHOD.OPTION=VALUE")
+    add("--compile", action="store_true", help="torch.compile the model")
+    add("--max-bytes", type=int, default=256 << 20, help="of site-packages that are read")
+    add("--out", type=Path, help="default runs/demo, or runs/language-model for a size other than small")
+    return parser
 
 
-def train(
-    method: str,
-    settings: dict[str, Any],
-    task: Task,
-    data: tuple[Tensor, Tensor],
-    report: Callable[[int, float], object] = lambda step, loss: None,
-    evaluations: int = 10,
-    clip: float | None = None,
-) -> tuple[Run, GPT]:
-    """Train a fresh model; ``report(step, loss)`` hears of every step. Gradients are clipped to the norm ``clip``.
-
-    Weights and data order follow from ``task.seed``. Held-out loss is taken ``evaluations`` times, the last
-    at the end, always on the same 16 batches. Raises FloatingPointError on divergence.
-    """
-    torch.manual_seed(task.seed)
-    model, run = GPT(task), Run()
-    optimizer = make_optimizer(method, model, task, **settings)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, task))
-    held_out = list(batches(data[1], 16, task, seed=0))
-    for step, batch in enumerate(batches(data[0], task.steps, task, seed=task.seed + 1), start=1):
-        loss = timed_step(model, optimizer, batch, run, clip)
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"{method} with {settings}: the loss is {loss} at step {step}")
-        schedule.step()
-        report(step, loss)
-        if step == task.steps or step % math.ceil(task.steps / evaluations) == 0:
-            run.held_out[step] = evaluate(model, held_out)
-            run.held_out_seconds[step] = run.seconds
-    run.state_bytes = state_bytes(optimizer, model.parameters())
-    return run, model
+def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Task]:
+    """Return the options, with the settings of every method in `settings`, and the task. A mistake ends the program."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    options.size = options.size or ("30m" if options.device == "cuda" else "small")
+    for name in POSITIVE:
+        if (value := getattr(options, name)) is not None and value <= 0:
+            parser.error(f"--{name.replace('_', '-')} {value}: choose a number above 0")
+    small, has_gpu = options.size == "small", torch.cuda.is_available()
+    options.device = options.device or ("cuda" if has_gpu and not small else "cpu")
+    if options.device == "cuda" and not has_gpu:
+        parser.error(f"--device cuda: PyTorch {torch.__version__} sees no GPU here; --device cpu trains on the CPU")
+    if not (small or options.steps or options.seconds):
+        options.seconds = 60.0
+    options.out = options.out or Path("runs/demo" if small else "runs/language-model")
+    given = {name: value for name, value in vars(options).items() if name in asdict(Task()) and value is not None}
+    task = replace(SIZES[options.size], **given)
+    options.seconds = None if options.steps else options.seconds
+    options.settings = _settings(parser, options, task)
+    return options, task
 
 
-def timed_step(
-    model: GPT, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor], run: Run, clip: float | None = None
-) -> float:
-    """One training step, its loss and times noted in ``run``; returns the loss before the step."""
-    begin = time.perf_counter()
-    loss = model.loss(*batch)
-    optimizer.zero_grad()
-    loss.backward()
-    if clip is not None:
-        nn.utils.clip_grad_norm_(model.parameters(), clip)
-    before_update = time.perf_counter()
-    optimizer.step()
-    end = time.perf_counter()
-    run.train.append(loss.item())
-    run.seconds += end - begin
-    run.optimizer_seconds += end - before_update
-    return run.train[-1]
+def _settings(parser: argparse.ArgumentParser, options: argparse.Namespace, task: Task) -> dict[str, dict[str, Any]]:
+    """Return the settings of every method that is asked for. What cannot be trained is found out now, and not after the
+    methods before it."""
+    known, changes = SETTINGS[options.size], {name: {} for name in options.optimizers or SHOWN.get(options.size, ())}
+    changes = changes or {name: {} for name in known}
+    for method in changes:
+        if method not in known:
+            parser.error(f"--optimizers {method}: no settings at size {options.size}: choose from {', '.join(known)}")
+        if reason := why_unavailable(method):
+            parser.error(f"--optimizers {method}: {reason}")
+    for method, option, value in options.set:
+        if method not in changes:
+            parser.error(f"--set {method}.{option}: {method!r} is not one of --optimizers {' '.join(changes)}")
+        if option not in options_of(method):
+            names = ", ".join(options_of(method))
+            parser.error(f"--set {method}.{option}: {method} has no option {option!r}: choose one of {names}")
+        changes[method][option] = value
+    settings = {method: settings_of(method, options.size, changes[method]) for method in changes}
+    for method in (method for method in changes if changes[method]):
+        try:
+            make(method, SIZES["tiny"].model(), settings[method], task)
+        except Exception as reason:
+            parser.error(f"--set for {method}: {type(reason).__name__}: {reason}")
+    return settings
 
 
-def train_with_bar(method: str, task: Task, data: tuple[Tensor, Tensor]) -> tuple[Run, GPT]:
-    """Train with the chosen settings under a progress bar that shows the loss."""
+# ---- the run -----------------------------------------------------------------------------------------------------
+
+
+def logger(file: TextIO, start: float, prints: bool = True) -> Callable[[dict[str, Any]], None]:
+    """Return a function that writes a line of JSON at once, and prints it."""
+
+    def log(row: dict[str, Any]) -> None:
+        file.write(json.dumps(row) + "\n")
+        file.flush()
+        if prints:
+            figures = (
+                f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
+            )
+            print(f"{time.perf_counter() - start:7.1f} s  " + ", ".join(figures), flush=True)
+
+    return log
+
+
+@contextmanager
+def progress_bar(method: str, steps: int | None) -> Iterator[Callable[[int, float], object]]:
+    """Show a progress bar; yield a function that moves it to a step and shows the loss."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn(f"{method:>10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TextColumn("loss {task.fields[loss]:.3f}")) as progress:
-        bar = progress.add_task(method, total=task.steps, loss=math.nan)
-
-        def report(step: int, loss: float) -> None:
-            progress.update(bar, completed=step, loss=loss)
-
-        return train(method, CHOSEN[method], task, data, report)
+        bar = progress.add_task(method, total=steps, loss=math.nan)
+        yield lambda step, loss: progress.update(bar, completed=step, loss=loss)
 
 
-def parse() -> tuple[argparse.Namespace, Task]:
-    """The command line's options, and the task they describe."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--optimizers", nargs="+", choices=CHOSEN, default=list(SHOWN), metavar="NAME")
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--device", choices=["cpu"], default="cpu", help="cuda: see bench.demo.language")
-    for name, default in asdict(Task()).items():
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
-    options = parser.parse_args()
-    for method in options.optimizers:
-        if method in MODULES and (problem := why_missing(MODULES[method])):
-            parser.error(f"--optimizers {method}: {problem}")
-    return options, Task(**{name: getattr(options, name) for name in asdict(Task())})
+def attempt(method: str, settings: dict[str, Any], session: Session, bar: bool = False, sample: bool = False) -> Run:
+    """Train one method from the start, with a progress bar and a sample of text at the end if they are wanted. An error
+    is recorded in the run and in the log."""
+    run, steps = Run(), None if session.seconds else session.task.steps
+    try:
+        trainee = Trainee(method, settings, session, run)
+        with progress_bar(method, steps) if bar else nullcontext(trainee.on_step) as trainee.on_step:
+            train(trainee)
+        if sample and run.is_complete:
+            run.sample = trainee.model.cpu().sample("def ", 300, session.task.seed)
+    except Exception as error:  # of any kind, out of memory too: the other methods go on
+        run.error = f"{type(error).__name__}: {error}"
+        session.log({"optimizer": method, "seconds": run.seconds, "error": run.error})
+    trainee = None
+    release()
+    return run
 
 
-def main() -> None:
-    if language_model.is_asked_for(sys.argv[1:]):
-        sys.exit(language_model.main(sys.argv[1:]))
-    # Imported late: a machine with a GPU need not have rich to train the larger model.
-    from rich.console import Console
-    from rich.panel import Panel
-    from rich.text import Text
-
-    options, task = parse()
-    console, data = Console(), standard_library()
-    weights = sum(weight.numel() for weight in GPT(task).parameters())
-    console.print(f"{weights:,} weights, {len(data[0]):,} bytes to train on, {len(data[1]):,} held out")
-    runs, models = {}, {}
-    for method in options.optimizers:
-        runs[method], models[method] = train_with_bar(method, task, data)
-    console.print(table_of(runs))
-    options.out.mkdir(parents=True, exist_ok=True)
-    about = {
-        **provenance(shlex.join(["python", "-m", "bench.demo", *sys.argv[1:]])),
-        "settings": {method: CHOSEN[method] for method in runs},
-        "task": asdict(task),
-        "bytes": {"train": len(data[0]), "held_out": len(data[1])},
+def about(options: argparse.Namespace, task: Task, corpus: Corpus, arguments: Sequence[str]) -> dict[str, Any]:
+    """Return what a record says about where it comes from."""
+    sizes = {"train": len(corpus.train), "held_out": len(corpus.held_out)}
+    planned = {"steps": None if options.seconds else task.steps, "seconds": options.seconds}
+    return {
+        **provenance(shlex.join(["python", "-m", "bench.demo", *arguments])),
+        **gpu(torch.device(options.device)),
+        "size": options.size,
+        "weights": sum(x.numel() for x in task.model().parameters()),
+        "task": {**asdict(task), **planned},
+        "compiled": options.compile,
+        "data": {"source": corpus.source, "files": corpus.num_files, **sizes},
+        "bytes": sizes,
+        "settings": {name: {**terms(name, task), **settings} for name, settings in options.settings.items()},
     }
-    write_summary(options.out / "summary.json", runs, about)
-    plot(runs, options.out / "loss.png")
-    best = min(runs, key=lambda method: runs[method].held_out_loss)
-    text = models[best].sample("def ", 300, task.seed)
-    console.print(Panel(Text(text), title=f"written by the model of {best}"))
-    console.print(f"Wrote {options.out / 'summary.json'} and {options.out / 'loss.png'}")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Train all methods and write what they did; return the exit status, 1 where one failed other than by diverging."""
+    start = time.perf_counter()
+    options, task = parse(arguments)
+    device = torch.device("cuda", 0) if options.device == "cuda" else torch.device("cpu")
+    corpus = (standard_library() if options.size == "small" else read_corpus(options.max_bytes)).to(device)
+    record = about(options, task, corpus, arguments)
+    sizes = f"{len(corpus.train):,} bytes to train on, {len(corpus.held_out):,} held out"
+    print(f"{record['weights']:,} weights; {corpus.source}: {sizes}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    runs: dict[str, Run] = {}
+    write_report(options.out, record, runs)  # so that a run which is cut short says where it comes from
+    small = options.size == "small"
+    bar = small and options.device == "cpu" and find_spec("rich") is not None
+    with (options.out / "progress.jsonl").open("w", encoding="utf-8") as file:
+        log = logger(file, start, prints=not bar)
+        session = Session(task, corpus, device, options.seconds, compile=options.compile, log=log)
+        for method, settings in options.settings.items():
+            runs[method] = attempt(method, settings, session, bar, sample=small)
+            record["wall_seconds"] = time.perf_counter() - start
+            write_report(options.out, record, runs)
+    print(table(runs))
+    if written := {name: run for name, run in runs.items() if run.sample}:
+        best = min(written, key=lambda name: written[name].held_out_loss or 0.0)
+        print(f"\nwritten by the model of {best}:\n\n{written[best].sample}\n")
+    print(f"Wrote summary.json, README.md and progress.jsonl to {options.out}")
+    return int(any(run.error for run in runs.values()))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

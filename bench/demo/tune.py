@@ -3,11 +3,13 @@
     python -m bench.demo.tune --method adamw|rfrmsprop|ifshampoo|recipe|shampoo|soap|muon [--trials 12] [--finalists 3]
     python -m bench.demo.tune --method muon --settings '{"lr": 0.045, …}'     # these settings alone, at full length
 
-Each method gets the same number of settings, spread over its space by a scrambled Sobol sequence, each
-trained for half of the demo's steps with the demo's schedule; the best few are trained again in full. Every
-result is appended to bench/results/demo-tuning.json. Each space is centred on settings known to work on small
-models of this kind, and spans a factor of ten and more in ``lr``.
+Each method gets the same number of settings, spread over its space by a scrambled Sobol sequence. Each is trained for
+half of the demo's steps with the demo's schedule; the best few are trained again in full. Every result is appended to
+bench/results/demo-tuning.json. Each space is centred on settings known to work on small models of this kind, and spans
+a factor of ten and more in `lr`.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
@@ -18,18 +20,20 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from bench.common.paths import RESULTS
 from bench.common.record import provenance
-from bench.demo.__main__ import Task, standard_library, train
+from bench.demo.data import Corpus, standard_library
+from bench.demo.settings import Task
+from bench.demo.train import Session, Trainee, train
 
 RECORD = RESULTS / "demo-tuning.json"
 
 # name: (low, high), sampled uniformly in the logarithm. "sgd_step" is lr / (damping (1 - momentum)), the step
 # of the plain SGD that a root-free method falls back to where gradients are small; it fixes the damping.
+ADAM = {"lr": (7e-4, 1e-2), "1 - beta2": (2e-3, 1e-1), "weight_decay": (1e-3, 3e-1)}
 SPACES: dict[str, dict[str, tuple[float, float]]] = {
-    "adamw": {"lr": (7e-4, 1e-2), "1 - beta2": (2e-3, 1e-1), "weight_decay": (1e-3, 3e-1)},
+    "adamw": ADAM,
     "rfrmsprop": {"lr": (3e-5, 5e-4), "beta2": (0.05, 0.95), "sgd_step": (5.0, 80.0)},
     "ifshampoo": {
         "lr": (7e-5, 7e-4),
@@ -37,15 +41,15 @@ SPACES: dict[str, dict[str, tuple[float, float]]] = {
         "sgd_step": (10.0, 80.0),
         "riemannian_momentum": (0.02, 0.6),
     },
-    "shampoo": {"lr": (7e-4, 1e-2), "1 - beta2": (2e-3, 1e-1), "weight_decay": (1e-3, 3e-1), "T": (1, 20)},
-    "soap": {"lr": (7e-4, 1e-2), "1 - beta2": (2e-3, 1e-1), "weight_decay": (1e-3, 3e-1), "T": (1, 20)},
+    "shampoo": {**ADAM, "T": (1, 20)},
+    "soap": {**ADAM, "T": (1, 20)},
     "muon": {"lr": (1e-3, 5e-2), "adamw_lr": (7e-4, 1e-2), "weight_decay": (1e-3, 3e-1)},
     "recipe": {"lr": (1e-2, 1.6e-1), "weight_decay": (3e-2, 1.0)},
 }
 
 
 def arguments_of(point: dict[str, float]) -> dict[str, Any]:
-    """The optimizer's arguments at a point of its space."""
+    """Return the optimizer's arguments at a point of its space."""
     settings: dict[str, Any] = dict(point)
     if "1 - beta2" in settings:
         settings["betas"] = (0.9, 1 - settings.pop("1 - beta2"))
@@ -57,7 +61,7 @@ def arguments_of(point: dict[str, float]) -> dict[str, Any]:
 
 
 def points(method: str, trials: int) -> list[dict[str, float]]:
-    """The first ``trials`` points of the method's Sobol sequence, to three digits."""
+    """Return the first points of the method's Sobol sequence, to three digits."""
     space = SPACES[method]
     low, high = torch.tensor(list(space.values()), dtype=torch.float64).T
     unit = torch.quasirandom.SobolEngine(len(space), scramble=True, seed=0).draw(trials)
@@ -65,24 +69,23 @@ def points(method: str, trials: int) -> list[dict[str, float]]:
     return [{name: float(f"{value:.3g}") for name, value in zip(space, row, strict=True)} for row in values]
 
 
-def trial(method: str, settings: dict[str, Any], task: Task, data: tuple[Tensor, Tensor]) -> dict[str, Any]:
-    """Train once, append the result to the record, and return it. A diverged run has the loss null."""
+def trial(method: str, settings: dict[str, Any], task: Task, corpus: Corpus) -> dict[str, Any]:
+    """Train once, append the result to the record, and return it. The loss of a run that diverged is null."""
     result: dict[str, Any] = {"method": method, "settings": settings, "task": asdict(task)}
-    try:
-        run, _ = train(method, settings, task, data, evaluations=1)
-        result |= {name: round(value, 4) for name, value in run.summary().items()}
-    except FloatingPointError as error:
-        result |= {"held_out_loss": None, "diverged": str(error)}
+    run = train(Trainee(method, settings, Session(task, corpus, evaluations=1)))
+    if run.diverged:
+        result |= {"held_out_loss": None, "diverged": run.diverged}
+    else:
+        result |= {name: round(value, 4) for name, value in run.figures().items()}
     result |= provenance(shlex.join(["python", "-m", "bench.demo.tune", *sys.argv[1:]]))
     rows = json.loads(RECORD.read_text()) if RECORD.exists() else []
-    RECORD.parent.mkdir(exist_ok=True)
     RECORD.write_text("[\n" + ",\n".join(json.dumps(row) for row in [*rows, result]) + "\n]\n")
     print(method, task.steps, result["held_out_loss"], settings, flush=True)
     return result
 
 
 def loss_of(result: dict[str, Any]) -> float:
-    """The held-out loss, infinite for a diverged run."""
+    """Return the held-out loss, infinite for a run that diverged."""
     return math.inf if result["held_out_loss"] is None else result["held_out_loss"]
 
 
@@ -93,15 +96,15 @@ def main() -> None:
     parser.add_argument("--finalists", type=int, default=3)
     parser.add_argument("--settings", type=json.loads, help="a JSON object of the optimizer's arguments")
     options = parser.parse_args()
-    task, data = Task(), standard_library()
+    task, corpus = Task(), standard_library()
     if options.settings:
-        trial(options.method, options.settings, task, data)
+        trial(options.method, options.settings, task, corpus)
         return
     short = replace(task, steps=task.steps // 2)
     candidates = [arguments_of(point) for point in points(options.method, options.trials)]
-    results = [trial(options.method, settings, short, data) for settings in candidates]
+    results = [trial(options.method, settings, short, corpus) for settings in candidates]
     finalists = sorted(results, key=loss_of)[: options.finalists]
-    best = min((trial(options.method, result["settings"], task, data) for result in finalists), key=loss_of)
+    best = min((trial(options.method, result["settings"], task, corpus) for result in finalists), key=loss_of)
     print("best:", best["held_out_loss"], best["settings"])
 
 

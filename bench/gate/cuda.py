@@ -1,16 +1,15 @@
-"""The compile gate of the CUDA kernels: every .cu of csrc/cuda, compiled for three GPUs, and its machine code read.
+"""The compile gate of the CUDA kernels: every .cu of csrc/cuda, compiled for three GPUs.
 
     python -m bench.gate.cuda [--only PATTERN] [--targets sm_80,sm_90] [--all]
 
-It needs nvcc, and no GPU; without nvcc it says so and passes. The table is that of `bench.gate.triton`, with the
-bounds that are set there. Here moreover no access may be a generic one, which is slower than one that is known to be of
-global memory, and kernels that only read must do so 128 bits at a time as well. The exit status is 1 where something
-does not pass. What was measured before, of the same sources with the same compiler, comes from build/compile_cuda.
+It needs nvcc but no GPU; without nvcc it says so and passes. Table and bounds are those of `bench.gate.report`.
+Moreover no memory access may be generic, which is slower than one to global memory, and kernels that only read must
+read 128 bits at a time. The exit status is 1 if something does not pass. build/compile_cuda keeps the numbers of the
+same sources and the same compiler.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -29,7 +28,7 @@ from typing import NamedTuple
 from bench.common.paths import ROOT
 from bench.gate import machine_code
 from bench.gate.machine_code import count, parse_sass, run_tool
-from bench.gate.triton import Row, print_table, table
+from bench.gate.report import Row, conclude, gate_parser
 
 CSRC, CACHE = ROOT / "csrc", ROOT / "build" / "compile_cuda"
 ARCHITECTURES = {"sm_80": "80", "sm_90": "90a", "sm_100": "100"}
@@ -37,13 +36,13 @@ FLAGS = ["-O3", "-fmad=false", "--std=c++17", "-Xptxas", "-v", "-cubin"]  # the 
 MAX_PROCESSES = 2
 
 KINDS = {"rf_rmsprop_kernel": "elementwise", "momentum_kernel": "elementwise", "norms_kernel": "irregular"}
-"""What bounds a kernel must meet; a kernel that is not listed is an error."""
+"""The kind of each kernel, which decides its bounds. A kernel that is not listed is an error."""
 
 READS_WIDE = ("norms_kernel",)
 """Kernels that store next to nothing, but read 128 bits at a time."""
 
 GENERIC = re.compile(r"(LD|ST|ATOM)\b")
-"""Accesses to memory of any kind; those to global memory are LDG, STG and ATOMG."""
+"""Accesses to any kind of memory. Those to global memory are LDG, STG and ATOMG."""
 
 DTYPES = ("fp32", "bf16", "fp16")
 
@@ -53,17 +52,17 @@ class Job(NamedTuple):
     target: str
 
 
-# ---- compiling ---------------------------------------------------------------------------------------------------
+# ---- compiling -------------------------------------------------------------------------------------------------------
 
 
 def find_nvcc() -> str | None:
-    """The compiler, on the PATH or in CUDA_HOME."""
+    """Return the path of nvcc, from PATH or CUDA_HOME."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
     return shutil.which("nvcc") or shutil.which("nvcc", path=str(Path(home) / "bin"))
 
 
 def key_of(job: Job, version: str) -> str:
-    """A hash of everything that the measurement of a job depends on."""
+    """Return a hash of everything that the numbers of a job depend on."""
     headers = (*sorted(CSRC.glob("*.h")), *sorted(CSRC.glob("cuda/*.h")))
     readers = (Path(__file__), Path(machine_code.__file__))
     content = [path.read_bytes() for path in (*headers, job.source, *readers)]
@@ -72,7 +71,7 @@ def key_of(job: Job, version: str) -> str:
 
 
 def compiled(job: Job, nvcc: str) -> tuple[str, bytes]:
-    """(what ptxas says about every kernel, the cubin)."""
+    """Compile a job, and return what ptxas prints about every kernel, and the cubin."""
     arch = ARCHITECTURES[job.target]
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernels.cubin"
@@ -85,7 +84,7 @@ def compiled(job: Job, nvcc: str) -> tuple[str, bytes]:
 
 
 def measure(job: Job, nvcc: str) -> dict[str, dict[str, int]]:
-    """The table's numbers of every kernel of a file, by its mangled name."""
+    """Compile a file and return the table's numbers of every kernel, by its mangled name."""
     log, cubin = compiled(job, nvcc)
     usage = dict(parse_ptxas(log))
     instructions = dict(parse_functions(run_tool("cuobjdump", "-sass", data=cubin)))
@@ -96,7 +95,7 @@ def measure(job: Job, nvcc: str) -> dict[str, dict[str, int]]:
 
 
 def parse_ptxas(log: str) -> Iterator[tuple[str, dict[str, int]]]:
-    """Registers, stack and shared memory of every kernel that `ptxas -v` speaks of."""
+    """Yield registers, stack and shared memory of every kernel in the output of `ptxas -v`."""
     for part in log.split("Compiling entry function '")[1:]:
         registers, stack = re.search(r"Used (\d+) registers", part), re.search(r"(\d+) bytes stack frame", part)
         shared = re.search(r"(\d+) bytes smem", part)
@@ -105,13 +104,13 @@ def parse_ptxas(log: str) -> Iterator[tuple[str, dict[str, int]]]:
 
 
 def parse_functions(text: str) -> Iterator[tuple[str, Counter[str]]]:
-    """The instructions, by name, of every function that `cuobjdump -sass` prints."""
+    """Yield the instructions, by name, of every function in the output of `cuobjdump -sass`."""
     for part in text.split("Function : ")[1:]:
         yield part.split(maxsplit=1)[0], Counter(name for _, name in parse_sass(part))
 
 
 def measured(job: Job, nvcc: str, version: str) -> dict[str, dict[str, int]]:
-    """`measure`, or what it said before."""
+    """Return the result of `measure`, from the cache if it is there."""
     path = CACHE / f"{key_of(job, version)}.json"
     if not path.exists():
         numbers = measure(job, nvcc)
@@ -120,11 +119,11 @@ def measured(job: Job, nvcc: str, version: str) -> dict[str, dict[str, int]]:
     return json.loads(path.read_text())
 
 
-# ---- rows of the table -------------------------------------------------------------------------------------------
+# ---- rows of the table -----------------------------------------------------------------------------------------------
 
 
 def readable(names: Sequence[str], nvcc: str) -> dict[str, str]:
-    """Short names, such as "norms_kernel<fp32, true>", of mangled ones; these themselves where nothing demangles."""
+    """Return short names such as "norms_kernel<fp32, true>" of mangled ones, or these if no tool demangles."""
     tool = shutil.which("cu++filt", path=str(Path(nvcc).parent)) or shutil.which("c++filt")
     if tool is None or not names:
         return {name: name for name in names}
@@ -133,7 +132,7 @@ def readable(names: Sequence[str], nvcc: str) -> dict[str, str]:
 
 
 def shorten(demangled: str) -> str:
-    """The name and the template's arguments alone, dtypes by their names."""
+    """Return the name and the template's arguments alone, with dtypes by their names."""
     plain = re.sub(r"\([^()]*\bDtype\)(\d)", lambda match: DTYPES[int(match[1])], demangled)
     match = re.search(r"(\w+(?:<[^()]*>)?)\([^()]*\)$", plain)
     return match[1].replace("(bool)1", "true").replace("(bool)0", "false") if match else demangled
@@ -149,7 +148,7 @@ def rows_of(job: Job, numbers: dict[str, dict[str, int]], names: dict[str, str])
 
 
 def problem(row: Row) -> str:
-    """What is wrong that the table's bounds do not say."""
+    """Return what is wrong beyond the table's bounds, "" if nothing."""
     if row.kernel not in KINDS:
         return "is not listed in KINDS of bench/gate/cuda.py"
     if row.measured["generic"]:
@@ -160,7 +159,7 @@ def problem(row: Row) -> str:
 
 
 def compile_all(jobs: Sequence[Job], nvcc: str) -> list[Row]:
-    """The rows of all kernels of all jobs."""
+    """Return the rows of all kernels of all jobs."""
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
 
     def work(job: Job) -> dict[str, dict[str, int]] | str:
@@ -181,37 +180,24 @@ def compile_all(jobs: Sequence[Job], nvcc: str) -> list[Row]:
     return sorted(rows, key=lambda row: row.configuration)
 
 
-# ---- command line ------------------------------------------------------------------------------------------------
-
-
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--only", default="", metavar="PATTERN", help="kernels in whose name this occurs")
-    parser.add_argument("--targets", default=",".join(ARCHITECTURES), help="some of %(default)s")
-    parser.add_argument("--all", action="store_true", help="show every kernel")
-    args, _ = parser.parse_known_args(arguments)  # `make kernels` hands both gates the same arguments
-    args.targets = [target for target in args.targets.split(",") if target in ARCHITECTURES]
-    return args
+# ---- command line ----------------------------------------------------------------------------------------------------
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compile, print the table and return the exit status."""
-    args = parse_arguments(arguments)
+    parser = gate_parser((__doc__ or "").partition("\n")[0], ARCHITECTURES)
+    args, _ = parser.parse_known_args(arguments)  # `make kernels` hands both gates the same arguments
+    targets = [target for target in args.targets.split(",") if target in ARCHITECTURES]
     nvcc = find_nvcc()
     if nvcc is None:
         print("CUDA kernels: not compiled, there is no nvcc on the PATH or in CUDA_HOME")
         return 0
     start = time.perf_counter()
-    jobs = [Job(source, target) for source in sorted((CSRC / "cuda").glob("*.cu")) for target in args.targets]
+    jobs = [Job(source, target) for source in sorted((CSRC / "cuda").glob("*.cu")) for target in targets]
     rows = [row for row in compile_all(jobs, nvcc) if re.search(args.only, row.configuration)]
     seconds = round(time.perf_counter() - start, 1)
-    if rows:
-        print_table(table(rows, args.all))
-    failed = sum(bool(row.violations) for row in rows)
-    verdict = f"✗ {failed} of {len(rows)} do not pass" if failed else "all pass"
     number = len({row.configuration for row in rows})
-    print(f"{number} CUDA kernels × {len(args.targets)} targets in {seconds} s: {verdict}")
-    return int(failed > 0)
+    return conclude(f"{number} CUDA kernels × {len(targets)} targets", seconds, rows, args.all)
 
 
 if __name__ == "__main__":

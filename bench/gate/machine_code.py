@@ -1,6 +1,6 @@
-"""What is in the machine code of a compiled kernel: GPUs that are compiled for, their tensor-core instructions, counts.
+"""Count the instructions of compiled kernels, for the GPUs that the gates compile for.
 
-Triton brings NVIDIA's disassembler; of AMD's GPUs its own assembly text is read.
+Triton's package contains NVIDIA's disassembler. For AMD's GPUs Triton's own assembly text is read.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Target(NamedTuple):
     mma: str
     """Pattern of this generation's tensor-core instruction."""
     disassembler: str = ""
-    """What nvdisasm calls the architecture."""
+    """The name of the architecture for nvdisasm."""
 
 
 TARGETS = {
@@ -50,11 +50,11 @@ INSTRUCTIONS = {
         "stores128": r"(global|buffer)_store_dwordx4\b",
     },
 }
-"""What is counted on every target of a backend, by patterns that match from the start of an instruction's name."""
+"""The counted instructions of each backend, as patterns for the start of an instruction's name."""
 
 
 def run_tool(name: str, *arguments: str, data: bytes) -> str:
-    """What a program of Triton's package prints about a file with these bytes."""
+    """Return what a program of Triton's package prints about a file with these bytes."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile() as file:
@@ -65,21 +65,21 @@ def run_tool(name: str, *arguments: str, data: bytes) -> str:
 
 
 def parse_resource_usage(text: str) -> dict[str, int]:
-    """Registers a thread and bytes of stack, from what `cuobjdump -res-usage` prints of one kernel."""
+    """Return registers a thread and bytes of stack from the output of `cuobjdump -res-usage` for one kernel."""
     (usage,) = re.findall(r"REG:(\d+) STACK:(\d+) ", text)
     return {"registers": int(usage[0]), "stack": int(usage[1])}
 
 
 def parse_sass(text: str) -> Iterator[tuple[int, str]]:
-    """Address and name of every instruction of a disassembly, such as (16, "LDG.E.128")."""
+    """Yield address and name of every instruction of a disassembly, such as (16, "LDG.E.128")."""
     for match in re.finditer(r"^\s*/\*([0-9a-f]+)\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", text, re.MULTILINE):
         yield int(match[1], 16), match[2]
 
 
 def parse_amdgcn(text: str) -> tuple[dict[str, int], Counter[str]]:
-    """Registers, bytes of scratch memory ("stack") and spills from AMD's assembly text; and its instructions, by name.
+    """Return registers, scratch memory ("stack") and spills of AMD's assembly text, and its instructions by name.
 
-    Spilled vector registers alone are counted: scalar ones go to lanes of vector registers, or else show as scratch.
+    Only spilled vector registers are counted: scalar ones go to lanes of vector registers, or else show as scratch.
     """
     entries = {"registers": "vgpr_count", "stack": "private_segment_fixed_size", "spills": "vgpr_spill_count"}
     usage = {}
@@ -90,7 +90,7 @@ def parse_amdgcn(text: str) -> tuple[dict[str, int], Counter[str]]:
 
 
 def code_of(cubin: bytes) -> bytes:
-    """The machine code within a cubin, a 64-bit ELF file: its sections .text.*, one after the other."""
+    """Return the machine code of a cubin, a 64-bit ELF file: its sections .text.*, one after the other."""
     (headers_at,) = struct.unpack_from("<Q", cubin, 40)
     size, number, names = struct.unpack_from("<HHH", cubin, 58)
     # Of a section's header: name (an offset into the section of names), type, flags, address, offset, length.
@@ -104,7 +104,7 @@ def code_of(cubin: bytes) -> bytes:
 
 
 def disassemble(codes: Sequence[bytes], target: str) -> list[Counter[str]]:
-    """The instructions of each of `codes`, which are machine code, by name.
+    """Return the instructions of each of `codes`, which are machine code, by name.
 
     One process reads all, laid end to end: nvdisasm takes about as long to start as Triton takes to compile a kernel.
     """
@@ -120,7 +120,7 @@ def disassemble(codes: Sequence[bytes], target: str) -> list[Counter[str]]:
 
 
 def count(instructions: Counter[str], target: str) -> dict[str, int]:
-    """The table's numbers of instructions."""
+    """Return the table's numbers of instructions."""
     patterns = {**INSTRUCTIONS[TARGETS[target].backend], "mma": TARGETS[target].mma}
     if target in ("sm_90", "sm_100"):
         patterns["old mma"] = TARGETS["sm_80"].mma

@@ -1,55 +1,53 @@
-"""Runs stages on a machine with a GPU, each within its own time:
+"""Run stages on a machine with a GPU, each within its own time:
 
     python -m bench.gpu_run                                  everything, in 12 minutes at most
     python -m bench.gpu_run machine tests quick:120          some stages, one of them with another limit in seconds
-    python -m bench.gpu_run --list                           what there is
+    python -m bench.gpu_run --list                           list the stages
 
 Each stage is a process of its own, so that none depends on the one before. Its log and results lie in runs/gpu/, and
-everything is packed into gpu-run.tgz (in --out) every 15 seconds and after each stage: whatever is killed loses little.
-A bundle made by `make gpu-bundle` is used where there is one; without it the package is installed in place.
+everything is packed into gpu-run.tgz (in --out) every 15 seconds and after each stage, so that little is lost if the
+run is killed. A bundle made by `make gpu-bundle` is used if there is one; otherwise the package is installed in place.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import shutil
 import signal
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from bench.gpu_run import bundle
-from bench.gpu_run import machine as gpu_machine
-from bench.gpu_run.process import Outcome, pack, run_commands
-from bench.gpu_run.stages import FAILED, ROOT, STAGES, Limits, Stage
+from bench.common.paths import ROOT
+from bench.gpu_run import bundle, machine
+from bench.gpu_run.process import Runner, pack
+from bench.gpu_run.stages import FAILED, STAGES, Limits, Stage
 
 ARCHIVE = "gpu-run.tgz"
 SHOWN = {"tests": 12, "again": 12, "quick": 30, "kernels": 30, "peers": 12, "language": 12}
-"""Last lines of a stage's log that are printed at the end."""
+"""The number of last lines of a stage's log that are printed at the end."""
 
 
 def chosen_stages(names: Sequence[str]) -> list[Stage]:
     """Return the stages of the command line with their limits; those that run by default if there is none.
 
     Raises:
-        ValueError: a stage or a limit that there is not; the message says which there are.
+        ValueError: a stage or a limit does not exist. The message lists the stages.
     """
     if not names:
         return [stage for stage in STAGES.values() if stage.by_default]
-    return [_chosen(name) for name in names]
-
-
-def _chosen(text: str) -> Stage:
-    name, _, limit = text.partition(":")
-    if name not in STAGES:
-        raise ValueError(f"stage {name!r} is unknown: choose from {', '.join(STAGES)}")
-    if limit and not limit.isdigit():
-        raise ValueError(f"stage {text!r}: write the limit as whole seconds, {name}:120")
-    return STAGES[name]._replace(seconds=int(limit) if limit else STAGES[name].seconds)
+    chosen = []
+    for text in names:
+        name, _, limit = text.partition(":")
+        if name not in STAGES:
+            raise ValueError(f"stage {name!r} is unknown: choose from {', '.join(STAGES)}")
+        if limit and not limit.isdigit():
+            raise ValueError(f"stage {text!r}: write the limit as whole seconds, {name}:120")
+        chosen.append(STAGES[name]._replace(seconds=int(limit) if limit else STAGES[name].seconds))
+    return chosen
 
 
 def listing() -> str:
@@ -60,70 +58,30 @@ def listing() -> str:
     return "\n".join([*lines, f"By default all but {others}: {total} s together."])
 
 
-# ---- the machine ---------------------------------------------------------------------------------------------------
-
-
 def prepare(scratch: Path) -> dict[str, str]:
     """Make this tree ready and return the variables that its processes need.
 
     Raises:
         SystemExit: PyTorch, Triton or the GPU is missing.
     """
-    if problem := gpu_machine.problem():
+    has_bundle = (bundle.BUNDLE / bundle.ABOUT).exists()
+    if problem := machine.problem() or (None if has_bundle else machine.install()):
         raise SystemExit(f"✗ {problem}")
-    variables = {"PYTHONUNBUFFERED": "1", "MPLBACKEND": "Agg"}
-    if not (bundle.BUNDLE / bundle.ABOUT).exists():
-        if problem := gpu_machine.install():
-            raise SystemExit(f"✗ {problem}")
-        return variables
-    return variables | use_bundle(scratch)
-
-
-def use_bundle(scratch: Path) -> dict[str, str]:
-    """Unpack the bundle; return the variables that let processes find what it holds."""
-    about = json.loads((bundle.BUNDLE / bundle.ABOUT).read_text())
-    for difference in bundle.unfit(about):
-        print(f"the bundle is for another environment: {difference}", flush=True)
-    bundle.copy_all([*bundle.BUNDLE.glob("_C*"), *bundle.BUNDLE.glob("_build*")], ROOT / "rootfree_kernels")
-    bundle.link_kernels(ROOT)
-    cache = scratch / "triton-cache"
-    bundle.unpack(bundle.BUNDLE / bundle.CACHE, cache)
-    bundle.relocate(cache)
-    paths = [str(ROOT)]
-    if (bundle.BUNDLE / bundle.PACKAGES).exists():
-        bundle.unpack(bundle.BUNDLE / bundle.PACKAGES, scratch / "packages")
-        paths.append(str(scratch / "packages"))
-    if not (ROOT / ".peers").exists():
-        bundle.unpack(bundle.BUNDLE / bundle.OTHERS, ROOT / ".peers")
-    paths += filter(None, [os.environ.get("PYTHONPATH")])
-    return {
-        "TRITON_CACHE_DIR": str(cache),
-        "PYTHONPATH": os.pathsep.join(paths),
-        "ROOTFREE_COMMIT": about["commit"],
-    }
-
-
-# ---- the run -------------------------------------------------------------------------------------------------------
-
-
-def run_stage(stage: Stage, folder: Path, environment: dict[str, str], archive: Path) -> Outcome:
-    """Run a stage and pack what there is, also while it runs."""
-    commands = stage.commands(Limits(stage.seconds, folder))
-    log = folder / f"{stage.name}.log"
-    return run_commands(commands, log, stage.seconds, environment, ROOT, lambda: pack(folder, archive))
+    return {"PYTHONUNBUFFERED": "1", "MPLBACKEND": "Agg"} | (bundle.use(bundle.BUNDLE, scratch) if has_bundle else {})
 
 
 def run_all(stages: Sequence[Stage], folder: Path, environment: dict[str, str], archive: Path) -> bool:
-    """Run stages one after the other; return whether every command returned 0."""
+    """Run stages one after the other, pack results meanwhile, and return whether every command returned 0."""
     begin, good = time.monotonic(), True
-    summary = folder / "summary.txt"
+    runner = Runner(environment, ROOT, partial(pack, folder, archive))
     for stage in stages:
-        outcome = run_stage(stage, folder, environment, archive)
+        commands = stage.commands(Limits(stage.seconds, folder))
+        outcome = runner.run(commands, folder / f"{stage.name}.log", stage.seconds)
         good &= outcome.status == 0
         line = f"{time.monotonic() - begin:5.0f} s  {stage.name:9}{outcome.seconds:5.0f} s of {stage.seconds}, "
         line += f"status {outcome.status}: {outcome.note[:140]}"
         print(line, flush=True)
-        with summary.open("a", encoding="utf-8") as file:
+        with (folder / "summary.txt").open("a", encoding="utf-8") as file:
             file.write(f"{line}\n")
         pack(folder, archive)
     return good
@@ -157,27 +115,24 @@ def _end(number: int, frame: Any) -> NoReturn:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the stages; return 0 where every command returned 0."""
+    """Run the stages; return 0 if every command returned 0."""
     options = parse_arguments(arguments)
     if options.list:
         print(listing())
         return 0
-    folder = ROOT / "runs" / "gpu"
-    scratch = ROOT / "build" / "gpu_run"
-    scratch.mkdir(parents=True, exist_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    archive = options.out / ARCHIVE
+    folder, scratch, archive = ROOT / "runs" / "gpu", ROOT / "build" / "gpu_run", options.out / ARCHIVE
+    for each in (folder, scratch):
+        each.mkdir(parents=True, exist_ok=True)
     variables = prepare(scratch)
     if any(stage.name == "tests" for stage in options.stages):
         (folder / FAILED).unlink(missing_ok=True)
     variables |= {"ROOTFREE_FAILED": str(folder / FAILED), "ROOTFREE_CUDA_ERRORS": str(folder / "cuda-errors.txt")}
-    signal.signal(signal.SIGTERM, _end)  # so that what runs is ended too, and packed
+    signal.signal(signal.SIGTERM, _end)  # so that running commands are ended too, and their results packed
     try:
         good = run_all(options.stages, folder, {**os.environ, **variables}, archive)
     finally:
         pack(folder, archive)
-    for path in (folder / "summary.txt", *folder.glob("*.md")):
-        shutil.copy2(path, options.out)
+    bundle.copy_all((folder / "summary.txt", *folder.glob("*.md")), options.out)
     show_ends(options.stages, folder)
     return int(not good)
 

@@ -1,4 +1,4 @@
-"""What a machine with a GPU needs and cannot fetch or should not spend its time on, prepared on one without a GPU.
+"""Prepare on a machine without a GPU what one with a GPU cannot fetch or should not spend its time on.
 
     python -m bench.gpu_run.bundle [--peers FOLDER]      (`make gpu-bundle` makes an environment for it first)
 
@@ -27,7 +27,7 @@ from pathlib import Path
 
 from bench.common.paths import ROOT
 from bench.common.peers import CHECKOUTS, COMMIT, PEERS
-from bench.common.record import commit
+from bench.common.record import commit, write_json
 from bench.gpu_run.stages import HUGE
 from rootfree_kernels.native import build_record
 
@@ -38,10 +38,10 @@ FAKE_GPU = ROOT / "tests" / "fake_gpu"
 LAUNCHING_TESTS = ("tests/triton", "tests/optim/test_on_triton.py", "tests/optim/test_launches.py")
 """Tests of Triton kernels, whose launches are compiled as well."""
 
-
-def python_tag() -> str:
-    """Return what compiled modules of this Python end with."""
-    return str(sysconfig.get_config_var("EXT_SUFFIX"))
+ON_FAKE_GPU = ("pytest", "-p", "tests.fake_gpu.plugin", "-p", "no:cacheprovider", "-m", "gpu", "-k", f"not {HUGE}")
+OURS = (["bench.gpu_run.warm_cache"], [*ON_FAKE_GPU, "-q", "--tb=no", *LAUNCHING_TESTS])
+THEIRS = (["bench.gpu_run.warm_cache", "--peers"],)
+"""The modules that compile the kernels of this library, and those of peers."""
 
 
 # ---- the parts -----------------------------------------------------------------------------------------------------
@@ -59,6 +59,11 @@ def extension() -> list[Path]:
     return [package / f"_C{tag}", package / f"_build{tag.rpartition('.')[0]}.json"]  # not those of another Python
 
 
+def python_tag() -> str:
+    """Return the ending of this Python's compiled modules."""
+    return str(sysconfig.get_config_var("EXT_SUFFIX"))
+
+
 def link_kernels(tree: Path) -> None:
     """Let rootfree_kernels.triton_kernels be found in a tree that is not installed."""
     link = tree / "rootfree_kernels" / "triton_kernels"
@@ -66,23 +71,12 @@ def link_kernels(tree: Path) -> None:
         link.symlink_to(Path("..") / "triton_kernels")
 
 
-ON_FAKE_GPU = ("pytest", "-p", "tests.fake_gpu.plugin", "-p", "no:cacheprovider", "-m", "gpu", "-k", f"not {HUGE}")
-TESTS = [*ON_FAKE_GPU, "-q", "--tb=no", *LAUNCHING_TESTS]
-OURS, THEIRS = (["bench.gpu_run.warm_cache"], TESTS), (["bench.gpu_run.warm_cache", "--peers"],)
-"""What compiles the kernels of this library, and those of peers."""
-
-
 def fill_cache(cache: Path, modules: Sequence[Sequence[str]]) -> int:
-    """Run modules on the fake GPU; return how many kernels Triton's cache holds then."""
-    environment = {
-        **os.environ,
-        "TRITON_CACHE_DIR": str(cache),
-        "TRITON_STORE_BINARY_ONLY": "1",
-        "OMP_NUM_THREADS": "1",
-    }
+    """Run modules on the fake GPU, and return how many kernels Triton's cache holds then."""
+    settings = {"TRITON_CACHE_DIR": str(cache), "TRITON_STORE_BINARY_ONLY": "1", "OMP_NUM_THREADS": "1"}
     for module in modules:
         command = [sys.executable, str(FAKE_GPU), "python", "-m", *module]
-        run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        run = subprocess.run(command, cwd=ROOT, env={**os.environ, **settings}, capture_output=True, text=True)
         if run.returncode:
             print(f"✗ {' '.join(module)} failed:\n{run.stdout[-3000:]}{run.stderr[-1000:]}", flush=True)
     return len([*cache.rglob("*.cubin")])
@@ -111,6 +105,11 @@ def download_packages(folder: Path) -> list[str]:
 # ---- packing and unpacking -----------------------------------------------------------------------------------------
 
 
+def copy_all(files: Iterable[Path], folder: Path) -> None:
+    for path in files:
+        shutil.copy2(path, folder)
+
+
 def pack(folder: Path, archive: Path) -> None:
     """Write a folder to an archive."""
     with tarfile.open(archive, "w:gz") as tar:
@@ -126,51 +125,58 @@ def unpack(archive: Path, folder: Path) -> None:
 
 
 def relocate(cache: Path) -> None:
-    """Let Triton's cache name its own folder: each group of files is listed with the paths at which it was made."""
+    """Write the new folder of a Triton cache into it: each group of files is listed with the paths of its folder."""
     for listing in cache.rglob("__grp__*"):
         group = json.loads(listing.read_text())
         group["child_paths"] = {name: str(listing.parent / name) for name in group["child_paths"]}
         listing.write_text(json.dumps(group))
 
 
+def versions() -> dict[str, str]:
+    """Return what a bundle depends on. Triton's key is a hash of its own files, and part of every key of its cache."""
+    from triton.runtime.cache import triton_key
+
+    packages = {name: version(name).partition("+")[0] for name in ("torch", "triton")}
+    key = hashlib.sha256(triton_key().encode()).hexdigest()[:16]
+    return {"python": python_tag(), **packages, "Triton's key": key}
+
+
 def unfit(about: dict[str, str]) -> list[str]:
-    """Return in what this environment differs from the one that the bundle was made in."""
+    """Return how this environment differs from the one that the bundle was made in."""
     here = versions()
     return [f"{name} is {here[name]}, the bundle's {about.get(name)}" for name in here if here[name] != about.get(name)]
 
 
-def versions() -> dict[str, str]:
-    """Return what a bundle depends on."""
-    return {
-        "python": python_tag(),
-        **{name: version(name).partition("+")[0] for name in ("torch", "triton")},
-        "Triton's key": compiler_key(),
-    }
-
-
-def compiler_key() -> str:
-    """Return a hash of Triton's own files, which is part of every key of its cache."""
-    from triton.runtime.cache import triton_key
-
-    return hashlib.sha256(triton_key().encode()).hexdigest()[:16]
+def use(bundle: Path, scratch: Path) -> dict[str, str]:
+    """Unpack a bundle, and return the variables that let processes find what it holds."""
+    about = json.loads((bundle / ABOUT).read_text())
+    for difference in unfit(about):
+        print(f"the bundle is for another environment: {difference}", flush=True)
+    copy_all([*bundle.glob("_C*"), *bundle.glob("_build*")], ROOT / "rootfree_kernels")
+    link_kernels(ROOT)
+    cache, packages = scratch / "triton-cache", scratch / "packages"
+    unpack(bundle / CACHE, cache)
+    relocate(cache)
+    paths = [str(ROOT)]
+    if (bundle / PACKAGES).exists():
+        unpack(bundle / PACKAGES, packages)
+        paths.append(str(packages))
+    if not (ROOT / ".peers").exists():
+        unpack(bundle / OTHERS, ROOT / ".peers")
+    path = os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": path, "ROOTFREE_COMMIT": about["commit"]}
 
 
 # ---- command line --------------------------------------------------------------------------------------------------
 
 
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--peers", type=Path, default=CHECKOUTS, metavar="FOLDER", help="default .peers/")
-    return parser.parse_args(arguments)
-
-
-def say(begin: float, text: str) -> None:
-    print(f"{time.monotonic() - begin:5.0f} s  {text}", flush=True)
-
-
 def make(peers: Path, bundle: Path = BUNDLE) -> None:
     """Make the bundle anew."""
     begin = time.monotonic()
+
+    def say(text: str) -> None:
+        print(f"{time.monotonic() - begin:5.0f} s  {text}", flush=True)
+
     shutil.rmtree(bundle, ignore_errors=True)
     bundle.mkdir()
     copy_all(extension(), bundle)
@@ -182,26 +188,22 @@ def make(peers: Path, bundle: Path = BUNDLE) -> None:
         packages = download_packages(work / "packages")
         if packages:
             pack(work / "packages", bundle / PACKAGES)
-        say(begin, f"peers: {', '.join(found) or f'none is in {peers}'}; packages: {', '.join(packages) or 'none'}")
+        say(f"peers: {', '.join(found) or f'none is in {peers}'}; packages: {', '.join(packages) or 'none'}")
         for modules in (OURS, THEIRS) if found else (OURS,):  # the bundle is whole after ours
             kernels = fill_cache(work / "cache", modules)
             pack(work / "cache", bundle / CACHE)
             about = {**versions(), "commit": commit(), "kernels": kernels, "peers": found}
-            (bundle / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
-            say(begin, f"{kernels} kernels are compiled")
+            write_json(bundle / ABOUT, about)
+            say(f"{kernels} kernels are compiled")
     size = sum(path.stat().st_size for path in bundle.iterdir())
-    say(begin, f"{bundle.name}/ holds {size / 1e6:.1f} MB for torch {about['torch']}, triton {about['triton']}")
-
-
-def copy_all(files: Iterable[Path], folder: Path) -> None:
-    for path in files:
-        shutil.copy2(path, folder)
+    say(f"{bundle.name}/ holds {size / 1e6:.1f} MB for torch {about['torch']}, triton {about['triton']}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Make the bundle and return the exit status."""
-    options = parse_arguments(arguments)
-    make(options.peers)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--peers", type=Path, default=CHECKOUTS, metavar="FOLDER", help="default .peers/")
+    make(parser.parse_args(arguments).peers)
     return 0
 
 

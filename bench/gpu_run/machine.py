@@ -1,9 +1,10 @@
-"""Makes a machine with a GPU and a Python of its own ready for `make gpu`; fetches nothing.
+"""Prepare a machine with a GPU and a Python of its own for `make gpu`, without fetching anything.
 
-    python -m bench.gpu_run.machine             what is missing; installs this tree in place where it is not installed yet
-    python -m bench.gpu_run.machine --ignored   pytest's arguments that leave out tests of which a package is missing
+    python -m bench.gpu_run.machine             say what is missing; install this tree in place unless it is
+    python -m bench.gpu_run.machine --ignored   print pytest's arguments that leave out tests of missing packages
+    python -m bench.gpu_run.machine --probe     print whether a bundle would fit: versions, Triton's key, one product
 
-The exit status is 1 where PyTorch, Triton, pytest, numpy or the GPU is missing, with a sentence that says so.
+The exit status is 1 if PyTorch, Triton, pytest, numpy or the GPU is missing, with a sentence that says so.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from bench.common.paths import ROOT
 
 NEEDED = ("torch", "triton", "pytest", "numpy")
 OPTIONAL = ("hypothesis", "expecttest", "matplotlib", "rich")
-"""Packages that some tests import, which are left out without them."""
+"""Packages that some tests import. Without them these tests are left out."""
 
 INDIRECTLY = {
-    "bench.demo": ("matplotlib", "rich"),
+    "bench.demo.__main__": ("matplotlib", "rich"),
     "tests.triton.kron_batches": ("hypothesis",),
     "tests.cpp.kron_batches": ("hypothesis",),
 }
@@ -32,7 +33,7 @@ INDIRECTLY = {
 
 BUILD = ("pip", "setuptools")
 MIN_SETUPTOOLS = 77
-"""As in pyproject.toml, whose licence entry earlier ones refuse."""
+"""As in pyproject.toml, whose licence entry earlier versions refuse."""
 
 IMPORTED = """
 import sys
@@ -47,7 +48,7 @@ def missing(names: tuple[str, ...]) -> list[str]:
 
 
 def problem() -> str | None:
-    """Why nothing can be run on this machine, or None."""
+    """Return why nothing can be run on this machine, or None."""
     if absent := missing(NEEDED):
         return f"{sys.executable} has no {', '.join(absent)}: choose another one (PYTHON=python3.12 make gpu)."
     torch = importlib.import_module("torch")
@@ -68,8 +69,9 @@ def triton_folder() -> str:
 
 
 def install() -> str | None:
-    """Install this tree in place, editable; why that failed, or None."""
-    if triton_folder() == str(ROOT / "triton_kernels"):
+    """Install this tree in place, editable. Return why that failed, or None."""
+    wanted = str(ROOT / "triton_kernels")
+    if triton_folder() == wanted:
         return None
     if absent := missing(BUILD):
         return f"{sys.executable} has no {', '.join(absent)} to install this tree with."
@@ -81,13 +83,13 @@ def install() -> str | None:
     print("installing rootfree-kernels, editable, with what is there ...", flush=True)
     if subprocess.run(command, cwd=ROOT).returncode:
         return f"{' '.join(command)} failed."
-    if (found := triton_folder()) != str(ROOT / "triton_kernels"):
+    if (found := triton_folder()) != wanted:
         return f"rootfree_kernels.triton_kernels comes from {found or 'nowhere'} after the install, not from {ROOT}."
     return None
 
 
 def ignored() -> list[Path]:
-    """The tests that import a package which is missing, by themselves or through a module of `INDIRECTLY`."""
+    """Return the tests that import a missing package, by themselves or through a module of `INDIRECTLY`."""
     absent = missing(OPTIONAL)
     absent += [module for module, packages in INDIRECTLY.items() if {*packages} & {*absent}]
     pattern = re.compile(rf"^\s*(?:import|from) (?:{'|'.join(map(re.escape, absent))})\b", re.MULTILINE)
@@ -95,9 +97,24 @@ def ignored() -> list[Path]:
     return [path.relative_to(ROOT) for path in files if absent and pattern.search(path.read_text(encoding="utf-8"))]
 
 
+def probe() -> str:
+    """Return one line: versions, Triton's key, and the norm of a product on the GPU."""
+    import torch
+
+    from bench.gpu_run.bundle import versions
+
+    x = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
+    found = ", ".join(f"{name} {value}" for name, value in versions().items())
+    return f"{found}; norm of a product {(x @ x).float().norm().item():.0f}"
+
+
 def main() -> int:
+    """Prepare the machine, or print what was asked for, and return the exit status."""
     if sys.argv[1:] == ["--ignored"]:
         print(" ".join(f"--ignore={path}" for path in ignored()))
+        return 0
+    if sys.argv[1:] == ["--probe"]:
+        print(probe())
         return 0
     if reason := problem() or install():
         print(f"✗ make gpu: {reason}")

@@ -1,4 +1,4 @@
-"""The stages of a run on a GPU: what each one runs, and for how long at most."""
+"""The stages of a run on a GPU: the commands of each, and its limit in seconds."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench.common.paths import ROOT
-from bench.gpu_run import machine as gpu_machine
+from bench.gpu_run.machine import ignored
 
 FAILED = "failed.txt"
-"""Names of the tests that failed: in a run's folder, and in a bundle those that stage `again` repeats."""
+"""The file with the names of failed tests, in the folder of a run, or in a bundle for stage `again`."""
 
 Command = list[str]
 
@@ -27,24 +27,27 @@ TESTS = (
     *("ops/test_dispatch_runs.py", "optim/test_no_reads.py", "test_ranges.py", "optim/test_packed_momentum.py"),
     *("ops/test_kernel_momentum.py", "bench/test_compare.py", "ops/test_opcheck.py"),
 )
-"""Files of tests/ with tests for a GPU, the most telling first."""
+"""Files of tests/ with tests for a GPU, the most informative first."""
 
 HUGE = "more_than_2_31"
-"""In the name of a test that needs tens of GB."""
+"""Part of the name of a test that needs tens of GB."""
 
 CONTESTANTS = (
     *("IFShampoo", "IFShampoo, recipe", "IFShampoo, least memory", "RFRMSProp", "AdamW, fused", "SGD, fused"),
     *("Muon of torch", "Muon of Dion, Triton", "Distributed Shampoo, eigh, unpacked", "sirfshampoo"),
 )
-"""What stage `peers` lets take part."""
+"""The optimizers of stage `peers`."""
+
+LANGUAGE_METHODS = 5
+"""The number of methods that `python -m bench.demo --device cuda` compares."""
 
 
 class Limits(NamedTuple):
-    """What a command may know of its stage."""
+    """The limit and the folder of a stage."""
 
     seconds: int
     folder: Path
-    """For everything the stage writes."""
+    """The folder for everything that the stage writes."""
 
 
 class Stage(NamedTuple):
@@ -52,7 +55,7 @@ class Stage(NamedTuple):
 
     name: str
     seconds: int
-    """For all commands together, unless the command line says otherwise."""
+    """The limit for all commands together, unless the command line sets another one."""
 
     what: str
     commands: Callable[[Limits], Sequence[Command]]
@@ -64,36 +67,32 @@ def python(module: str, *arguments: object) -> Command:
     return [sys.executable, "-m", module, *map(str, arguments)]
 
 
-def pytest(*arguments: object, workers: int = 0) -> Command:
+def pytest(*arguments: object, parallel: bool = False) -> Command:
     """Return the command that runs tests marked gpu.
 
-    Where pytest-xdist is installed, a CUDA error ends one of several processes and not all tests; where pytest-timeout
-    is installed, a call that hangs is ended.
+    If pytest-xdist is installed, a CUDA error ends only one of several processes. If pytest-timeout is installed, a
+    call that hangs is ended. Each process takes half a gigabyte of the GPU's memory for its context.
     """
     options = ["-p", "bench.gpu_run.pytest_plugin", "-m", "gpu", "-q", "--no-header", "--tb=short", "-rf"]
     options += ["-p", "no:cacheprovider"]
     if find_spec("pytest_timeout"):
         options += ["--timeout", "60", "--timeout-method", "thread"]
-    if workers and find_spec("xdist"):
+    if parallel and find_spec("xdist"):
+        workers = max(1, min(8, (os.cpu_count() or 2) // 2))
         options += ["-n", str(workers), "--dist", "loadfile", "--max-worker-restart", "16"]
     return python("pytest", *options, *arguments)
 
 
-def number_of_workers() -> int:
-    """Return how many processes run tests: each takes half a gigabyte of the GPU's memory for its context alone."""
-    return max(1, min(8, (os.cpu_count() or 2) // 2))
-
-
-# ---- what the stages run -------------------------------------------------------------------------------------------
+# ---- the commands of the stages ------------------------------------------------------------------------------------
 
 
 def machine(limits: Limits) -> list[Command]:
     smi = [["nvidia-smi"]] if shutil.which("nvidia-smi") else []
-    return [*smi, python("rootfree_kernels"), python("bench.gpu_run.probe")]
+    return [*smi, python("rootfree_kernels"), python("bench.gpu_run.machine", "--probe")]
 
 
 def tests(limits: Limits) -> list[Command]:
-    return [pytest("-k", f"not {HUGE}", *_test_files(), workers=number_of_workers())]
+    return [pytest("-k", f"not {HUGE}", *_test_files(), parallel=True)]
 
 
 def huge(limits: Limits) -> list[Command]:
@@ -101,11 +100,11 @@ def huge(limits: Limits) -> list[Command]:
 
 
 def again(limits: Limits) -> list[Command]:
-    """Those that failed in this folder before, or else those that the bundle names."""
+    """Return the command that repeats the tests that failed in this folder, or else those that the bundle names."""
     lists = (limits.folder / FAILED, ROOT / ".gpu-bundle" / FAILED)
     found = next((path for path in lists if path.exists()), None)
     names = found.read_text(encoding="utf-8").splitlines() if found else []
-    return [pytest(*dict.fromkeys(names), workers=number_of_workers())] if names else []
+    return [pytest(*dict.fromkeys(names), parallel=True)] if names else []
 
 
 def memcheck(limits: Limits) -> list[Command]:
@@ -115,12 +114,13 @@ def memcheck(limits: Limits) -> list[Command]:
     return [["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", *sanitizer, *pytest(*files, "-k", chosen)]]
 
 
+def kernels(limits: Limits, *options: str) -> list[Command]:
+    given = [*options, "--seconds", max(10, limits.seconds - 20), "--only", "^(?!First step)", "--out", limits.folder]
+    return [python("bench.kernels", *given)]
+
+
 def quick(limits: Limits) -> list[Command]:
-    return [_kernels(limits, "--quick")]
-
-
-def kernels(limits: Limits) -> list[Command]:
-    return [_kernels(limits)]
+    return kernels(limits, "--quick")
 
 
 def peers(limits: Limits) -> list[Command]:
@@ -139,7 +139,7 @@ def profile(limits: Limits) -> list[Command]:
 
 
 def ncu(limits: Limits) -> list[Command]:
-    """Two batches' launches of the matrix kernels, in an update and the step behind it."""
+    """Return the commands for two batches' launches of the matrix kernels, in an update and the step after it."""
     report = limits.folder / "ncu"
     options = ["--clock-control", "none", "--profile-from-start", "off", "-k", "regex:kron_", "-c", "10"]
     step = python("bench.profile", "--nsys", "--steps", 1)
@@ -150,19 +150,13 @@ def ncu(limits: Limits) -> list[Command]:
 
 
 def language(limits: Limits) -> list[Command]:
-    methods = 5
-    each = max(5, (limits.seconds - 35) // methods)
+    each = max(5, (limits.seconds - 35) // LANGUAGE_METHODS)
     options = ["--device", "cuda", "--size", "30m", "--seconds", each, "--out", limits.folder / "language"]
     return [python("bench.demo", *options)]
 
 
-def _kernels(limits: Limits, *options: str) -> Command:
-    seconds = max(10, limits.seconds - 20)
-    return python("bench.kernels", *options, "--seconds", seconds, "--only", "^(?!First step)", "--out", limits.folder)
-
-
 def _test_files() -> list[str]:
-    left_out = {*gpu_machine.ignored()}  # a package that they import is missing
+    left_out = {*ignored()}
     paths = [Path("tests") / name for name in TESTS]
     return [str(path) for path in paths if (ROOT / path).exists() and path not in left_out]
 
@@ -176,7 +170,7 @@ STAGES = {
         Stage("peers", 160, "GPT-2 124M, steps and training, beside AdamW, Muon and other people's Shampoo", peers),
         Stage("profile", 45, "where the time of a step goes, by phase", profile),
         Stage("ncu", 60, "Nsight Compute on the matrix kernels", ncu),
-        Stage("language", 135, "a language model trained by four optimizers, loss against time", language),
+        Stage("language", 135, "a language model trained by five methods, loss against time", language),
         Stage("kernels", 300, "kernels at all sizes", kernels, by_default=False),
         Stage("again", 120, "tests that failed before", again, by_default=False),
         Stage("huge", 120, "tests that need tens of GB", huge, by_default=False),

@@ -1,9 +1,9 @@
-"""Compiles, without a GPU, what a run on one will launch:
+"""Compile without a GPU what a run on one will launch:
 
     python tests/fake_gpu python -m bench.gpu_run.warm_cache [--peers]
 
 It steps optimizers with every combination of options that chooses another kernel. On the fake GPU Triton's keys are
-those of a real launch; what the compile gate caches has other keys (of its arguments' alignment) and is never found.
+those of a real launch. The compile gate's keys differ (in the alignment of arguments), so its results cannot be used.
 --peers compiles what other people's optimizers launch, instead.
 """
 
@@ -11,18 +11,18 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any
 
 import torch
 from torch.nn import Parameter
 
-from bench.common.gpt2 import GPT2
+from bench.common.gpt import GPT2
 from bench.common.optimizers import dion_muon
 from bench.common.peers import why_missing
 from bench.common.workloads import gpt2_matrices
-from rootfree_kernels import IFShampoo, RFRMSProp
+from rootfree_kernels import RECIPE, IFShampoo, RFRMSProp
 from rootfree_kernels.ops.backends import choose
 from rootfree_kernels.rounding import ROUNDINGS
 from rootfree_kernels.triton_kernels.launch import num_compilations
@@ -36,7 +36,19 @@ SMALL = ((24, 16), (9, 5))
 LARGE = ((136, 136), (136, 72), (129, 136), (130, 70))
 """Matrices for the large tile; in the third only rows are not a multiple of 8."""
 
-VECTOR = (70,)
+VECTORS = ((70,), (3000,), (64, 72))
+"""Parameters of diagonal steps, aligned and not."""
+
+Options = Mapping[str, Any]
+
+RULES: tuple[Options, ...] = (
+    {"clip": "frobenius", "damping": 1e-4},
+    {"clip": "frobenius", "damping": 1e-4, "precondition_frequency": 3},
+    {"clip": "frobenius", "damping": 0.0},
+    {"clip": "row_sum", "damping": 1e-4},
+    RECIPE,
+)
+"""Options that choose another kernel of the update or of the step of matrices; no kernel knows all of them."""
 
 
 def parameters(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> list[Parameter]:
@@ -47,40 +59,27 @@ def parameters(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> list[Pa
     return params
 
 
-def if_shampoo_options() -> Iterator[tuple[torch.dtype, dict[str, Any]]]:
-    """Yield the dtype of the weights and the options that together choose every kernel of a batch."""
-    choices = product(DTYPES, ROUNDINGS, ROUNDINGS, (FP32, BF16), ("frobenius", "row_sum"), (1e-4, 0.0), (1, 3))
-    for dtype, rounding, weight_rounding, state, clip, damping, period in choices:
-        if weight_rounding != "stochastic" and dtype != BF16:
-            continue  # only BF16 weights have a rounding
-        if (clip, damping) == ("row_sum", 0.0) or (period == 3 and (clip == "row_sum" or damping == 0.0)):
-            continue  # no kernel knows all of these
-        yield (
-            dtype,
-            {
-                "rounding": rounding,
-                "weight_rounding": weight_rounding,
-                "state_dtype": state,
-                "clip": clip,
-                "damping": damping,
-                "precondition_frequency": period,
-            },
-        )
+def roundings() -> Iterator[tuple[torch.dtype, Options]]:
+    """Yield the dtype of the weights, and the options of how weights and state are stored."""
+    for dtype, rounding, weight_rounding, state in product(DTYPES, ROUNDINGS, ROUNDINGS, (FP32, BF16)):
+        if dtype == BF16 or weight_rounding == "stochastic":  # only BF16 weights have a rounding
+            yield dtype, {"rounding": rounding, "weight_rounding": weight_rounding, "state_dtype": state}
 
 
 def step_if_shampoo() -> None:
-    """Take two steps with every combination, an update and another one."""
-    for (dtype, options), shapes in product(if_shampoo_options(), (SMALL, LARGE)):
-        optimizer = IFShampoo(parameters([*shapes, VECTOR], dtype), lr=1e-3, batch_size=4, **options)
+    """Take two steps with every combination of options, an update and another one."""
+    for (dtype, stored), rule, shapes in product(roundings(), RULES, (SMALL, LARGE)):
+        optimizer = IFShampoo(parameters([*shapes, VECTORS[0]], dtype), lr=1e-3, batch_size=4, **stored, **rule)
         for _ in range(2):
             optimizer.step()
 
 
-def step_rf_rmsprop() -> None:
-    """Take a step with every combination, of aligned tensors and others."""
-    for dtype, rounding, weight_rounding, state in product(DTYPES, ROUNDINGS, ROUNDINGS, (FP32, BF16)):
-        options = {"rounding": rounding, "weight_rounding": weight_rounding, "state_dtype": state}
-        RFRMSProp(parameters([(3000,), (64, 72)], dtype), lr=1e-3, batch_size=4, **options).step()
+def step_diagonal() -> None:
+    """Take a diagonal step with every combination of options, by the paper's rule and by the recipe's."""
+    recipe = {**RECIPE, "structure": "elementwise", "update_norm": "rms"}
+    for dtype, stored in roundings():
+        RFRMSProp(parameters(VECTORS, dtype), lr=1e-3, batch_size=4, **stored).step()
+        IFShampoo(parameters(VECTORS, dtype), lr=1e-3, batch_size=4, **stored, **recipe).step()
 
 
 def step_clipped_momentum() -> None:
@@ -100,13 +99,13 @@ def step_peers() -> None:
 
 
 def main() -> int:
-    """Compile, and return the exit status: 1 where something could not be launched."""
+    """Compile, and return the exit status: 1 if something could not be launched."""
     failed = 0
-    ours = (step_if_shampoo, step_rf_rmsprop, step_clipped_momentum)
+    ours = (step_if_shampoo, step_diagonal, step_clipped_momentum)
     for step in (step_peers,) if sys.argv[1:] == ["--peers"] else ours:
         try:
             step()
-        except Exception as error:  # what else there is to compile is compiled
+        except Exception as error:  # the rest is compiled nevertheless
             print(f"✗ {step.__name__}: {type(error).__name__}: {error}")
             failed += 1
         with contextlib.suppress(RuntimeError):

@@ -1,12 +1,12 @@
-"""Every kernel on this machine's GPU: checked, then timed against the device's limits, eager PyTorch and its peers.
+"""Check every kernel on this machine's GPU, and time it against the device's limits, eager PyTorch and its peers.
 
     python -m bench.kernels [--quick] [--only PATTERN] [--seconds 480] [--out DIRECTORY]
 
-Writes <device>-<date>.json to bench/results, and the same as Markdown tables next to it, after every case, so that a
-run that is cut short leaves what it has. A case that fails is recorded with its error and stops no other one: after a
-CUDA error, a crash or a case that hangs, a new process goes on with the next case. What does not fit into the time is
-recorded as left out. `python -m bench.make_dispatch_table` makes the device's dispatch table of the record. Where the tree is a
-copy without its .git, ROOTFREE_COMMIT says which commit the record names.
+Writes <device>-<date>.json to bench/results, and the same as Markdown tables next to it, after every case: a run that
+is cut short leaves what it has. A case that fails is recorded with its error and stops no other one. After a CUDA
+error, a crash or a case that hangs, a new process goes on with the next case. Cases that do not fit into the time are
+recorded as left out. `python -m bench.make_dispatch_table` makes the device's dispatch table of the record. If the tree
+is a copy without its .git, set ROOTFREE_COMMIT to the commit that the record should name.
 """
 
 from __future__ import annotations
@@ -26,16 +26,14 @@ from typing import Any
 
 import torch
 
-from bench.common.gpt2 import Ceilings, random_tensors
+from bench.common import roofline
 from bench.common.paths import RESULTS
 from bench.common.record import gpu, provenance, slug
 from bench.common.report import Row, summary, write
 from bench.common.restarts import RESTART, Progress, is_spoiled, supervise
+from bench.common.tensors import random_tensors
 from bench.common.timing import Timer, clock_of
-from bench.kernels import kron as gpu_factors
-from bench.kernels import optimizers as gpu_optimizers
-from bench.kernels import rf_rmsprop as gpu_diagonal
-from bench.kernels import symmetric as gpu_symmetric
+from bench.kernels import kron, optimizers, rf_rmsprop, symmetric
 from bench.kernels.cases import QUICK, TINY, Case, Context, Sizes, check
 
 STALL = 75.0
@@ -46,56 +44,48 @@ CEILINGS = "Ceilings"
 NOTES = {
     CEILINGS: "What the fractions below are of, measured in the same run; at the end once more, which shows a drift of "
     "the clocks.",
-    **gpu_diagonal.NOTES,
-    **gpu_symmetric.NOTES,
-    **gpu_factors.NOTES,
-    **gpu_optimizers.NOTES,
+    **rf_rmsprop.NOTES,
+    **symmetric.NOTES,
+    **kron.NOTES,
+    **optimizers.NOTES,
 }
-"""What the tables say, by table."""
+"""The text above a table, by table."""
 
 
 def ceiling_rows(when: str, context: Context) -> list[Row]:
-    """The bandwidth of a copy and the rate of a product; the first run's are what the others are fractions of."""
-    source, target = random_tensors([(context.sizes.copied,)] * 2, context.device)
-    side = context.sizes.product
-    factors = [random_tensors([(side, side)] * 2, context.device, torch.bfloat16, seed=seed) for seed in range(3)]
-    result = torch.empty((side, side), dtype=torch.bfloat16, device=context.device)
-    calls = {
-        "copy": [partial(target.copy_, source)],
-        "product": [partial(torch.mm, a, b, out=result) for a, b in factors],
-    }
-    measured = context.timer.measure(calls)
-    a, b = factors[0]
-    torch.mm(a, b, out=result)
-    check("product", [result[:64]], [a[:64].double() @ b.double()])
-    copy, product = measured["copy"].total, measured["product"].total
-    found = Ceilings(8.0 * source.numel() / copy.median * 1e6, 2.0 * side**3 / product.median * 1e6)
-    context.ceilings = context.ceilings or found
+    """Measure the bandwidth of a copy and the rate of a product. The first run's are kept as the roofline."""
+    numbers, side = context.sizes.copied, context.sizes.product
+    times = roofline.measure_times(context.timer, context.device, numbers, side, (torch.bfloat16,))
+    a, b = random_tensors([(side, side)] * 2, context.device, torch.bfloat16)
+    check("product", [(a @ b)[:64]], [a[:64].double() @ b.double()])
+    found = roofline.Roofline.of(times, numbers, side)
+    context.roofline = context.roofline or found
     cells = {
         "copy, TB/s read and written": found.bandwidth / 1e12,
-        "copy µs": copy,
-        f"BF16 {side}³, TFLOP/s": found.rate / 1e12,
-        "product µs": product,
+        "copy µs": times["copy"],
+        f"BF16 {side}³, TFLOP/s": found.bf16 / 1e12,
+        "product µs": times["torch.bfloat16 mm"],
     }
     return [Row(CEILINGS, when, cells)]
 
 
 def cases(context: Context, arguments: list[str]) -> list[Case]:
-    """Everything that is measured, the most wanted first."""
+    """Return everything that is measured, the most wanted first."""
     return [
         Case(CEILINGS, "at the start", partial(ceiling_rows, "at the start", context)),
-        *gpu_diagonal.diagonal_cases(context),
-        *gpu_symmetric.symmetric_cases(context),
-        *gpu_factors.block_cases(context),
-        *gpu_optimizers.optimizer_cases(context, arguments),
-        *gpu_diagonal.momentum_cases(context),
-        *gpu_optimizers.graph_cases(context),
+        *rf_rmsprop.diagonal_cases(rf_rmsprop.DiagonalLists, context),
+        *symmetric.symmetric_cases(context),
+        *kron.block_cases(context),
+        *optimizers.optimizer_cases(context, arguments),
+        *rf_rmsprop.diagonal_cases(rf_rmsprop.ScaledLists, context),
+        *rf_rmsprop.momentum_cases(context),
+        *optimizers.graph_cases(context),
         Case(CEILINGS, "at the end", partial(ceiling_rows, "at the end", context)),
     ]
 
 
 def run(case: Case, context: Context) -> list[Row]:
-    """The rows of a case; one that says why where it fails."""
+    """Return the rows of a case, or one row with the error if it fails."""
     try:
         return list(case.run())
     except Exception as error:  # of any kind: it is recorded, and the other cases are measured
@@ -113,7 +103,7 @@ def run_all(
 
     `save(rows)` is called after every case. What `progress` has from the process before is not measured again.
     """
-    rows, context.ceilings = progress.payload or ([], context.ceilings)
+    rows, context.roofline = progress.payload or ([], context.roofline)
     for case in wanted:
         name, spoiled = f"{case.table}, {case.name}", False
         if name in progress.done:
@@ -127,7 +117,7 @@ def run_all(
             found = _run_and_say(case, context)
             spoiled = any(row.error for row in found) and is_spoiled(context.device)
         rows += found
-        progress.end((rows, context.ceilings), name)
+        progress.end((rows, context.roofline), name)
         save(rows)
         if spoiled:
             return None
@@ -144,7 +134,7 @@ def _run_and_say(case: Case, context: Context) -> list[Row]:
     return found
 
 
-# ---- command line ------------------------------------------------------------------------------------------------
+# ---- command line --------------------------------------------------------------------------------------------------
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -173,7 +163,7 @@ def make_context(options: argparse.Namespace) -> Context:
 
 
 def why_not(options: argparse.Namespace) -> str | None:
-    """Why nothing can be measured here, or None."""
+    """Return why nothing can be measured here, or None."""
     if options.device == "cuda" and not torch.cuda.is_available():
         built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
         return f"bench.kernels needs a GPU that PyTorch can use; torch {torch.__version__} ({built}) sees none here."
@@ -191,14 +181,14 @@ def record_path(options: argparse.Namespace, record: dict[str, Any]) -> Path:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, write the record, and return the exit status: 0 where all cases were measured."""
+    """Measure, write the record, and return the exit status: 0 if all cases were measured."""
     given = sys.argv[1:] if arguments is None else list(arguments)
     options = parse_arguments(given)
     if problem := why_not(options):
         print(f"✗ {problem}")
         return 1
     if options.first_step:
-        print(json.dumps(gpu_optimizers.first_steps(make_context(options))))
+        print(json.dumps(optimizers.first_steps(make_context(options))))
         return 0
     if options.device == "cuda" and options.worker is None:
         progress = options.out / ".kernels-progress"
@@ -211,7 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure(options: argparse.Namespace, given: Sequence[str]) -> int:
-    """Measure in this process, and return the exit status; RESTART where another one has to go on."""
+    """Measure in this process, and return the exit status; RESTART if another process has to go on."""
     context = make_context(options)
     command = [x for x in given if x not in ("--worker", str(options.worker))]
     record = {**provenance(shlex.join(["python", "-m", "bench.kernels", *command])), **gpu(context.device)}

@@ -1,4 +1,4 @@
-"""What every section of `make gpu` needs: sizes, the device with its ceilings, checks of results against FP64."""
+"""Shared by the tables of `bench.kernels`: sizes, the device and its roofline, checks of results against FP64."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -14,8 +15,9 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from bench.common.gpt2 import GPT2, Ceilings, Work
+from bench.common.gpt import GPT2
 from bench.common.report import Row
+from bench.common.roofline import Roofline, Work
 from bench.common.timing import Timer, Timing
 from rootfree_kernels.backend import Backend
 from rootfree_kernels.ops.backends import choose, fused_backends
@@ -23,10 +25,10 @@ from rootfree_kernels.ops.backends import choose, fused_backends
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured; the defaults are those of a full run."""
+    """The sizes of everything that is measured. The defaults are those of a full run."""
 
     numbers: int = 1 << 28
-    """Of the large list of tensors: 1.07 GB of FP32."""
+    """FP32 numbers of the large list of tensors: 1.07 GB."""
 
     copied: int = 1 << 29
     """FP32 numbers of the copy that gives the bandwidth: 2.1 GB are read and as many written."""
@@ -44,52 +46,51 @@ class Sizes:
         *((48, 768, 768), (36, 768, 1024), (49, 1008, 768), (2, 4096, 4096)),
         *((96, 256, 256), (8, 512, 512)),
     )
-    """(L, p, d) of updates and steps."""
+    """(L, p, d) of updates and steps by the paper's rule."""
 
-    row_sum_blocks: tuple[tuple[int, int, int], ...] = ((48, 768, 768), (2, 4096, 4096))
-    """(L, p, d) of updates with clip="row_sum", which take one launch more."""
+    other_blocks: tuple[tuple[int, int, int], ...] = ((48, 768, 768), (2, 4096, 4096))
+    """(L, p, d) of updates with clip="row_sum", and of updates and steps of the recipe."""
 
     model: GPT2 = field(default_factory=GPT2)
 
 
-QUICK = Sizes(
-    blocks=((48, 768, 768), (2, 4096, 4096)), row_sum_blocks=((2, 4096, 4096),), squares=((48, 768), (2, 4096))
-)
+QUICK = Sizes(blocks=((48, 768, 768), (2, 4096, 4096)), other_blocks=((2, 4096, 4096),), squares=((48, 768), (2, 4096)))
 TINY = Sizes(3000, 100, 32, 10, ((1, 16),), ((1, 16, 24),), ((1, 16, 24),), GPT2(1, 8, 50, 4))
 
 
 @dataclass
 class Context:
-    """Where and how is measured."""
+    """The device, the timer, and what was measured first."""
 
     device: torch.device
     sizes: Sizes
     timer: Timer
-    ceilings: Ceilings | None = None
+    roofline: Roofline | None = None
     chosen: Backend | None = None
 
     @cached_property
     def backend(self) -> Backend:
-        """The backend whose kernels are measured: the chosen one, or else the best that has all operators."""
+        """Return the backend that is measured: the chosen one, or else the best that has all operators."""
         return self.chosen or fused_backends(self.device, torch.float32, (torch.bfloat16, None))[0]
 
     @cached_property
     def eager(self) -> Backend:
-        """The yardstick."""
+        """Return the backend that ours is compared with."""
         return choose(self.device, torch.float32, fused=False)
 
+    @cached_property
     def other_backend(self) -> Backend | None:
         """Return the best other backend with kernels for lists of tensors, None if there is none."""
-        others = [backend for backend in fused_backends(self.device, torch.float32) if backend is not self.backend]
-        return others[0] if others else None
+        others = (backend for backend in fused_backends(self.device, torch.float32) if backend is not self.backend)
+        return next(others, None)
 
     def fraction(self, work: Work, timing: Timing) -> float | None:
-        """The least time of the work over the measured one; None where the ceilings were not measured."""
-        return self.ceilings.limit(work) / timing.median if self.ceilings else None
+        """Return the least time of the work over the measured one, None if the roofline was not measured."""
+        return self.roofline.limit(work) / timing.median if self.roofline else None
 
 
 class Case(NamedTuple):
-    """What is measured together; an error of its function is recorded and stops no other case."""
+    """A measurement by itself. An error of its function is recorded and stops no other case."""
 
     table: str
     name: str
@@ -97,12 +98,12 @@ class Case(NamedTuple):
 
 
 def ratio(theirs: Timing, ours: Timing) -> float:
-    """How many times as long the other one takes."""
+    """Return how many times as long the other one takes."""
     return theirs.median / ours.median
 
 
 def attempt(rows: list[Row], table: str, name: str, function: Callable[[], Any]) -> Any:
-    """What `function` gives; where it fails, None, and a row that says why."""
+    """Return the result of `function`. If it fails, return None and append a row with the error."""
     try:
         return function()
     except Exception as error:  # of any kind: what fails is recorded, and the rest is measured
@@ -110,31 +111,30 @@ def attempt(rows: list[Row], table: str, name: str, function: Callable[[], Any])
         return None
 
 
-# ---- checks ------------------------------------------------------------------------------------------------------
+# ---- checks --------------------------------------------------------------------------------------------------------
 
 TOLERANCE = {
     torch.float32: 3e-5,  # a few roundings of 6e-8, amplified by a sum
     torch.bfloat16: 3e-2,  # a handful of roundings of 4e-3, of operands, intermediate results and what is stored
 }
-"""How far results may be from FP64, as a relative Frobenius error, by dtype of what is stored."""
-
+"""The largest relative Frobenius error against FP64, by the dtype in which a result is stored."""
 
 COMPUTES = os.environ.get("ROOTFREE_FAKE_GPU") != "1"
-"""Whether results can be right: the fake GPU of tests/fake_gpu, which drives these benchmarks, computes nothing."""
+"""False on the fake GPU of tests/fake_gpu, which can run these benchmarks but computes nothing."""
 
 
 class CheckFailed(Exception):
-    """A result is wrong: nothing is timed."""
+    """A result is wrong, so nothing is timed."""
 
 
 def relative_error(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """‖actual − expected‖ / ‖expected‖ over all numbers of two lists, in FP64; NaN where any is."""
+    """Return ‖actual − expected‖ / ‖expected‖ over all numbers of two lists, in FP64; NaN if any is."""
     difference = sum(float((x.double() - y).norm()) ** 2 for x, y in zip(actual, expected, strict=True))
     return math.sqrt(difference) / max(math.sqrt(sum(float(y.norm()) ** 2 for y in expected)), 1e-300)
 
 
 def check(name: str, actual: Sequence[Tensor], expected: Sequence[Tensor], dtype: torch.dtype | None = None) -> float:
-    """The relative error of a list of tensors.
+    """Return the relative error of a list of tensors.
 
     Raises:
         CheckFailed: the error is larger than the tolerance of the dtype, or NaN.
@@ -142,6 +142,21 @@ def check(name: str, actual: Sequence[Tensor], expected: Sequence[Tensor], dtype
     error, allowed = relative_error(actual, expected), TOLERANCE[dtype or actual[0].dtype]
     require(error <= allowed, f"{name}: relative error {error:.2e} against FP64, {allowed:.0e} allowed")
     return error
+
+
+def in_double(x: Any) -> Any:
+    """Return a copy of an object, in which its floating-point tensors and those in its lists are in FP64."""
+
+    def copied(value: Any) -> Any:
+        if isinstance(value, list):
+            return [copied(each) for each in value]
+        if isinstance(value, Tensor):
+            return value.double() if value.is_floating_point() else value.clone()
+        return value
+
+    made = copy(x)
+    vars(made).update({name: copied(value) for name, value in vars(x).items()})
+    return made
 
 
 def require(condition: bool, message: str) -> None:
@@ -152,8 +167,7 @@ def require(condition: bool, message: str) -> None:
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Fill with NaN (whole numbers with their least) what PyTorch hands out as empty, so that what a kernel leaves
-    unwritten shows."""
+    """Fill new empty tensors with NaN, or with the least whole number, so that elements left unwritten show."""
 
     def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def call(*args: Any, **options: Any) -> Tensor:

@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.common.gpt2 import GPT2, Work, diagonal_bytes, random_tensors, whole_step
+from bench.common.gpt import GPT2
 from bench.common.report import Row, Target
+from bench.common.roofline import Work, diagonal_bytes, whole_step
+from bench.common.tensors import random_tensors
 from bench.kernels.cases import Case, Context, attempt, ratio, relative_error, require
 from rootfree_kernels import IFShampoo, RFRMSProp
 
@@ -36,7 +38,7 @@ NOTES = {
 }
 
 OTHER_STEP = 1 << 30
-"""T of which every step but the first is an "other" one."""
+"""A T with which every step but the first is without an update."""
 
 OURS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "IFShampoo T=1": partial(IFShampoo, batch_size=16, precondition_frequency=1),
@@ -75,7 +77,7 @@ class Model:
         return random_tensors([tuple(x.shape) for x in self.params], self.pool.device, scale=0.1, seed=seed)
 
 
-# ---- host and device ---------------------------------------------------------------------------------------------
+# ---- host and device -----------------------------------------------------------------------------------------------
 
 
 def host_rows(name: str, make: Callable[..., torch.optim.Optimizer], is_ours: bool, context: Context) -> list[Row]:
@@ -89,7 +91,7 @@ def host_rows(name: str, make: Callable[..., torch.optim.Optimizer], is_ours: bo
 
 
 def device_rows(context: Context) -> list[Row]:
-    """Every optimizer, the eager backend included, in turn; each has parameters of its own."""
+    """Time every optimizer, also with the eager backend, each on parameters of its own; they take turns."""
     rows: list[Row] = []
     makers = {**OURS, **{f"{name}, eager": partial(make, fused=False) for name, make in OURS.items()}, **PEERS}
 
@@ -118,14 +120,14 @@ def device_rows(context: Context) -> list[Row]:
 
 
 def limits(gpt2: GPT2) -> dict[str, Work]:
-    """What the steps have to do, by name."""
+    """Return the work of a step, by name of the optimizer."""
     update, other, _ = OURS
     diagonal = Work(0, diagonal_bytes(torch.float32, torch.float32, torch.float32) * gpt2.num_numbers())
     diagonals = dict.fromkeys(("RFRMSProp", *PEERS), diagonal)
     return {update: whole_step(gpt2, True), other: whole_step(gpt2, False), **diagonals}
 
 
-# ---- CUDA graphs -------------------------------------------------------------------------------------------------
+# ---- CUDA graphs ---------------------------------------------------------------------------------------------------
 
 
 def graph_rows(name: str, make: Callable[..., torch.optim.Optimizer], context: Context) -> list[Row]:
@@ -153,7 +155,7 @@ def graph_rows(name: str, make: Callable[..., torch.optim.Optimizer], context: C
 
 
 def captured(step: Callable[[], Any], warmups: int) -> torch.cuda.CUDAGraph:
-    """A graph of `step`, which runs `warmups` times before, in a stream of its own."""
+    """Return a graph of `step`, which first runs `warmups` times in a stream of its own."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -166,11 +168,11 @@ def captured(step: Callable[[], Any], warmups: int) -> torch.cuda.CUDAGraph:
     return graph
 
 
-# ---- the first step ----------------------------------------------------------------------------------------------
+# ---- the first step ------------------------------------------------------------------------------------------------
 
 
 def first_steps(context: Context) -> dict[str, list[float]]:
-    """Seconds of the first and of the second step, by optimizer, in this process."""
+    """Return the seconds of the first and of the second step in this process, by optimizer."""
     seconds = {}
     for name, make in OURS.items():
         model = Model(context.sizes.model, context.device)
@@ -188,7 +190,7 @@ def first_steps(context: Context) -> dict[str, list[float]]:
 
 
 def first_rows(arguments: list[str]) -> list[Row]:
-    """First steps in processes of their own: with Triton's cache empty, then with what the one before left there."""
+    """Time first steps in processes of their own: with Triton's cache empty, then with what the first left there."""
     rows = []
     with tempfile.TemporaryDirectory() as cache:
         for state in ("empty", "warm"):
@@ -204,7 +206,7 @@ def first_rows(arguments: list[str]) -> list[Row]:
 
 
 def optimizer_cases(context: Context, arguments: list[str]) -> list[Case]:
-    """`arguments` make `python -m bench.kernels --first-step` run on the same device and sizes."""
+    """Return the cases; `arguments` give `python -m bench.kernels --first-step` the same device and sizes."""
     makers = {**OURS, **PEERS}
     cases = [Case(HOST, name, partial(host_rows, name, make, name in OURS, context)) for name, make in makers.items()]
     cases.append(Case(DEVICE, "GPT-2 124M", partial(device_rows, context)))

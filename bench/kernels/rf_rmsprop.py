@@ -1,4 +1,4 @@
-"""RF-RMSProp and the clipped momentum against the copy bandwidth, and against AdamW and RMSProp of PyTorch."""
+"""The diagonal steps and the clipped momentum against the copy bandwidth, and AdamW and RMSProp of PyTorch."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench.common.gpt2 import Shape, Work, diagonal_bytes, momentum_bytes, random_tensors
 from bench.common.report import Alternatives, Row, Target
+from bench.common.roofline import Work, diagonal_bytes, momentum_bytes, scaled_bytes
+from bench.common.tensors import Shape, random_tensors
 from bench.common.timing import Call, Measured, num_inputs
-from bench.kernels.cases import Case, Context, attempt, check, ratio, require
+from bench.kernels.cases import Case, Context, attempt, check, in_double, ratio, require
 from rootfree_kernels import ops
-from rootfree_kernels.arguments import DiagonalOptions, DiagonalState, Draws, Scaling
+from rootfree_kernels.arguments import DiagonalOptions, DiagonalState, Draws, ScaledOptions, ScaledState, Scaling
 from rootfree_kernels.backend import Backend
 
-DIAGONAL, MOMENTUM = "RF-RMSProp", "Clipped momentum"
+DIAGONAL, SCALED, MOMENTUM = "RF-RMSProp", "Diagonal step of the recipe", "Clipped momentum"
 NUM_LARGE = 16
 """Tensors of the large list."""
 
 OF_BYTES = 1.0
-"""What fused AdamW's time over ours is to reach, as a fraction of its bytes over ours: as many bytes a second as it."""
+"""The target for fused AdamW's time over ours, as a fraction of its bytes over ours."""
 
 NOTES = {
     DIAGONAL: "Bytes: each tensor read once, each but the gradient written once. Of copy: those bytes over the time, "
@@ -31,6 +32,9 @@ NOTES = {
     "kernels in CUDA) over ours on the same list. Fused AdamW in FP32 moves 28 bytes a number. On lists that memory "
     f"bounds, the target for the ratio to it is {OF_BYTES:g} of its bytes over ours: as many bytes a second as AdamW, "
     "and no slower at equal bytes. On lists of small tensors, where launches take the time, it is 1.",
+    SCALED: "The whitened step of embeddings, heads and vectors, with gradient momentum, damping relative to the mean "
+    "curvature, and updates of a fixed norm. The norms must be known before anything is scaled, hence three passes. Of "
+    "copy: the bytes of all passes over the time, as a fraction of the copy bandwidth.",
     MOMENTUM: "BF16 m, FP32 Δ. Of copy: m and Δ read once and m written once, 8 bytes a number, over the time. The "
     "norm must be known before m may change, hence two passes, which read 6 bytes more.",
 }
@@ -53,7 +57,6 @@ MIXED = Precision("BF16 weights and gradients, FP32 state", torch.bfloat16, torc
 BF16 = Precision("BF16, state too", torch.bfloat16, torch.bfloat16)
 PRECISIONS = (FP32, MIXED, BF16)
 
-
 OPTIONS = DiagonalOptions(
     batch_size=16.0,
     beta2=0.1,
@@ -66,158 +69,198 @@ OPTIONS = DiagonalOptions(
     rounding="stochastic",
     weight_rounding="stochastic",
 )
+SCALED_OPTIONS = ScaledOptions(
+    *OPTIONS._replace(beta2=0.02, damping=1e-8, decoupled=True),
+    direction="whitened",
+    relative_damping=True,
+    momentum_on="gradient",
+    nesterov=True,
+)
+RMS = 0.2
+"""The root mean square of the recipe's updates: times a learning rate of 0.1 it is that of the weights."""
 
 
 class DiagonalLists:
     """The tensors of a diagonal step, and the operator on them."""
 
+    table = DIAGONAL
+    bytes_of = staticmethod(diagonal_bytes)
+
     def __init__(self, shapes: Sequence[Shape], precision: Precision, device: torch.device) -> None:
-        self.device = device
         self.params = random_tensors(shapes, device, precision.param, 0.02, seed=0)
         self.grads = random_tensors(shapes, device, precision.param, 0.1, seed=1)
         self.squares = [x.abs() for x in random_tensors(shapes, device, precision.state, 1.0, seed=2)]
         self.buffers = random_tensors(shapes, device, precision.state, 0.1, seed=3)
         self.skipped = [torch.zeros((), dtype=torch.int32, device=device) for _ in shapes]
-        self.seeds = torch.arange(len(shapes), dtype=torch.int32, device=device)
-        self.steps = torch.zeros(len(shapes), device=device)
+        seeds = torch.arange(len(shapes), dtype=torch.int32, device=device)
+        self.draws = Draws(seeds, torch.zeros(len(shapes), device=device))
 
-    def changed(self) -> list[list[Tensor]]:
-        return [self.params, self.squares, self.buffers]
+    def changed(self) -> dict[str, list[Tensor]]:
+        return {"weights": self.params, "s": self.squares, "m": self.buffers}
 
-    def in_double(self) -> list[list[Tensor]]:
-        """Params, squares, buffers and gradients in FP64."""
-        return [[x.double() for x in tensors] for tensors in (*self.changed(), self.grads)]
-
-    def step(self, backend: Backend, lr: float = 1e-4, lists: list[list[Tensor]] | None = None) -> None:
-        """A step of these tensors, or of `lists`: params, squares, buffers, gradients."""
-        params, squares, buffers, grads = lists or [*self.changed(), self.grads]
-        rate = torch.tensor(lr, dtype=torch.float64)
-        state, draws = DiagonalState(squares, buffers, self.skipped, [], []), Draws(self.seeds, self.steps)
-        ops.rf_rmsprop(params, state, grads, rate, draws, Scaling(None, None), OPTIONS, backend)
+    def step(self, backend: Backend, lr: float = 1e-4) -> None:
+        state, rate = DiagonalState(self.squares, self.buffers, self.skipped, [], []), _learning_rate(lr)
+        ops.rf_rmsprop(self.params, state, self.grads, rate, self.draws, Scaling(None, None), OPTIONS, backend)
 
 
-def check_diagonal(shapes: Sequence[Shape], precision: Precision, context: Context, backend: Backend) -> float:
-    """The largest relative error of weights, s and m against FP64; the weights are of a step as large as they are."""
-    lists = DiagonalLists(shapes, precision, context.device)
-    expected = lists.in_double()
-    lists.step(context.eager, 0.1, expected)
-    for skipped in lists.skipped:
-        skipped.zero_()
+class ScaledLists(DiagonalLists):
+    """The tensors of a diagonal step of the recipe, and the operator on them."""
+
+    table = SCALED
+    bytes_of = staticmethod(scaled_bytes)
+
+    def __init__(self, shapes: Sequence[Shape], precision: Precision, device: torch.device) -> None:
+        super().__init__(shapes, precision, device)
+        self.curvatures = [torch.ones((), device=device) for _ in shapes]
+        self.norms = torch.tensor([RMS * prod(shape) ** 0.5 for shape in shapes], device=device)
+
+    def changed(self) -> dict[str, list[Tensor]]:
+        return {**super().changed(), "q": self.curvatures}
+
+    def step(self, backend: Backend, lr: float = 1e-4) -> None:
+        state = ScaledState(self.squares, self.buffers, self.skipped, self.curvatures, [], [], self.norms)
+        rate, scaling = _learning_rate(lr), Scaling(None, None)
+        ops.scaled_rmsprop(self.params, state, self.grads, rate, self.draws, scaling, SCALED_OPTIONS, backend)
+
+
+def _learning_rate(lr: float) -> Tensor:
+    return torch.tensor(lr, dtype=torch.float64)
+
+
+def check_lists(make: Callable[[], DiagonalLists], context: Context, backend: Backend) -> float:
+    """Return the largest relative error of a step against FP64; the step is as large as the weights are."""
+    lists = make()
+    expected = in_double(lists)
+    expected.step(context.eager, 0.1)
     lists.step(backend, 0.1)
-    names = ("weights", "s", "m")
-    errors = [check(name, x, y) for name, x, y in zip(names, lists.changed(), expected, strict=False)]
-    require(not any(int(x) for x in lists.skipped), "numbers were skipped that are finite")
+    correct = expected.changed()
+    errors = [check(name, x, correct[name]) for name, x in lists.changed().items()]
+    require(not any(map(int, lists.skipped)), "numbers were skipped that are finite")
     return max(errors)
 
 
+def _step_of(
+    make: Callable[..., torch.optim.Optimizer], shapes: Sequence[Shape], device: torch.device, dtype: torch.dtype
+) -> Call:
+    params = random_tensors(shapes, device, dtype, 0.02, seed=0)
+    for param, grad in zip(params, random_tensors(shapes, device, dtype, 0.1, seed=1), strict=True):
+        param.grad = grad
+    optimizer = make(params, lr=1e-4)
+    optimizer.step()  # so that what cannot run is found out here
+    return optimizer.step
+
+
 def peers(shapes: Sequence[Shape], device: torch.device) -> dict[str, Callable[[], Call]]:
-    """PyTorch's own steps on a list of the same shapes, by name, made when called."""
-
-    def step_of(make: Callable[..., torch.optim.Optimizer], dtype: torch.dtype, **options: Any) -> Call:
-        params = random_tensors(shapes, device, dtype, 0.02, seed=0)
-        for param, grad in zip(params, random_tensors(shapes, device, dtype, 0.1, seed=1), strict=True):
-            param.grad = grad
-        optimizer = make(params, lr=1e-4, **options)
-        optimizer.step()  # so that what cannot run is found out here
-        return optimizer.step
-
+    """Return makers of PyTorch's own steps on a list of the same shapes, by name."""
+    adamw = partial(torch.optim.AdamW, fused=True)
+    rmsprop = partial(torch.optim.RMSprop, foreach=True, momentum=0.9)
     return {
-        "AdamW": partial(step_of, torch.optim.AdamW, torch.float32, fused=True),
-        "AdamW BF16": partial(step_of, torch.optim.AdamW, torch.bfloat16, fused=True),
-        "RMSprop": partial(step_of, torch.optim.RMSprop, torch.float32, foreach=True, momentum=0.9),
+        "AdamW": partial(_step_of, adamw, shapes, device, torch.float32),
+        "AdamW BF16": partial(_step_of, adamw, shapes, device, torch.bfloat16),
+        "RMSprop": partial(_step_of, rmsprop, shapes, device, torch.float32),
     }
 
 
 def diagonal_targets(precision: Precision, of_copy: float | None) -> dict[str, Target]:
-    """Return the targets of a row by column. `of_copy` is the target of FP32 for the fraction of the copy bandwidth; it
-    is None for small lists, whose times bytes do not decide."""
+    """Return the targets of RF-RMSProp by column.
+
+    `of_copy` is the target of FP32 for the fraction of the copy bandwidth. It is None for small lists, whose times do
+    not depend on bytes.
+    """
     targets = {"of copy": Target("≥", of_copy)} if precision is FP32 and of_copy else {}
     targets["AdamW / ours"] = Target("≥", round(OF_BYTES * FP32.bytes / precision.bytes, 2) if of_copy else 1.0)
-    if precision is BF16:  # whose AdamW moves the bytes that ours moves
+    if precision is BF16:  # AdamW in BF16 moves as many bytes
         targets["AdamW in BF16 / ours"] = Target("≥", 1.0)
     return targets
 
 
-def variant(precision: Precision, backend: Backend | None, context: Context) -> str:
-    return precision.name if backend in (None, context.backend) else f"{precision.name}, {backend.name}"
+class ListCase(NamedTuple):
+    """A list of tensors, and which step is taken on it."""
+
+    kind: type[DiagonalLists]
+    name: str
+    shapes: Sequence[Shape]
+    of_copy: float | None
+    context: Context
+
+    @property
+    def numbers(self) -> int:
+        return sum(map(prod, self.shapes))
+
+    @property
+    def other(self) -> Backend | None:
+        """Return the backend that ours is compared with."""
+        return self.context.eager if self.kind is ScaledLists else self.context.other_backend
+
+    def variant(self, precision: Precision, backend: Backend | None) -> str:
+        return precision.name if backend in (None, self.context.backend) else f"{precision.name}, {backend.name}"
+
+    def rows(self) -> list[Row]:
+        """Time every precision and backend whose result is right, and PyTorch's optimizers, in turn."""
+        rows: list[Row] = []
+        variants: dict[str, Sequence[Call]] = {}
+        for precision in PRECISIONS:
+            make = partial(self.kind, self.shapes, precision, self.context.device)
+            every = [make() for _ in range(num_inputs(self.numbers * precision.bytes, self.context.device))]
+            for backend in filter(None, (self.context.backend, self.other)):
+                name = self.variant(precision, backend)
+                checked = partial(check_lists, make, self.context, backend)
+                if attempt(rows, self.kind.table, f"{self.name}, {name}", checked) is not None:
+                    variants[name] = [partial(x.step, backend) for x in every]
+        makers = peers(self.shapes, self.context.device)
+        for peer, make_step in makers.items():
+            if step := attempt(rows, self.kind.table, f"{self.name}, {peer}", make_step):
+                variants[peer] = [step]
+        measured = self.context.timer.measure(variants)
+        rows += [self._row(precision, measured) for precision in PRECISIONS if precision.name in measured]
+        theirs = {f"{self.name}, {x} of PyTorch": {"µs": measured[x].total} for x in makers if x in measured}
+        return rows + [Row(self.kind.table, name, cells) for name, cells in theirs.items()]
+
+    def _row(self, precision: Precision, measured: dict[str, Measured]) -> Row:
+        bytes_of_one = self.kind.bytes_of(precision.param, precision.param, precision.state)
+        moved, ours = self.numbers * bytes_of_one, measured[precision.name].total
+        cells: dict[str, Any] = {
+            "µs": ours,
+            "bytes a number": bytes_of_one,
+            "GB": moved / 1e9,
+            "of copy": self.context.fraction(Work(0, moved), ours),
+        }
+        columns = {"AdamW": "AdamW / ours", "AdamW BF16": "AdamW in BF16 / ours", "RMSprop": "RMSprop / ours"}
+        cells |= {column: ratio(measured[x].total, ours) for x, column in columns.items() if x in measured}
+        row = Row(self.kind.table, f"{self.name}, {precision.name}", cells)
+        if (other := self.other) and (theirs := measured.get(self.variant(precision, other))):
+            cells |= {f"{other.name} µs": theirs.total, f"{other.name} / ours": ratio(theirs.total, ours)}
+            if self.kind is DiagonalLists:
+                sizes = {"numbers": self.numbers, "tensors": len(self.shapes)}
+                times = {self.context.backend.name: ours, other.name: theirs.total}
+                row.alternatives = Alternatives("diagonal", sizes, times)
+        if self.kind is DiagonalLists:
+            row.targets = diagonal_targets(precision, self.of_copy)
+        cells["AdamW's bytes / ours"] = FP32.bytes / bytes_of_one
+        return row
 
 
-def diagonal_rows(name: str, shapes: Sequence[Shape], of_copy: float | None, context: Context) -> list[Row]:
-    """Every precision on one list of tensors, and the peers, in turn."""
-    rows: list[Row] = []
-    numbers = sum(map(prod, shapes))
-    variants: dict[str, Sequence[Call]] = {}
-    for precision in PRECISIONS:
-        sets = num_inputs(numbers * precision.bytes, context.device)
-        lists = [DiagonalLists(shapes, precision, context.device) for _ in range(sets)]
-        for backend in filter(None, (context.backend, context.other_backend())):
-            case = f"{name}, {variant(precision, backend, context)}"
-            error = attempt(rows, DIAGONAL, case, partial(check_diagonal, shapes, precision, context, backend))
-            if error is not None:
-                variants[variant(precision, backend, context)] = [partial(x.step, backend) for x in lists]
-    for peer, make in peers(shapes, context.device).items():
-        if step := attempt(rows, DIAGONAL, f"{name}, {peer}", make):
-            variants[peer] = [step]
-    measured = context.timer.measure(variants)
-    for precision in PRECISIONS:
-        if precision.name in measured:
-            sizes = {"numbers": numbers, "tensors": len(shapes)}
-            rows.append(_diagonal_row(name, sizes, precision, of_copy, measured, context))
-    for peer in peers(shapes, context.device):
-        if peer in measured:
-            rows.append(Row(DIAGONAL, f"{name}, {peer} of PyTorch", {"µs": measured[peer].total}))
-    return rows
-
-
-def _diagonal_row(
-    name: str,
-    sizes: dict[str, int],
-    precision: Precision,
-    of_copy: float | None,
-    measured: dict[str, Measured],
-    context: Context,
-) -> Row:
-    moved, ours = sizes["numbers"] * precision.bytes, measured[precision.name].total
-    cells: dict[str, Any] = {
-        "µs": ours,
-        "bytes a number": precision.bytes,
-        "GB": moved / 1e9,
-        "of copy": context.fraction(Work(0, moved), ours),
-    }
-    columns = {"AdamW": "AdamW / ours", "AdamW BF16": "AdamW in BF16 / ours", "RMSprop": "RMSprop / ours"}
-    for peer, column in columns.items():
-        if peer in measured:
-            cells[column] = ratio(measured[peer].total, ours)
-    backend, alternatives = context.other_backend(), None
-    if (compiled := measured.get(variant(precision, backend, context))) and backend:
-        cells[f"{backend.name} µs"], cells[f"{backend.name} / ours"] = compiled.total, ratio(compiled.total, ours)
-        alternatives = Alternatives("diagonal", sizes, {context.backend.name: ours, backend.name: compiled.total})
-    cells["AdamW's bytes / ours"] = FP32.bytes / precision.bytes
-    targets = diagonal_targets(precision, of_copy)
-    return Row(DIAGONAL, f"{name}, {precision.name}", cells, targets, alternatives=alternatives)
-
-
-def diagonal_cases(context: Context) -> list[Case]:
-    large = [(context.sizes.numbers // NUM_LARGE,)] * NUM_LARGE
-    small = [(context.sizes.small,)] * context.sizes.small
-    model = [*context.sizes.model.shapes().values()]
+def diagonal_cases(kind: type[DiagonalLists], context: Context) -> list[Case]:
+    """Return the cases of a step on large lists and on small ones, the target for its share of the bandwidth beside."""
+    sizes = context.sizes
+    model = [*sizes.model.shapes().values()]
     lists = {
-        "1 GB": (large, 0.92),
+        "1 GB": ([(sizes.numbers // NUM_LARGE,)] * NUM_LARGE, 0.92),
         "GPT-2 124M": (model, 0.85),
-        f"{len(small)} tensors of {len(small)}": (small, None),
+        f"{sizes.small} tensors of {sizes.small}": ([(sizes.small,)] * sizes.small, None),
         "GPT-2 124M's vectors": ([shape for shape in model if len(shape) == 1], None),
     }
     return [
-        Case(DIAGONAL, name, partial(diagonal_rows, name, shapes, of_copy, context))
+        Case(kind.table, name, ListCase(kind, name, shapes, of_copy, context).rows)
         for name, (shapes, of_copy) in lists.items()
     ]
 
 
-# ---- the clipped momentum ----------------------------------------------------------------------------------------
+# ---- the clipped momentum ------------------------------------------------------------------------------------------
 
 
 class MomentumSides:
-    """m and Δ of the sides of batches; each batch has two sides, (L, n) of C and of K."""
+    """m and Δ of the sides of batches. Each batch has two sides, (L, n) of C and of K."""
 
     def __init__(self, batches: Sequence[Sequence[tuple[int, int]]], device: torch.device) -> None:
         def sides(dtype: torch.dtype, seed: int) -> list[list[Tensor]]:
@@ -231,25 +274,21 @@ class MomentumSides:
         return sum(x.numel() for batch in self.momenta for x in batch)
 
     def step(self, backend: Backend) -> list[Tensor]:
-        """The clips of every batch."""
+        """Step all momenta and return the clips of every batch."""
         pairs = zip(self.momenta, self.deltas, strict=True)
         return [ops.clipped_momentum(m, delta, None, 0.5, "frobenius", backend) for m, delta in pairs]
 
 
 def check_momentum(sides: MomentumSides, backend: Backend, eager: Backend) -> float:
-    """The largest relative error of m and of the clips against FP64; Δ is overwritten."""
-    expected = [[x.double() for x in batch] for batch in sides.momenta]
-    clips = [
-        ops.clipped_momentum(m, [x.double() for x in delta], None, 0.5, "frobenius", eager)
-        for m, delta in zip(expected, sides.deltas, strict=True)
-    ]
-    found = sides.step(backend)
-    errors = [check("clips", found, clips)]
-    return max(errors + [check("m", x, y) for x, y in zip(sides.momenta, expected, strict=True)])
+    """Return the largest relative error of m and of the clips against FP64."""
+    expected = in_double(sides)
+    clips = expected.step(eager)
+    errors = [check("clips", sides.step(backend), clips)]
+    return max(errors + [check("m", x, y) for x, y in zip(sides.momenta, expected.momenta, strict=True)])
 
 
 def momentum_rows(name: str, batches: Sequence[Sequence[tuple[int, int]]], context: Context) -> list[Row]:
-    backends = [*filter(None, (context.backend, context.other_backend())), context.eager]
+    backends = [*filter(None, (context.backend, context.other_backend)), context.eager]
     for backend in backends[:-1]:
         check_momentum(MomentumSides(batches, context.device), backend, context.eager)
     sides = MomentumSides(batches, context.device)
@@ -265,7 +304,7 @@ def momentum_rows(name: str, batches: Sequence[Sequence[tuple[int, int]]], conte
         "eager µs": eager,
         "eager / ours": ratio(eager, ours),
     }
-    if other := context.other_backend():
+    if other := context.other_backend:
         cells[f"{other.name} / ours"] = ratio(measured[other.name].total, ours)
     return [Row(MOMENTUM, name, cells)]
 

@@ -1,4 +1,4 @@
-"""Symmetric products, half of whose multiplications are saved: against `torch.bmm` and the limits of the device."""
+"""Symmetric products, which save half of their multiplications, against `torch.bmm` and the limits of the device."""
 
 from __future__ import annotations
 
@@ -8,22 +8,12 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-from bench.common.gpt2 import Work, update_stages
 from bench.common.report import Alternatives, Row, Target
+from bench.common.roofline import Work, update_stages
 from bench.common.timing import Timing, num_inputs
+from bench.kernels.blocks import OPTIONS, Blocks, near_identity
 from bench.kernels.cases import Case, Context, check, poisoned_memory, ratio, require
-from bench.kernels.kron import (
-    ALPHA2,
-    BATCH_SIZE,
-    BETA2,
-    DAMPING,
-    GAMMA,
-    Blocks,
-    check_symmetric,
-    check_update,
-    near_identity,
-)
-from rootfree_kernels.arguments import FactorOptions
+from bench.kernels.kron import check_symmetric, check_update
 from rootfree_kernels.eager.products import curvature_step
 
 SYMMETRIC = "Symmetric products"
@@ -32,7 +22,7 @@ NOTES = {
     SYMMETRIC: "L products of either side: P = XXᵀ against `torch.bmm`; the same as an update makes them, which copies "
     "X on the way (what a dispatch table goes by); and the kernel of m against four products of `torch.bmm` with the "
     "element-wise operations behind them (the eager backend's). TFLOP/s count n³ a symmetric product, of rate: that "
-    "over the 8192³ product's rate; a half is what `torch.bmm` could have at most.",
+    "over the 8192³ product's rate; a half is what `torch.bmm` could have at most."
 }
 
 TARGETS = {768: 1.15, 1024: 1.15, 2048: 1.3, 4096: 1.5}
@@ -45,14 +35,14 @@ def symmetric_rows(count: int, n: int, context: Context) -> list[Row]:
 
 
 def _factors(count: int, n: int, bytes_of_one: float, context: Context) -> list[tuple[Tensor, Tensor]]:
-    """(C, K) in BF16, as many pairs as the cache asks for."""
+    """Return pairs of C and K in BF16, as many as the cache asks for."""
     sets = num_inputs(bytes_of_one, context.device)
     pairs = [[near_identity(count, n, context.device, 2 * index + side) for side in (0, 1)] for index in range(sets)]
     return [(c, k) for c, k in pairs]
 
 
 def _products_row(count: int, n: int, context: Context) -> Row:
-    """P_C = CCᵀ and P_K = KKᵀ."""
+    """Time P_C = CCᵀ and P_K = KKᵀ."""
     make = context.backend.operators.kron_products
     pairs = _factors(count, n, 8.0 * count * n * n, context)
     c, k = (x[:2] for x in pairs[0])
@@ -74,7 +64,7 @@ def _products_row(count: int, n: int, context: Context) -> Row:
 
 
 def _kept_row(count: int, n: int, context: Context) -> Row:
-    """The last launch of an update: P_C and P_K of new factors, which are copied to the old ones' place."""
+    """Time the last launch of an update: P_C and P_K of new factors, which it also copies to the old ones' place."""
     module = import_module("rootfree_kernels.triton_kernels.products")
     makers = {context.backend.name: module.make_products, "bmm": module.products_by_bmm}
     every = []
@@ -97,15 +87,16 @@ def _kept_row(count: int, n: int, context: Context) -> Row:
 
 
 def _momentum_row(count: int, n: int, context: Context) -> Row:
-    """m: one launch of an update against the eager backend's products and element-wise operations."""
-    check_update(count, n, n, context)
+    """Time the launch of m in an update against the eager backend's products and element-wise operations."""
+    shape = count, n, n
+    check_update(shape, context)
     sets = num_inputs(40.0 * count * n * n, context.device)
-    every = [Blocks(count, n, n, context.device, seed=10 * index) for index in range(sets)]
+    every = [Blocks(shape, context.device, seed=10 * index) for index in range(sets)]
 
     def with_bmm(x: Blocks, a: Tensor) -> Tensor:
-        options = FactorOptions(BATCH_SIZE, BETA2, ALPHA2, DAMPING, GAMMA, "frobenius", "stochastic")
-        deltas = [curvature_step(a, x.c, x.k, options), curvature_step(a.mT, x.k, x.c, options)]
-        return context.eager.operators.clipped_momentum([x.m_c, x.m_k], deltas, None, ALPHA2, "frobenius")
+        deltas = [curvature_step(a, x.c, x.k, OPTIONS), curvature_step(a.mT, x.k, x.c, OPTIONS)]
+        momenta, alpha2 = [x.m_c, x.m_k], OPTIONS.riemannian_momentum
+        return context.eager.operators.clipped_momentum(momenta, deltas, None, alpha2, OPTIONS.clip)
 
     inputs = [torch.stack(x.grads).bfloat16() for x in every]
     variants = {
@@ -125,7 +116,7 @@ def _symmetric_row(name: str, count: int, n: int, work: Work, ours: Timing, thei
         "bmm µs": theirs,
         "bmm / ours": ratio(theirs, ours),
         "TFLOP/s": rate / 1e12,
-        "of rate": rate / context.ceilings.rate if context.ceilings else None,
+        "of rate": rate / context.roofline.bf16 if context.roofline else None,
         "of limit": context.fraction(work, ours),
     }
     targets = {"bmm / ours": Target("≥", TARGETS[n])} if n in TARGETS and name != "P, X copied" else {}

@@ -1,12 +1,12 @@
-"""Where the time of a step goes: by batch and phase, against what this device copies and multiplies.
+"""Show where the time of a step goes, by batch and phase, against what this device copies and multiplies.
 
     python -m bench.profile [--optimizer NAME] [--model NAME] [--device cuda|cpu] [--frequency T] [--steps N]
-                                 [--out DIRECTORY] [--nsys]
+                            [--out DIRECTORY] [--nsys]
 
-Takes steps until two updates of the factors lie behind it and every kernel is compiled, and then N more under
+Takes steps until two updates of the factors are done and every kernel is compiled, and then N more under
 `torch.profiler`. Writes their trace (for chrome://tracing or ui.perfetto.dev) and the table of the phases, as Markdown
-and as JSON. Where Nsight Systems or Nsight Compute is attached, or with --nsys, it leaves the measuring to them, and
-tells them by cudaProfilerStart and cudaProfilerStop which steps are meant:
+and as JSON. If Nsight Systems or Nsight Compute is attached, or with --nsys, these tools measure, and the N steps lie
+between cudaProfilerStart and cudaProfilerStop:
 
     nsys profile --trace=cuda,nvtx --capture-range=cudaProfilerApi python -m bench.profile
     ncu --profile-from-start off --nvtx --nvtx-include "IFShampoo.step/*/factor update" python -m bench.profile
@@ -15,7 +15,6 @@ tells them by cudaProfilerStart and cudaProfilerStop which steps are meant:
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import shlex
@@ -23,15 +22,14 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile
 
 from bench.common import roofline
-from bench.common.gpt2 import GPT2
-from bench.common.record import gpu, provenance, slug
+from bench.common.gpt import GPT2
+from bench.common.record import gpu, provenance, slug, write_json
 from bench.common.timing import Timer, clock_of
 from bench.kernels.optimizers import Model
 from bench.profile.phases import MULTIPLIED, markdown, rows_of
@@ -43,13 +41,9 @@ MODELS = {
     "gpt2-small": GPT2(depth=4, width=256, vocabulary=4096, context=256),
     "tiny": GPT2(depth=1, width=8, vocabulary=50, context=4),
 }
-OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
-    "IFShampoo": IFShampoo,
-    "RFRMSProp": RFRMSProp,
-    "RFAdaGrad": RFAdaGrad,
-}
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {x.__name__: x for x in (IFShampoo, RFRMSProp, RFAdaGrad)}
 CEILINGS = {"cuda": (1 << 29, 8192), "cpu": (1 << 24, 1024)}
-"""Numbers of the copy and side of the product that say what the device can do."""
+"""Numbers of the copy and side of the product that give the roofline."""
 
 
 def make_optimizer(options: argparse.Namespace, device: torch.device) -> Optimizer:
@@ -59,18 +53,18 @@ def make_optimizer(options: argparse.Namespace, device: torch.device) -> Optimiz
 
 
 def take_steps(optimizer: Optimizer, number: int, device: torch.device) -> None:
-    """Steps that are over when this returns."""
+    """Take steps, and wait until the device has done them."""
     for _ in range(number):
         optimizer.step()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-# ---- measured by others ------------------------------------------------------------------------------------------
+# ---- measured by others --------------------------------------------------------------------------------------------
 
 
 def is_attached(device: torch.device) -> bool:
-    """Whether a tool listens to NVTX ranges."""
+    """Return whether a tool listens to NVTX ranges."""
     if device.type != "cuda":
         return False
     with ranges.step("who listens"):
@@ -78,17 +72,17 @@ def is_attached(device: torch.device) -> bool:
 
 
 def show_steps(run: Callable[[], None]) -> None:
-    """Steps between cudaProfilerStart and cudaProfilerStop."""
+    """Take the steps between cudaProfilerStart and cudaProfilerStop."""
     torch.cuda.profiler.start()
     run()
     torch.cuda.profiler.stop()
 
 
-# ---- measured here -----------------------------------------------------------------------------------------------
+# ---- measured here -------------------------------------------------------------------------------------------------
 
 
 def trace_steps(run: Callable[[], None], device: torch.device, path: Path) -> None:
-    """Write what `torch.profiler` sees of the steps to `path`."""
+    """Take the steps under `torch.profiler`, and write its trace to `path`."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     with profile(activities=activities) as profiler:
         run()
@@ -103,7 +97,7 @@ def measure_roofline(device: torch.device, tiny: bool) -> roofline.Roofline:
 
 
 def report(options: argparse.Namespace, optimizer: Optimizer, device: torch.device, command: str) -> Path:
-    """Profile the steps and write trace and tables; the path of the Markdown."""
+    """Profile the steps, write trace and tables, and return the path of the Markdown."""
     record = {**provenance(command), **gpu(device)}
     name = f"profile-{slug(options.optimizer)}-{slug(options.model)}-{slug(record['device'])}-{record['date']}"
     trace = options.out / f"{name}.trace.json.gz"
@@ -117,17 +111,16 @@ def report(options: argparse.Namespace, optimizer: Optimizer, device: torch.devi
         "frequency": options.frequency,
         "steps": len(found),
         "trace": trace.name,
+        "copy_bytes_per_second": roof.bandwidth,
+        "product_flops_per_second": {str(dtype): roof.rate(dtype) for dtype in MULTIPLIED},
     }
-    record |= {"copy_bytes_per_second": roof.bandwidth}
-    record |= {"product_flops_per_second": {str(dtype): roof.rate(dtype) for dtype in MULTIPLIED}}
-    whole = {**record, "rows": [row.as_json() for row in rows]}
     path = options.out / f"{name}.md"
-    path.with_suffix(".json").write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(path.with_suffix(".json"), {**record, "rows": [row.as_json() for row in rows]})
     path.write_text(markdown(record, rows, roof, device.type == "cuda"), encoding="utf-8")
     return path
 
 
-# ---- command line ------------------------------------------------------------------------------------------------
+# ---- command line --------------------------------------------------------------------------------------------------
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -147,7 +140,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def why_not(options: argparse.Namespace) -> str | None:
-    """Why nothing can be profiled, or None."""
+    """Return why nothing can be profiled, or None."""
     if options.device == "cuda" and not torch.cuda.is_available():
         return f"--device cuda: torch {torch.__version__} sees no GPU here. Use --device cpu."
     if options.device == "cpu" and options.nsys:
@@ -173,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         show_steps(partial(take_steps, optimizer, options.steps, device))
         print(f"{options.steps} steps of {options.optimizer} between cudaProfilerStart and cudaProfilerStop.")
         return 0
-    command: Any = shlex.join(["python", "-m", "bench.profile", *given])
+    command = shlex.join(["python", "-m", "bench.profile", *given])
     path = report(options, optimizer, device, command)
     print(path.read_text(encoding="utf-8"))
     print(f"Wrote {path}, {path.with_suffix('.json').name} and {path.stem}.trace.json.gz.")

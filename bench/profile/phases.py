@@ -1,7 +1,7 @@
-"""The phases of a step: what each has to do, and tables of how fast it did it.
+"""The phases of a step: the work of each, and tables of how fast it was done.
 
-Operations and bytes are those of the launches of `bench.common.gpt2`, each of which reads its inputs and writes its outputs
-once; products are counted as the backend takes them.
+Operations and bytes are those of `bench.common.roofline`: each launch reads its inputs and writes its outputs once, and
+products are counted as the backend takes them.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from bench.common.gpt2 import Work, diagonal_bytes, step_stages, update_stages
-from bench.common.report import Row, cell, number
-from bench.common.roofline import Roofline
+from bench.common.report import Row, number, section
+from bench.common.roofline import Roofline, Work, diagonal_bytes, step_stages, update_stages
 from bench.common.timing import Timing
 from bench.profile.step_trace import Names, Step
 from rootfree_kernels.optim.report import BatchReport, step_reports
@@ -38,12 +37,14 @@ class Task:
         return Task(self.work + other.work, self.dtype if self.work.flops else other.dtype)
 
 
-# ---- work --------------------------------------------------------------------------------------------------------
+# ---- work ----------------------------------------------------------------------------------------------------------
 
 
 def tasks_of(optimizer: Optimizer) -> dict[bool, dict[Names, Task]]:
-    """What the phases of a step have to do, by batch and phase: of one with (True) and one without an update of the
-    factors, as far as the optimizer, of one group on one device, has taken any."""
+    """Return the work of the phases of a step with (True) and without an update, by batch and phase.
+
+    The optimizer has one group on one device. Kinds of steps that it has not taken yet are missing.
+    """
     found: dict[bool, dict[Names, Task]] = {}
     for batches in step_reports(optimizer):
         tasks = found[any(batch.updates_factors for batch in batches)] = {}
@@ -81,11 +82,11 @@ def _matrices(batch: BatchReport) -> dict[str, Task]:
     return {phase: Task(work * batch.num_blocks, dtype) for phase, work in phases.items()}
 
 
-# ---- tables ------------------------------------------------------------------------------------------------------
+# ---- tables --------------------------------------------------------------------------------------------------------
 
 
 def rows_of(found: Sequence[Step], optimizer: Optimizer, roof: Roofline, on_device: bool) -> list[Row]:
-    """A table for steps with an update and one for steps without, where there are both."""
+    """Return the rows of a table for steps with an update and of one for steps without."""
     tasks, rows = tasks_of(optimizer), []
     for update in (True, False):
         some = [step for step in found if step.has("factor update") == update]
@@ -129,16 +130,16 @@ NOTES = {
     False: "µs: of the calling thread in the range, profiler included; median of the steps (10th–90th percentile). "
     "Operators: of PyTorch, in the calling thread, those that call no other one.",
 }
-"""By whether there are kernels on a device."""
+"""By whether kernels ran on a device."""
 
 WORK = (
-    "GB/s and TFLOP/s: bytes and operations that the launches have to move and to do (`bench/common/gpt2.py`), over the time; "
-    "beside them the fraction of what `copy_` and a matrix product of the same dtype reached in this run."
+    "GB/s and TFLOP/s: bytes and operations of the launches (`bench/common/roofline.py`) over the time; beside them "
+    "the fraction of what `copy_` and a matrix product of the same dtype reached in this run."
 )
 
 
 def markdown(record: Mapping[str, Any], rows: Sequence[Row], roof: Roofline, on_device: bool) -> str:
-    """The tables, and where they come from."""
+    """Return the page: the tables and their origin."""
     products = ", ".join(f"{number(roof.rate(dtype) / 1e12)} TFLOP/s in {dtype}" for dtype in MULTIPLIED)
     lines = [
         f"# {record['optimizer']}, {record['model']}, T = {record['frequency']}, on {record['device']}",
@@ -150,16 +151,5 @@ def markdown(record: Mapping[str, Any], rows: Sequence[Row], roof: Roofline, on_
         *(NOTES[on_device], WORK, ""),
     ]
     for table in dict.fromkeys(row.table for row in rows):
-        lines += [f"## {table}", "", *_table([row for row in rows if row.table == table]), ""]
+        lines += section(table, [row for row in rows if row.table == table], "")
     return "\n".join(lines)
-
-
-def _table(rows: Sequence[Row]) -> list[str]:
-    columns = list(dict.fromkeys(column for row in rows for column in row.cells))
-    lines = [["", *columns], ["---"] * (len(columns) + 1)]
-    lines += [[row.case, *(_text(row.cells[x]) if x in row.cells else "" for x in columns)] for row in rows]
-    return [f"| {' | '.join(line)} |" for line in lines]
-
-
-def _text(value: Any) -> str:
-    return f"{value:,}" if isinstance(value, int) else cell(value)

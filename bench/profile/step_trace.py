@@ -1,8 +1,8 @@
-"""What the launches of a step took, by batch and phase, from a trace of `torch.profiler`.
+"""Times of the phases of a step from a trace of `torch.profiler`.
 
-`rootfree_kernels.ranges` marks steps, batches and phases. On a GPU a kernel belongs to the phase that launched it, and
-its time is that between its own start and end on the device, without the gaps before it; on a CPU a phase takes as long
-as the calling thread is in it.
+`rootfree_kernels.ranges` marks steps, batches and phases. On a GPU a kernel belongs to the phase that launched it. Its
+time is that between its start and its end on the device, without the gap before it. On a CPU a phase takes as long as
+the calling thread is in it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 Event = Mapping[str, Any]
 Names = tuple[str, ...]
-"""Of the ranges within a step, outermost first: none for the step itself, a batch, a batch and a phase, …"""
+"""The ranges around something within a step, outermost first: () is the step itself, then a batch, then a phase."""
 
 LAUNCHES = ("cuda_runtime", "cuda_driver")
 ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
@@ -25,20 +25,20 @@ ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 
 @dataclass
 class Step:
-    """Microseconds of the host, and of the device's kernels, and their numbers, by range."""
+    """Microseconds of the host and of the device's kernels, and how many there were, by range."""
 
     host: Counter[Names] = field(default_factory=Counter)
     device: Counter[Names] = field(default_factory=Counter)
     kernels: Counter[Names] = field(default_factory=Counter)
     operators: Counter[Names] = field(default_factory=Counter)
-    """Those that call no other one."""
+    """Operators that call no other one."""
 
     def has(self, phase: str) -> bool:
         return any(names[1:] == (phase,) for names in self.host)
 
 
 def read(path: Path) -> list[Event]:
-    """The events of a trace that `export_chrome_trace` wrote."""
+    """Return the events of a trace that `export_chrome_trace` wrote."""
     opened = gzip.open if path.suffix == ".gz" else open
     with opened(path, "rt", encoding="utf-8") as file:
         events: list[Event] = json.load(file)["traceEvents"]
@@ -46,7 +46,7 @@ def read(path: Path) -> list[Event]:
 
 
 def steps(events: Iterable[Event], name: str) -> list[Step]:
-    """All steps, `name` being what their range is called, in the order of time."""
+    """Return all steps, whose range is called `name`, in the order of time."""
     threads: dict[Any, list[Event]] = defaultdict(list)
     on_device: dict[Any, list[Event]] = defaultdict(list)
     for event in events:
@@ -86,7 +86,7 @@ def _innermost(around: Iterable[Event], category: str) -> Event | None:
 
 
 def _nested(thread: Iterable[Event]) -> Iterator[tuple[Event, list[Event]]]:
-    """The events of a thread in the order of time, each with those around it, outermost first."""
+    """Yield the events of a thread in the order of time, each with those around it, outermost first."""
     around: list[Event] = []
     for event in sorted(thread, key=lambda event: (event["ts"], -event["dur"])):
         while around and event["ts"] >= around[-1]["ts"] + around[-1]["dur"]:

@@ -1,11 +1,11 @@
-"""Steps on a CPU against PyTorch's own optimizers, a straightforward implementation, and the authors' sirfshampoo.
+"""Compare steps on a CPU with PyTorch's optimizers, a straightforward implementation, and the authors' sirfshampoo.
 
     python -m bench.steps.cpu [--repeats N] [--only diagonal|factors|recipe] [--json FILE]
 
-Whatever is compared takes turns step by step in one process, and medians are compared: ours over theirs, so that below
-1 is faster. The diagonal step runs on two threads, the factors on one. sirfshampoo takes part where it is installed, or
-where a checkout of it lies in .peers/sirfshampoo. On processors where FP32 products go to oneDNN, the rows of the
-factors are measured a second time with ROOTFREE_ONEDNN=0, which leaves all products to the BLAS that PyTorch uses.
+Optimizers take turns step by step in one process. Ratios are of median times, ours over theirs: below 1 is faster. The
+diagonal step runs on two threads, the factors on one. sirfshampoo takes part if it is installed, or if there is a
+checkout of it in .peers/sirfshampoo. On processors where FP32 products go to oneDNN, the rows of the factors are
+measured a second time with ROOTFREE_ONEDNN=0, which leaves all products to the BLAS that PyTorch uses.
 """
 
 from __future__ import annotations
@@ -16,60 +16,45 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
-from bench.common.paths import ROOT
-from bench.common.record import provenance
-from bench.demo.fp32_muon import use_fp32
+from bench.common.peers import find, why_missing
+from bench.common.record import provenance, write_json
+from bench.common.report import table
+from bench.common.timing import HostClock, Timer
+from bench.demo.methods import use_fp32_muon
 from bench.steps.naive import NaiveIFShampoo
 from rootfree_kernels import RECIPE, IFShampoo, RFRMSProp
 from rootfree_kernels.eager import cpu_matmul_dtype
 from rootfree_kernels.ops.backends import choose
 
-COMMON = {
-    "lr": 1e-3,
-    "batch_size": 16,
-    "beta2": 0.2,
-    "momentum": 0.9,
-    "riemannian_momentum": 0.5,
-    "damping": 1e-4,
-}
-PEERS = ROOT / ".peers"
+COMMON = {"lr": 1e-3, "batch_size": 16, "beta2": 0.2, "momentum": 0.9, "riemannian_momentum": 0.5, "damping": 1e-4}
 LARGE = 20_000_000
 BYTES = 28
-"""A number of FP32 in the diagonal step with momentum: weight, gradient, s and m read, all but the gradient written."""
+"""The bytes of an FP32 number in a diagonal step: weight, gradient, s and m are read, all but the gradient written."""
 
 Row = dict[str, Any]
 
 
-def seconds(run: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+def seconds(calls: Mapping[str, Callable[[], Any]], repeats: int, warmups: int = 2) -> dict[str, list[float]]:
+    """Return the seconds of every repeat of each call; calls take turns."""
+    timer = Timer(HostClock(), warmups, repeats, min_repeats=repeats)
+    samples = timer.samples({name: [call] for name, call in calls.items()})
+    return {name: [sample.time * 1e-6 for sample in every] for name, every in samples.items()}
 
 
-def taking_turns(calls: Mapping[str, Callable[[], Any]], repeats: int, warmups: int = 2) -> dict[str, list[float]]:
-    """Seconds of every repeat of each call. The order is turned round every time: a call that comes after another one
-    finds its data in the caches, and has its writes to wait for."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for repeat in range(warmups + repeats):
-        for name in list(calls)[:: 1 if repeat % 2 else -1]:
-            taken = seconds(calls[name])
-            if repeat >= warmups:
-                times[name].append(taken)
-    return times
+def median_seconds(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    return {name: statistics.median(every) for name, every in seconds(calls, repeats).items()}
 
 
-def medians(times: Mapping[str, list[float]]) -> dict[str, float]:
-    return {name: statistics.median(every) for name, every in times.items()}
+def steps_of(optimizers: Mapping[str, Optimizer]) -> dict[str, Callable[[], Any]]:
+    return {name: optimizer.step for name, optimizer in optimizers.items()}
 
 
 def row(case: str, ours: float, theirs: float, target: float | None = None) -> Row:
@@ -77,7 +62,7 @@ def row(case: str, ours: float, theirs: float, target: float | None = None) -> R
 
 
 def parameters(num: int, *shape: int) -> list[torch.nn.Parameter]:
-    """`num` weights with fixed random gradients."""
+    """Return `num` weights with fixed random gradients."""
     generator = torch.Generator().manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for _ in range(num)]
     for param in params:
@@ -85,7 +70,7 @@ def parameters(num: int, *shape: int) -> list[torch.nn.Parameter]:
     return params
 
 
-# ---- the diagonal step -------------------------------------------------------------------------------------------
+# ---- the diagonal step -----------------------------------------------------------------------------------------------
 
 
 def diagonal_optimizers(num: int, size: int) -> dict[str, Optimizer]:
@@ -103,57 +88,43 @@ def diagonal_optimizers(num: int, size: int) -> dict[str, Optimizer]:
 
 
 def diagonal_rows(repeats: int) -> list[Row]:
-    large = {name: opt.step for name, opt in diagonal_optimizers(1, LARGE).items()}
-    copy = partial(torch.empty(LARGE).copy_, torch.randn(LARGE))
+    large = steps_of(diagonal_optimizers(1, LARGE))
+    large["copy"] = partial(torch.empty(LARGE).copy_, torch.randn(LARGE))
     slow = {name: large.pop(name) for name in ("RMSprop", "eager")}
-    time_of = medians(taking_turns({**large, "copy": copy}, 3 * repeats))
-    time_of |= medians(taking_turns(slow, repeats))
-    name = "RFRMSProp, 20M FP32 numbers"
+    time_of = median_seconds(large, 3 * repeats) | median_seconds(slow, repeats)
+    ours, name = time_of["FP32"], "RFRMSProp, 20M FP32 numbers"
     rows = [
-        row(f"{name}: fused AdamW", time_of["FP32"], time_of["AdamW"], 1.0),
-        row(f"{name}: foreach RMSprop with momentum", time_of["FP32"], time_of["RMSprop"], 1 / 2.8),
-        row(
-            f"{name}: {BYTES} bytes a number at the rate of a copy", time_of["FP32"], time_of["copy"] * BYTES / 8, 1.25
-        ),
-        row("the same with BF16 state: FP32 state", time_of["BF16 state"], time_of["FP32"], 1.0),
-        row("BF16 state, compensated: FP32 state", time_of["BF16 state, compensated"], time_of["FP32"], 1.0),
-        row(f"{name}: eager backend", time_of["FP32"], time_of["eager"]),
+        row(f"{name}: fused AdamW", ours, time_of["AdamW"], 1.0),
+        row(f"{name}: foreach RMSprop with momentum", ours, time_of["RMSprop"], 1 / 2.8),
+        row(f"{name}: {BYTES} bytes a number at the rate of a copy", ours, time_of["copy"] * BYTES / 8, 1.25),
+        row("the same with BF16 state: FP32 state", time_of["BF16 state"], ours, 1.0),
+        row("BF16 state, compensated: FP32 state", time_of["BF16 state, compensated"], ours, 1.0),
+        row(f"{name}: eager backend", ours, time_of["eager"]),
     ]
-    del large, slow, copy
-    small = {name: opt.step for name, opt in diagonal_optimizers(1000, 1000).items()}
-    time_of = medians(taking_turns(small, 3 * repeats))
-    name = "RFRMSProp, 1,000 tensors of 1,000"
+    del large, slow
+    time_of = median_seconds(steps_of(diagonal_optimizers(1000, 1000)), 3 * repeats)
+    ours, name = time_of["FP32"], "RFRMSProp, 1,000 tensors of 1,000"
     return [
         *rows,
-        row(f"{name}: foreach RMSprop with momentum", time_of["FP32"], time_of["RMSprop"], 1 / 3),
-        row(f"{name}: fused AdamW", time_of["FP32"], time_of["AdamW"]),
-        row(f"{name}, BF16 state: FP32 state", time_of["BF16 state"], time_of["FP32"], 1.0),
+        row(f"{name}: foreach RMSprop with momentum", ours, time_of["RMSprop"], 1 / 3),
+        row(f"{name}: fused AdamW", ours, time_of["AdamW"]),
+        row(f"{name}, BF16 state: FP32 state", time_of["BF16 state"], ours, 1.0),
     ]
 
 
-# ---- the factors -------------------------------------------------------------------------------------------------
+# ---- the factors -----------------------------------------------------------------------------------------------------
 
 
-def find_sirfshampoo() -> Any:
-    """The authors' package, None where it is not there."""
-    if (PEERS / "sirfshampoo").is_dir():
-        sys.path.insert(0, str(PEERS / "sirfshampoo"))
-    try:
-        return import_module("sirfshampoo")
-    except ImportError:
-        return None
-
-
-def make_sirfshampoo(package: Any, num: int, size: int, frequency: int) -> Optimizer:
+def make_sirfshampoo(num: int, size: int, frequency: int) -> Optimizer:
     model = torch.nn.ParameterList(parameters(num, size, size))
     options = {"lr": COMMON["lr"], "beta2": COMMON["beta2"], "alpha1": COMMON["momentum"], "lam": COMMON["damping"]}
     options |= {"alpha2": COMMON["riemannian_momentum"], "batch_size": COMMON["batch_size"], "T": frequency}
-    optimizer: Optimizer = package.SIRFShampoo(model, **options)
+    optimizer: Optimizer = find("sirfshampoo").SIRFShampoo(model, **options)
     return optimizer
 
 
 def step_times(num: int, size: int, frequency: int, cycles: int) -> dict[str, dict[str, float]]:
-    """Median seconds of an update, of another step and of a mean step of `frequency`, of all, taking turns."""
+    """Return the median seconds of an update, of another step and of a mean step at T = `frequency`, by optimizer."""
 
     def make(cls: Callable[..., Optimizer], **options: Any) -> Optimizer:
         return cls(parameters(num, size, size), **COMMON, precondition_frequency=frequency, **options)
@@ -164,10 +135,9 @@ def step_times(num: int, size: int, frequency: int, cycles: int) -> dict[str, di
         "BF16": make(IFShampoo, factor_dtype=torch.bfloat16),
         "eager": make(IFShampoo, factor_dtype=torch.float32, fused=False),
     }
-    if package := find_sirfshampoo():
-        contestants["sirfshampoo"] = make_sirfshampoo(package, num, size, frequency)
-    steps = {name: opt.step for name, opt in contestants.items()}
-    every = taking_turns(steps, cycles * frequency, warmups=frequency)
+    if not why_missing("sirfshampoo"):
+        contestants["sirfshampoo"] = make_sirfshampoo(num, size, frequency)
+    every = seconds(steps_of(contestants), cycles * frequency, warmups=frequency)
     return {name: summary(times, frequency) for name, times in every.items()}
 
 
@@ -199,15 +169,15 @@ def factor_rows(repeats: int, note: str = "") -> list[Row]:
 
 
 def recipe_rows(repeats: int) -> list[Row]:
-    """The step of the recipe against the same step in the root-free direction by the paper's rule, and against Muon."""
-    use_fp32()
+    """Compare the step of the recipe with that of the paper's rule, and with Muon."""
+    use_fp32_muon()
     root_free = {**COMMON, "clip": "row_sum"}
     contestants: dict[str, Optimizer] = {
         "recipe": IFShampoo(parameters(1, 1024, 1024), **RECIPE, factor_dtype=torch.float32),
         "paper": IFShampoo(parameters(1, 1024, 1024), **root_free, factor_dtype=torch.float32),
         "Muon": torch.optim.Muon(parameters(1, 1024, 1024)),
     }
-    time_of = medians(taking_turns({name: opt.step for name, opt in contestants.items()}, repeats))
+    time_of = median_seconds(steps_of(contestants), repeats)
     case = "Recipe (whitened), FP32, 1024², T=1"
     return [
         row(f"{case}: the paper's rule (root-free)", time_of["recipe"], time_of["paper"], 0.85),
@@ -216,7 +186,7 @@ def recipe_rows(repeats: int) -> list[Row]:
 
 
 def blas_rows(repeats: int) -> list[Row]:
-    """The rows of the factors without oneDNN, from a process of its own: the choice is made once in each."""
+    """Return the rows of the factors without oneDNN, from another process: a process chooses once."""
     command = [sys.executable, "-m", "bench.steps.cpu", "--repeats", str(repeats), "--only", "blas"]
     environment = {**os.environ, "ROOTFREE_ONEDNN": "0"}
     printed = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
@@ -225,32 +195,38 @@ def blas_rows(repeats: int) -> list[Row]:
 
 
 def product_row(size: int, repeats: int) -> Row:
-    """BF16 against FP32 products of PyTorch, which is what `rootfree_kernels.eager.cpu_matmul_dtype` decides by."""
+    """Compare PyTorch's BF16 products with FP32 ones; `rootfree_kernels.eager.cpu_matmul_dtype` decides by them."""
     bf16, fp32 = (torch.randn(1, size, size, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
-    calls = {"bf16": lambda: torch.bmm(bf16, bf16), "fp32": lambda: torch.bmm(fp32, fp32)}
-    times = medians(taking_turns(calls, repeats))
+    calls = {"bf16": partial(torch.bmm, bf16, bf16), "fp32": partial(torch.bmm, fp32, fp32)}
+    times = median_seconds(calls, repeats)
     chosen = str(cpu_matmul_dtype(torch.bfloat16, torch.device("cpu"))).removeprefix("torch.")
     return row(f"torch.bmm, {size}², BF16 (chosen: {chosen}): FP32", times["bf16"], times["fp32"])
 
 
-# ---- command line ------------------------------------------------------------------------------------------------
+# ---- command line ----------------------------------------------------------------------------------------------------
 
 
 def settle_allocator() -> None:
-    """Let the C library see a large tensor come and go, as in any training: it then keeps memory of this size, instead
-    of giving it back to the system after every step, which would time page faults."""
+    """Allocate and free a large tensor, as any training does.
+
+    The C library then keeps memory of this size. Otherwise it would return it to the system after every step, and page
+    faults would be timed.
+    """
     torch.zeros(7 << 20)
 
 
-def report(rows: list[Row]) -> None:
-    print(f"{'ours: theirs':70} {'ours ms':>9} {'theirs ms':>9} {'ratio':>6}  target")
+def table_of(rows: list[Row]) -> list[str]:
+    columns = ("ours: theirs", "ours ms", "theirs ms", "ratio", "target")
+    lines = []
     for each in rows:
+        times = [f"{each[name] * 1e3:.2f}" for name in ("ours", "theirs")]
         target = f"≤ {each['target']:.3g}" if each["target"] else ""
-        print(f"{each['case']:70} {each['ours'] * 1e3:9.2f} {each['theirs'] * 1e3:9.2f} {each['ratio']:6.2f}  {target}")
+        lines.append([each["case"], *times, f"{each['ratio']:.2f}", target])
+    return table(columns, lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--repeats", type=int, default=15, help="cycles that are measured")
     parser.add_argument("--only", choices=("diagonal", "factors", "recipe", "blas"), help="some of the rows")
     parser.add_argument("--json", type=Path, help="write the rows to this file as well")
@@ -270,11 +246,10 @@ def main() -> None:
         rows += recipe_rows(args.repeats)
     if args.only in (None, "factors"):
         rows += [*factor_rows(args.repeats), *blas_rows(args.repeats), product_row(256, args.repeats)]
-    report(rows)
+    print("\n".join(table_of(rows)))
     if args.json:
-        record = {**record, "backend": choose(torch.device("cpu"), torch.float32).name, "rows": rows}
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        backend = choose(torch.device("cpu"), torch.float32).name
+        write_json(args.json, {**record, "backend": backend, "rows": rows})
 
 
 if __name__ == "__main__":

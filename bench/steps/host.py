@@ -1,4 +1,4 @@
-"""What a step costs the host: Python, the dispatcher and launches.
+"""Measure what a step costs the host: Python, the dispatcher and launches.
 
     python -m bench.steps.host [--device cpu|cuda] [--against FOLDER] [--repeats N] [--profile] [--json FILE]
 
@@ -25,8 +25,7 @@ import shlex
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,9 +33,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.common.gpt2 import GPT2
+from bench.common.gpt import GPT2
 from bench.common.paths import ROOT
-from bench.common.record import provenance
+from bench.common.record import provenance, write_json
+from bench.common.report import table
+from bench.common.timing import Timer, host_clock
 from rootfree_kernels import IFShampoo, RFRMSProp
 from rootfree_kernels.arguments import Factors, Gathered, Tiling
 from rootfree_kernels.triton_kernels import TRITON
@@ -46,7 +47,10 @@ YARDSTICK = "AdamW, fused"
 COMMON = {"lr": 1e-3, "batch_size": 16}
 SMALL = GPT2(width=768 // SCALE, vocabulary=50257 // SCALE, context=1024 // SCALE)
 ROUNDS = 3
-"""Of processes that take turns where two checkouts are compared."""
+"""The number of turns of each checkout when two are compared."""
+
+Times = dict[str, dict[str, float]]
+"""The median and the least µs of a step, by optimizer."""
 
 
 def idle_operators() -> Any:
@@ -57,12 +61,10 @@ def idle_operators() -> Any:
         tiles, rows, cols = tiling
         blocks = sum(down * across for down, across in zip(tiles[1::4], tiles[3::4], strict=True))
         if (blocks, rows, cols) not in outputs:
-            outputs[blocks, rows, cols] = (
-                torch.zeros(blocks, rows, cols, dtype=torch.bfloat16),
-                torch.zeros(3, blocks, 1),
-            )
-        G, squares = outputs[blocks, rows, cols]
-        return Gathered(G.detach(), squares.detach())  # an operator's results are new tensors
+            grad, squares = torch.zeros(blocks, rows, cols, dtype=torch.bfloat16), torch.zeros(3, blocks, 1)
+            outputs[blocks, rows, cols] = grad, squares
+        grad, squares = outputs[blocks, rows, cols]
+        return Gathered(grad.detach(), squares.detach())  # an operator's results are new tensors
 
     def kron_factor(factors: Factors, *rest: Any) -> Tensor:
         num_blocks = len(factors.factor_c)
@@ -94,64 +96,45 @@ def make(cls: Any, device: torch.device, **options: Any) -> torch.optim.Optimize
 
 
 def contestants(device: torch.device) -> dict[str, torch.optim.Optimizer]:
-    blocks = {} if device.type == "cuda" else {"max_preconditioner_dim": 1024 // SCALE}
-    lr = torch.tensor(1e-3, device=device)
+    """Return the optimizers that are measured. All have state and plans: they have taken some steps."""
+    shampoo = COMMON if device.type == "cuda" else {**COMMON, "max_preconditioner_dim": 1024 // SCALE}
+    capturable = {"lr": torch.tensor(1e-3, device=device), "capturable": True}
     every = {
-        "IFShampoo, T = 1": (IFShampoo, {**COMMON, **blocks}),
-        "IFShampoo, T = 1, capturable, lr Tensor": (IFShampoo, {**COMMON, **blocks, "lr": lr, "capturable": True}),
-        "IFShampoo, T = 10, other step": (
-            IFShampoo,
-            {**COMMON, **blocks, "precondition_frequency": lambda step: step == 0},
-        ),
+        "IFShampoo, T = 1": (IFShampoo, shampoo),
+        "IFShampoo, T = 1, capturable, lr Tensor": (IFShampoo, {**shampoo, **capturable}),
+        "IFShampoo, T = 10, other step": (IFShampoo, {**shampoo, "precondition_frequency": lambda step: step == 0}),
         "RFRMSProp": (RFRMSProp, COMMON),
         "RFRMSProp, BF16 state": (RFRMSProp, {**COMMON, "state_dtype": torch.bfloat16}),
         "AdamW, foreach": (torch.optim.AdamW, {"lr": 1e-3, "foreach": True}),
-        "AdamW, fused": (torch.optim.AdamW, {"lr": 1e-3, "fused": True}),
+        YARDSTICK: (torch.optim.AdamW, {"lr": 1e-3, "fused": True}),
     }
-    return {name: make(cls, device, **options) for name, (cls, options) in every.items()}
-
-
-def microseconds(run: Callable[[], Any], calls: int, device: torch.device) -> float:
-    """Return the mean time of a call that does not wait for the device."""
-    total = 0.0
-    for _ in range(calls):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        run()
-        total += time.perf_counter() - start
-    return total / calls * 1e6
-
-
-def measure(device: torch.device, repeats: int, calls: int = 20) -> dict[str, dict[str, float]]:
-    """Return median and least microseconds of a step of every contestant, taking turns."""
-    optimizers = contestants(device)
-    times: dict[str, list[float]] = {name: [] for name in optimizers}
+    optimizers = {name: make(cls, device, **options) for name, (cls, options) in every.items()}
     for optimizer in optimizers.values():
-        microseconds(optimizer.step, 3, device)  # state and plans are made
+        for _ in range(3):
+            optimizer.step()
+    return optimizers
+
+
+def measure(device: torch.device, repeats: int, calls: int = 20) -> Times:
+    """Return the times of every contestant. In each round each one takes `calls` steps, whose mean counts."""
+    timer = Timer(host_clock(device), warmups=1, repeats=calls, min_repeats=calls)  # one step to warm the caches
+    optimizers = contestants(device)
+    means: dict[str, list[float]] = {name: [] for name in optimizers}
     for _ in range(repeats):
         for name, optimizer in optimizers.items():
-            optimizer.step()  # brings its objects back into the caches
-            times[name].append(microseconds(optimizer.step, calls, device))
-    return {name: {"median": statistics.median(values), "least": min(values)} for name, values in times.items()}
+            samples = timer.samples({name: [optimizer.step]})[name]
+            means[name].append(statistics.fmean(sample.time for sample in samples))
+    return {name: {"median": statistics.median(values), "least": min(values)} for name, values in means.items()}
 
 
-def compare(folders: Sequence[Path], device: torch.device, repeats: int) -> list[dict[str, dict[str, float]]]:
-    """Return the times of checkouts, which take turns in processes of their own; of each the median of its rounds."""
-    found: list[list[dict[str, dict[str, float]]]] = [[] for _ in folders]
+def compare(folders: Sequence[Path], device: torch.device, repeats: int) -> list[Times]:
+    """Return the median times of checkouts, which take turns in processes of their own."""
+    found: list[list[Times]] = [[] for _ in folders]
     for _ in range(ROUNDS):
         for folder, rounds in zip(folders, found, strict=True):
-            command = [
-                sys.executable,
-                str(script_of(folder)),
-                "--device",
-                device.type,
-                "--repeats",
-                str(repeats),
-                "--json",
-                "-",
-            ]
+            options = ["--device", device.type, "--repeats", str(repeats), "--json", "-"]
             environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
+            command = [sys.executable, str(script_of(folder)), *options]
             run = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, check=True)
             rounds.append(json.loads(run.stdout.splitlines()[-1]))
     return [
@@ -168,30 +151,45 @@ def script_of(folder: Path) -> Path:
 
 def profile(device: torch.device, calls: int = 200) -> None:
     """Print where the time of the first contestant goes."""
-    optimizer = next(iter(contestants(device).values()))
-    microseconds(optimizer.step, 3, device)
+    optimizer, clock = next(iter(contestants(device).values())), host_clock(device)
     with cProfile.Profile() as profiler:
-        microseconds(optimizer.step, calls, device)
+        for _ in range(calls):
+            clock.synchronize()
+            optimizer.step()
     pstats.Stats(profiler).sort_stats("tottime").print_stats(25)
 
 
-def print_table(rows: dict[str, dict[str, float]], others: dict[str, dict[str, float]] | None) -> None:
-    """Print times, and those of another checkout beside them; ratios are to AdamW, fused, of the same checkout."""
-    print(f"{'host time of a step':42}{'median µs':>12}{'least µs':>12}{'to AdamW':>10}{'before':>12}{'to AdamW':>10}")
+def table_of(rows: Times, others: Times | None) -> list[str]:
+    """Return the table of times, and of those of another checkout; ratios are to AdamW, fused, of the same checkout."""
+    columns = ["host time of a step", "median µs", "least µs", "to AdamW", *(["before", "to AdamW"] if others else [])]
+
+    lines = []
     for name, row in rows.items():
-        line = f"{name:42}{row['median']:12.0f}{row['least']:12.0f}{row['least'] / rows[YARDSTICK]['least']:10.2f}"
-        if others:
-            before = others[name]["least"]
-            line += f"{before:12.0f}{before / others[YARDSTICK]['least']:10.2f}"
-        print(line)
+        line = [name, f"{row['median']:.0f}"]
+        for times in filter(None, (rows, others)):
+            line += [f"{times[name]['least']:.0f}", f"{times[name]['least'] / times[YARDSTICK]['least']:.2f}"]
+        lines.append(line)
+    return table(columns, lines)
+
+
+def write_record(args: argparse.Namespace, rows: Times, others: Times | None) -> None:
+    """Write the times and their origin, without the names of folders of this machine."""
+    command = shlex.join(["python", "-m", "bench.steps.host", *sys.argv[1:]])
+    record = {**provenance(command), "fake_gpu": os.environ.get("ROOTFREE_FAKE_GPU") == "1", "rows": rows}
+    if others and args.against:
+        git = ["git", "-C", str(args.against), "rev-parse", "--short", "HEAD"]
+        before = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        record["command"] = command.replace(str(args.against), f"CHECKOUT_OF_{before}")
+        record["before"] = {"commit": before, "rows": others}
+    write_json(Path(args.json), record)
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default %(default)s")
     parser.add_argument("--against", type=Path, metavar="FOLDER", help="a checkout to compare with, e.g. a worktree")
     parser.add_argument("--repeats", type=int, default=50, help="rounds of 20 steps each")
-    parser.add_argument("--profile", action="store_true", help="say where the time of IFShampoo at T = 1 goes")
+    parser.add_argument("--profile", action="store_true", help="show where the time of IFShampoo at T = 1 goes")
     parser.add_argument("--json", help="write the times to this file as well; -: print nothing else")
     return parser.parse_args()
 
@@ -217,30 +215,9 @@ def main() -> None:
     if args.json == "-":
         print(json.dumps(rows))
         return
-    print_table(rows, others)
+    print("\n".join(table_of(rows, others)))
     if args.json:
         write_record(args, rows, others)
-
-
-def commit_of(folder: Path) -> str:
-    """Return the commit of a checkout."""
-    command = ["git", "-C", str(folder), "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-
-def write_record(
-    args: argparse.Namespace, rows: dict[str, dict[str, float]], others: dict[str, dict[str, float]] | None
-) -> None:
-    """Write the times and where they come from, which is no folder of this machine."""
-    command = shlex.join(["python", "-m", "bench.steps.host", *sys.argv[1:]])
-    record = {**provenance(command), "fake_gpu": os.environ.get("ROOTFREE_FAKE_GPU") == "1", "rows": rows}
-    if others and args.against:
-        before = commit_of(args.against)
-        record["command"] = command.replace(str(args.against), f"CHECKOUT_OF_{before}")
-        record["before"] = {"commit": before, "rows": others}
-    path = Path(args.json)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""IF-Shampoo as one would first write it: a loop over parameters, products in plain order, nothing kept between steps.
+"""The plain implementation of IF-Shampoo: a loop over parameters, with nothing kept between steps.
 
-The yardstick of `bench.steps.cpu`, on purpose without batches, cached products, rounding or checks.
+`bench.steps.cpu` compares with it. It has no batches, cached products, rounding or checks, on purpose.
 """
 
 from __future__ import annotations
@@ -12,21 +12,13 @@ from torch import Tensor
 
 
 class NaiveIFShampoo(torch.optim.Optimizer):
-    """The formulas of `rootfree_kernels.IFShampoo` for FP32 matrices, with the Frobenius clip."""
+    """Step FP32 matrices by the formulas of `rootfree_kernels.IFShampoo`, with the Frobenius clip.
 
-    def __init__(
-        self,
-        params: Iterable[Tensor],
-        lr: float,
-        *,
-        batch_size: float,
-        beta2: float,
-        momentum: float,
-        riemannian_momentum: float,
-        damping: float,
-        precondition_frequency: int,
-    ) -> None:
-        options = {k: v for k, v in locals().items() if k not in ("self", "params", "__class__")}
+    All of its options are needed: lr, batch_size, beta2, momentum, riemannian_momentum, damping and
+    precondition_frequency.
+    """
+
+    def __init__(self, params: Iterable[Tensor], **options: float) -> None:
         super().__init__(params, options)
         self.num_steps = 0
 

@@ -36,16 +36,18 @@ class IFShampoo(RootFreeOptimizer):
 
     **The options of the recipe** change one part each::
 
-        factor_init="gradient"      C = K = (q(1+λ))^(−1/4)·I at the first update with a gradient that is not 0
-        relative_damping=True       λq in the place of λ
-                                      q ← 0.95·q + 0.05·B·mean(G²) at every update; at the first one B·mean(G²)
-        direction="whitened"        Δ_C = ½[(B/d)·AAᵀ + √λ·(tr K/d)·C − γI]          Δ_K likewise
-                                      C ← C − ½β₂/max(1, ‖m_C‖)·(C·m_C + m_C·C)      K likewise
-                                      U = C·G·K
-        momentum_on="gradient"      M ← α₁M + (1−α₁)G, preconditioned in the place of G;   W ← (1 − β₁κ)W − β₁U
-        nesterov=True               M' = (1−α₁)G + α₁M is preconditioned in the place of M
-        update_norm="muon"          U ← U·s·√(p·d/D)/‖U‖_F, with s = `update_scale` and D columns of the whole W
-        update_norm="rms"           U ← U·s·√(p·d)/‖U‖_F
+        factor_init="gradient"   C = K = (q(1+λ))^(−1/4)·I at the first update with a gradient that is not 0
+        relative_damping=True    λq in the place of λ, where
+                                   q ← B·mean(G²) at the first update, then 0.95·q + 0.05·B·mean(G²)
+        direction="whitened"     Δ_C = ½[(B/d)·AAᵀ + √λ·(tr K/d)·C − γI]          Δ_K likewise
+                                   C ← C − ½β₂/max(1, ‖m_C‖)·(C·m_C + m_C·C)      K likewise
+                                   U = C·G·K
+        momentum_on="gradient"   M ← α₁M + (1−α₁)G, preconditioned in the place of G
+                                   W ← (1 − β₁κ)W − β₁U
+        nesterov=True            M' = (1−α₁)G + α₁M is preconditioned in the place of M
+        update_norm="muon"       U ← U·s·√(p·d/D)/‖U‖_F, with s = `update_scale`
+                                   D is the number of columns of the whole W
+        update_norm="rms"        U ← U·s·√(p·d)/‖U‖_F
 
     In the root-free direction CCᵀ and KKᵀ follow the inverse of the curvature. In the whitened one C and K themselves
     are symmetric and follow its inverse root, without a root or an inverse: the step is that of KL-Shampoo (Lin et al.,

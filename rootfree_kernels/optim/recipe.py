@@ -40,7 +40,8 @@ RECIPE: MappingProxyType[str, Any] = MappingProxyType(
         "decoupled_weight_decay": True,
     }
 )
-"""What surrounds Muon's direction, around the whitened one: nothing depends on the scale of the loss."""
+"""The options of the recipe. The whitened direction has the momentum and the size of Muon's updates, and its start and
+its damping are relative to the gradients, so that the scale of the loss changes nothing."""
 
 REST_SCALE = 0.02
 """The root mean square of an update of an embedding, a head or a vector, relative to lr."""

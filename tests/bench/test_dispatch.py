@@ -1,4 +1,4 @@
-"""`bench.make_dispatch_table`: from records to a table that dispatch reads."""
+"""`bench.make_dispatch_table`: from records to a dispatch table."""
 
 from __future__ import annotations
 
@@ -17,14 +17,8 @@ from tests.calls.device import DEVICE
 from tests.calls.dispatch_files import GPU
 
 SHAPE = {"side": 768, "blocks": 48}
-VERSIONS = {
-    "date": "2026-12-01",
-    "commit": "abc1234",
-    "driver": "580.1",
-    "cuda": "13.0",
-    "torch": "2.13",
-    "triton": "3.7",
-}
+VERSIONS = {"date": "2026-12-01", "commit": "abc1234", "driver": "580.1"}
+VERSIONS |= {"cuda": "13.0", "torch": "2.13", "triton": "3.7"}
 
 
 def timing(median: float, spread: float = 0.01, **changes: Any) -> dict[str, Any]:
@@ -85,7 +79,7 @@ def test_cases_of_a_class_are_judged_together_and_those_of_two_apart() -> None:
 
 
 def test_a_table_has_provenance_and_all_that_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """And is one that dispatch reads. Rows of other tables, and of other modules' records, are passed over."""
+    """Dispatch can read it. Other rows, and records of other modules, are passed over."""
     others = [{"table": "U", "case": "c", "values": {}}, {"alternatives": [1]}, "text", 3]
     files = {
         "one.json": record(row(triton=timing(100), eager=timing(80)), *others),
@@ -101,18 +95,10 @@ def test_a_table_has_provenance_and_all_that_was_measured(tmp_path: Path, capsys
     assert [x["date"] for x in made["records"]] == ["2026-12-01", "2026-12-02", None]
     (entry,) = made["operations"]["matrices"]
     assert (entry["side"], entry["blocks"], entry["choice"]) == (1024, 64, "eager")
-    assert entry["measured"] == [
-        {
-            "case": "T, a case",
-            "record": "one.json",
-            "µs": {
-                "triton": {"median": 100, "p10": 99.0, "p90": 101.0},
-                "eager": {"median": 80, "p10": 79.2, "p90": 80.8},
-            },
-            "fastest": "eager",
-            "ratio": 1.25,
-        }
-    ]
+    triton, eager = ({"median": x, "p10": 0.99 * x, "p90": 1.01 * x} for x in (100, 80))
+    (measured,) = entry["measured"]
+    assert measured.pop("µs") == {"triton": pytest.approx(triton), "eager": pytest.approx(eager)}
+    assert measured == {"case": "T, a case", "record": "one.json", "fastest": "eager", "ratio": 1.25}
     found = read(out)
     assert found.choice("matrices", SHAPE) == "eager" and found.choice("symmetric", SHAPE) is None
     text = capsys.readouterr().out
@@ -120,7 +106,7 @@ def test_a_table_has_provenance_and_all_that_was_measured(tmp_path: Path, capsys
     assert "symmetric, side ≤ 1024, blocks ≤ 64: order of preference (triton by 1.01)" in text and str(out) in text
 
 
-def test_without_a_name_the_table_goes_where_the_package_finds_it(tmp_path: Path, monkeypatch) -> None:
+def test_by_default_the_table_is_written_where_the_package_finds_it(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(dispatch, "TABLES", tmp_path / TABLES.name)
     path = tmp_path / "r.json"
     path.write_text(json.dumps(record(row(triton=timing(100), eager=timing(80)))))
@@ -140,7 +126,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("records", "message"), WRONG, ids=[message[:30] for _, message in WRONG])
-def test_what_makes_no_table_says_why_and_writes_nothing(records, message, tmp_path: Path, capsys) -> None:
+def test_wrong_records_are_an_error_and_nothing_is_written(records, message, tmp_path: Path, capsys) -> None:
     paths = [tmp_path / f"{index}.json" for index in range(len(records))]
     for path, value in zip(paths, records, strict=True):
         path.write_text(value if isinstance(value, str) else json.dumps(value))
@@ -148,19 +134,19 @@ def test_what_makes_no_table_says_why_and_writes_nothing(records, message, tmp_p
     assert message in capsys.readouterr().out and not (tmp_path / "table.json").exists()
 
 
-def test_records_of_one_name_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_records_of_one_name_are_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert dispatch.main([str(tmp_path / "r.json"), str(tmp_path / "more" / "r.json")]) == 1
     assert "several records are called r.json" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="`python -m bench.kernels` runs all of it on a GPU")
 def test_a_record_of_bench_kernels_has_every_operation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measured once, in Triton's interpreter: every class is there, and none has a choice."""
+    """With one sample of each, in Triton's interpreter: every class is there, and none has a choice."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     try:
-        only = "vectors|n = 16|T = 1"
+        only = "RF-RMSProp, GPT-2 124M's vectors|n = 16|24, T = 1"
         kernels.main(["--device", "cpu", "--tiny", "--only", only, "--out", str(tmp_path)])
     finally:
         torch.set_num_threads(threads)

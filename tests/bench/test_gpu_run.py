@@ -1,4 +1,4 @@
-"""`python -m bench.gpu_run` and its bundle without a GPU: limits, logs, archives, and what a bundle unpacks."""
+"""`python -m bench.gpu_run` and its bundle, without a GPU."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from bench import gpu_run
+from bench.common.paths import ROOT
 from bench.common.peers import COMMIT, PEERS, Peer
 from bench.gpu_run import __main__ as runner
-from bench.gpu_run import bundle, process, stages
-from bench.gpu_run.process import INTERRUPTED, KILLED, pack, run_commands
+from bench.gpu_run import bundle, machine, process, stages
+from bench.gpu_run.process import INTERRUPTED, KILLED, Runner, pack
 from bench.gpu_run.stages import STAGES, Limits, Stage
 
-ROOT = Path(__file__).resolve().parents[2]
 PATIENT = (
     "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('here', flush=True); time.sleep(600)"
 )
@@ -31,15 +30,16 @@ def python(code: str) -> list[str]:
 
 
 def run(tmp_path: Path, *commands: list[str], seconds: float = 60.0, **options: object) -> process.Outcome:
-    return run_commands(commands, tmp_path / "log", seconds, os.environ, tmp_path, **options)  # type: ignore[arg-type]
+    return Runner(os.environ, tmp_path, **options).run(commands, tmp_path / "log", seconds)  # type: ignore[arg-type]
 
 
 # ---- stages --------------------------------------------------------------------------------------------------------
 
 
-def test_all_that_runs_by_default_takes_12_minutes_at_most() -> None:
+def test_the_default_stages_take_12_minutes_at_most_and_the_listing_names_all() -> None:
     assert sum(stage.seconds for stage in STAGES.values() if stage.by_default) <= 720
     assert list(STAGES)[:3] == ["machine", "tests", "quick"]  # the most wanted first
+    assert [line.split()[0] for line in runner.listing().splitlines()[:-1]] == [*STAGES]
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -50,17 +50,13 @@ def test_a_stage_s_commands_fit_its_limit(name: str, tmp_path: Path) -> None:
         assert all(10 <= seconds <= 90 for seconds in given)
 
 
-def test_every_test_file_is_there_and_has_tests_for_a_gpu() -> None:
-    for name in stages.TESTS:
-        text = (ROOT / "tests" / name).read_text(encoding="utf-8")
-        assert "mark.gpu" in text or "kernel_test" in text, name
-
-
-def test_every_test_for_a_gpu_is_in_a_file_of_the_stage() -> None:
+def test_the_stage_has_all_files_with_tests_for_a_gpu_and_no_others() -> None:
     folder = ROOT / "tests"
+    texts = {str(path.relative_to(folder)): path.read_text(encoding="utf-8") for path in folder.rglob("test_*.py")}
     marks = ("pytest.mark.gpu", "pytestmark = kernel_test")
-    marked = {path for path in folder.rglob("test_*.py") if any(mark in path.read_text() for mark in marks)}
-    assert {str(path.relative_to(folder)) for path in marked} - {"bench/test_gpu_run.py"} <= {*stages.TESTS}
+    marked = {name for name, text in texts.items() if any(mark in text for mark in marks)} - {"bench/test_gpu_run.py"}
+    assert marked <= {*stages.TESTS}
+    assert all("mark.gpu" in texts[name] or "kernel_test" in texts[name] for name in stages.TESTS)
 
 
 def test_the_command_line_chooses_stages_and_their_limits() -> None:
@@ -76,12 +72,12 @@ def test_the_command_line_chooses_stages_and_their_limits() -> None:
         ("quick:2m", r"write the limit as whole seconds"),
     ],
 )
-def test_what_is_no_stage_is_an_error_that_says_so(text: str, message: str) -> None:
+def test_a_wrong_stage_or_limit_is_an_error(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         runner.chosen_stages([text])
 
 
-def test_tests_that_failed_are_run_again_and_nothing_where_none_did(tmp_path: Path) -> None:
+def test_failed_tests_are_run_again(tmp_path: Path) -> None:
     assert stages.again(Limits(60, tmp_path)) == []
     (tmp_path / stages.FAILED).write_text("tests/test_a.py::b\ntests/test_a.py::c[x y]\ntests/test_a.py::b\n")
     (command,) = stages.again(Limits(60, tmp_path))
@@ -91,7 +87,7 @@ def test_tests_that_failed_are_run_again_and_nothing_where_none_did(tmp_path: Pa
 # ---- processes -----------------------------------------------------------------------------------------------------
 
 
-def test_commands_run_one_after_the_other_whether_or_not_one_fails(tmp_path: Path) -> None:
+def test_commands_run_one_after_the_other_even_if_one_fails(tmp_path: Path) -> None:
     outcome = run(tmp_path, python("print(1); raise SystemExit(7)"), ["no-such-command"], python("print('last')"))
     assert outcome.status == 127 and outcome.note == "last"
     log = (tmp_path / "log").read_text()
@@ -105,7 +101,7 @@ def test_a_command_is_interrupted_after_its_time(tmp_path: Path) -> None:
     assert "saved" in (tmp_path / "log").read_text()
 
 
-def test_a_command_that_does_not_listen_is_killed_with_all_that_it_started(
+def test_a_command_that_ignores_the_interrupt_is_killed_with_all_that_it_started(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(process, "PATIENCE", 1.0)
@@ -122,7 +118,7 @@ def test_a_command_that_does_not_listen_is_killed_with_all_that_it_started(
     raise AssertionError("a process was left behind")
 
 
-def test_a_command_for_which_no_time_is_left_is_not_started(tmp_path: Path) -> None:
+def test_no_command_is_started_after_the_time(tmp_path: Path) -> None:
     outcome = run(tmp_path, python("import time; time.sleep(600)"), python("print('never')"), seconds=2.0)
     assert outcome.note.startswith("no time was left for: ") and "never\n" not in (tmp_path / "log").read_text()
 
@@ -133,7 +129,7 @@ def test_results_are_packed_while_a_command_runs(tmp_path: Path) -> None:
     assert len(calls) >= 3
 
 
-def test_an_archive_holds_everything_but_what_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_archive_holds_everything_but_large_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "LARGEST_PACKED", 100)
     folder = tmp_path / "gpu"
     (folder / "deep").mkdir(parents=True)
@@ -146,7 +142,7 @@ def test_an_archive_holds_everything_but_what_is_too_large(tmp_path: Path, monke
     assert (folder / "left_out.txt").read_text() == "large: 101 bytes\n"
 
 
-def test_a_stage_that_fails_stops_no_other_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failing_stage_stops_no_other_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, archive = tmp_path / "gpu", tmp_path / "gpu-run.tgz"
     folder.mkdir()
     chosen = [
@@ -165,7 +161,7 @@ def test_a_stage_that_fails_stops_no_other_one(tmp_path: Path, capsys: pytest.Ca
 # ---- the bundle ----------------------------------------------------------------------------------------------------
 
 
-def test_a_cache_of_triton_s_names_its_own_folder_after_it_was_moved(tmp_path: Path) -> None:
+def test_a_moved_triton_cache_names_its_new_folder(tmp_path: Path) -> None:
     made, moved = tmp_path / "made" / "KEY", tmp_path / "moved" / "KEY"
     made.mkdir(parents=True)
     (made / "kernel.cubin").write_text("x")
@@ -178,7 +174,7 @@ def test_a_cache_of_triton_s_names_its_own_folder_after_it_was_moved(tmp_path: P
     assert found == {"child_paths": {"kernel.cubin": str(moved / "kernel.cubin")}}
 
 
-def test_a_bundle_has_the_extension_of_its_own_python_and_wants_its_cuda_part(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bundle_needs_the_extension_of_its_python_with_a_cuda_part(monkeypatch: pytest.MonkeyPatch) -> None:
     record = {"left_out": {"cuda": "no CUDA toolkit"}}
     monkeypatch.setattr(bundle, "build_record", lambda: record)
     with pytest.raises(SystemExit, match=r"no CUDA part: no CUDA toolkit\. Install it with ROOTFREE_BUILD=cuda\."):
@@ -188,13 +184,13 @@ def test_a_bundle_has_the_extension_of_its_own_python_and_wants_its_cuda_part(mo
     assert [path.name for path in bundle.extension()] == [f"_C{tag}", f"_build{tag.removesuffix('.so')}.json"]
 
 
-def test_a_bundle_for_another_environment_is_told_apart() -> None:
+def test_a_bundle_for_another_environment_is_recognized() -> None:
     assert bundle.unfit(bundle.versions()) == []
     (difference,) = bundle.unfit({**bundle.versions(), "torch": "1.0"})
     assert difference.startswith("torch is ") and difference.endswith("the bundle's 1.0")
 
 
-def test_a_peer_travels_without_its_history_and_still_tells_its_commit(tmp_path: Path) -> None:
+def test_a_copied_peer_has_no_history_but_its_commit(tmp_path: Path) -> None:
     checkout = tmp_path / "peers" / PEERS["dion"].checkout.name
     checkout.mkdir(parents=True)
     (checkout / "dion.py").write_text("")
@@ -235,7 +231,7 @@ def test_examples_are_not_shrunk():
 """
 
 
-def test_failures_are_written_down_as_they_come(tmp_path: Path) -> None:
+def test_failures_are_written_to_files(tmp_path: Path) -> None:
     pytest.importorskip("hypothesis", reason="hypothesis is not installed")
     (tmp_path / "test_some.py").write_text(textwrap.dedent(SOME_TESTS))
     failed, errors = tmp_path / "failed", tmp_path / "errors"
@@ -248,7 +244,25 @@ def test_failures_are_written_down_as_they_come(tmp_path: Path) -> None:
     assert "test_wrong" not in errors.read_text()
 
 
-def test_the_listing_names_every_stage() -> None:
-    text = runner.listing()
-    assert all(f"{name} " in text or f"{name}," in text or f"{name}:" in text for name in STAGES)
-    assert gpu_run.__doc__
+# ---- the machine ---------------------------------------------------------------------------------------------------
+
+
+def test_tests_of_a_missing_package_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "missing", lambda names: [name for name in names if name == "rich"])
+    assert Path("tests/bench/test_demo.py") in machine.ignored()
+    monkeypatch.setattr(machine, "missing", lambda names: [])
+    assert machine.ignored() == []
+
+
+def test_the_machine_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "sees no GPU here" in machine.problem()
+    monkeypatch.setattr(machine, "missing", lambda names: ["triton"])
+    assert "has no triton: choose another one" in machine.problem()
+
+
+def test_an_installed_tree_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "triton_folder", lambda: str(machine.ROOT / "triton_kernels"))
+    assert machine.install() is None
+    monkeypatch.setattr(machine, "triton_folder", lambda: "")
+    monkeypatch.setattr(machine, "version", lambda name: "65.5.0")
+    assert machine.install() == "setuptools 65.5.0 cannot install this tree: it needs 77 or later."

@@ -16,8 +16,9 @@ from bench.common import roofline
 from bench.common.launches import count_launches
 from bench.common.memory import peak_bytes, state_bytes, storage_bytes, tensors_of
 from bench.common.optimizers import ENTRIES, WHOLE
-from bench.common.roofline import Roofline, work_of
+from bench.common.roofline import Roofline
 from bench.common.workloads import Workload
+from bench.compare.work import work_of
 from rootfree_kernels import eager
 from rootfree_kernels.eager import cpu_matmul_dtype as matmul_dtype
 

@@ -1,4 +1,4 @@
-"""`python -m bench.profile`: what it reads out of a trace, the work of the phases, and a run of it."""
+"""`python -m bench.profile`: reading a trace, the work of the phases, and a run."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.common.gpt2 import Work, total, whole_step
-from bench.common.roofline import Roofline
+from bench.common.roofline import Roofline, Work, total, whole_step
 from bench.kernels.optimizers import Model
 from bench.profile import __main__ as profile_step
 from bench.profile import phases
@@ -70,7 +69,7 @@ def test_kernels_belong_to_the_phase_that_launched_them() -> None:
     assert (step.device[()], step.kernels[()]) == (58, 5)
 
 
-def test_without_a_device_the_phases_are_those_of_the_calling_thread() -> None:
+def test_without_a_device_the_calling_thread_is_timed() -> None:
     (step,) = steps(STEP, "IFShampoo.step")
     host = {names: (step.host[names], step.operators[names]) for names in step.host}
     assert host == {
@@ -94,7 +93,7 @@ def test_every_step_of_a_trace_counts_by_itself(tmp_path: Path) -> None:
 
 
 def test_speeds_are_work_over_the_kernels_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And fractions are of what the device reached in a copy and in a product of the same dtype."""
+    """Fractions are of the device's speed in a copy and in a product of the same dtype."""
     task = Task(Work(flops=3.2e9, bytes=64e6), torch.bfloat16)  # in the 32 µs of "apply", and the 57 of its batch
     monkeypatch.setattr(phases, "tasks_of", lambda optimizer: {False: {(BATCH, "apply"): task}})
     roof = Roofline(4e12, fp32=1e13, bf16=2e14)
@@ -107,53 +106,46 @@ def test_speeds_are_work_over_the_kernels_time(monkeypatch: pytest.MonkeyPatch) 
     assert values[BATCH]["GB/s"] == pytest.approx(64e3 / 57)
     assert "GB/s" not in values[f"{BATCH} / gather"]  # of which no work is known here
     names = ("optimizer", "model", "frequency", "device", "command", "date", "commit", "torch", "threads", "steps")
-    page = markdown(dict.fromkeys(names, "x"), rows, roof, on_device=True)
+    page = " ".join(markdown(dict.fromkeys(names, "x"), rows, roof, on_device=True).split())
     assert f"| {BATCH} / apply | 32.0 (32.0–32.0) | 28.0 (28.0–28.0) | 2 | 2,000 | 0.500 | 100 | 0.500 |" in page
 
 
 # ---- work ----------------------------------------------------------------------------------------------------------
 
 
-def work_of(backend: str, monkeypatch: pytest.MonkeyPatch, update: bool, **options: Any) -> dict[Any, Task]:
-    """The tasks of a step of the tiny model, by batch and phase."""
+def work_of(backend: str, monkeypatch: pytest.MonkeyPatch, update: bool, **options: Any) -> Work:
+    """Return the work of a step of the tiny model, which is that of all its phases."""
     monkeypatch.setenv("ROOTFREE_BACKEND", backend)
     params = Model(MODELS["tiny"], torch.device("cpu")).params
     optimizer = IFShampoo(params, batch_size=16, **options)
     for _ in range(2):
         optimizer.step()
     tasks = tasks_of(optimizer)[update]
-    joint = {label for label, phase in tasks if phase == "precondition and apply"}
-    return {
-        names: task
-        for names, task in tasks.items()
-        if names[0] not in joint or names[1] not in ("precondition", "apply")
-    }
+    joint = {(label, part) for label, phase in tasks if "and" in phase for part in ("precondition", "apply")}
+    return total({names: task.work for names, task in tasks.items() if names not in joint})
 
 
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning:triton")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Triton's interpreter, which a GPU leaves off")
 @pytest.mark.parametrize("update", [True, False], ids=["update", "other step"])
-def test_the_phases_together_have_the_work_of_the_launches(update: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_phases_together_have_the_work_of_all_launches(update: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
-    tasks = work_of("triton", monkeypatch, update, precondition_frequency=2)
-    assert total({names: task.work for names, task in tasks.items()}) == whole_step(MODELS["tiny"], update)
+    assert work_of("triton", monkeypatch, update, precondition_frequency=2) == whole_step(MODELS["tiny"], update)
 
 
 @needs_cpp
 def test_in_cpp_the_second_product_is_a_launch_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whose result is written and read once more."""
+    """Its result is written and read once more."""
     model = MODELS["tiny"]
-    tasks = work_of("cpp", monkeypatch, True, matmul_dtype=torch.bfloat16)
     between = sum(4 * p * d * count for (p, d), count in model.blocks().items())
-    assert total({names: task.work for names, task in tasks.items()}) == whole_step(model, True) + Work(0, between)
+    found = work_of("cpp", monkeypatch, True, matmul_dtype=torch.bfloat16)
+    assert found == whole_step(model, True) + Work(0, between)
 
 
 def test_eager_pytorch_without_kept_products_takes_four(monkeypatch: pytest.MonkeyPatch) -> None:
     model = MODELS["tiny"]
-    tasks = work_of("eager", monkeypatch, True)
     more = sum((2 * p * d * (p + d) - p**3 - d**3) * count for (p, d), count in model.blocks().items())
-    found = total({names: task.work for names, task in tasks.items()}).flops
-    assert found == whole_step(model, True).flops + more
+    assert work_of("eager", monkeypatch, True).flops == whole_step(model, True).flops + more
 
 
 # ---- the command ---------------------------------------------------------------------------------------------------
@@ -187,10 +179,8 @@ def test_the_diagonal_optimizers_are_profiled_too(tmp_path: Path) -> None:
     assert [row["case"] for row in rows] == ["whole step", label, f"{label} / apply"]
 
 
-def test_where_a_tool_is_attached_it_is_told_which_steps_are_meant(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Behind two updates, and nothing else is measured or written."""
+def test_an_attached_tool_sees_the_wanted_steps_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They come after two updates, and nothing else is measured or written."""
     calls: list[str] = []
     monkeypatch.setattr(profile_step, "is_attached", lambda device: True)
     for name in ("start", "stop"):
@@ -214,6 +204,6 @@ def test_where_a_tool_is_attached_it_is_told_which_steps_are_meant(
         ),
     ],
 )
-def test_what_cannot_be_profiled_is_said(arguments: list[str], remedy: str, capsys: Any) -> None:
+def test_what_cannot_be_profiled_is_explained(arguments: list[str], remedy: str, capsys: Any) -> None:
     assert profile_step.main(arguments) == 1
     assert remedy in capsys.readouterr().out

@@ -8,14 +8,14 @@ from math import inf, log
 import pytest
 import torch
 
-from bench.common.gpt2 import GPT2
+from bench.common.gpt import GPT2
 from bench.common.optimizers import ENTRIES
 from bench.common.workloads import WORKLOADS, Workload
 from bench.compare import scaling, training
 from bench.compare.contest import OTHER, UPDATE, Limits
 from bench.compare.settings import TINY
 from bench.compare.training import GPT2_124M, ROWS, SELDOM, SMALL, Trainee, Transformer, batches
-from bench.demo.peers import Together
+from bench.demo.methods import Together
 from tests.bench.fakes import FakeOptimizer, failing_at, fake_entry, stopped_clock, undisturbed
 from tests.calls.tensors import assert_same_bits
 
@@ -160,20 +160,20 @@ def test_matrices_and_the_rest_are_all_parameters_each_once():
     parts = [*model.matrices(), *model.rest()]
     assert len(parts) == len({id(x) for x in parts}) == len([*model.parameters()])
     assert {id(x) for x in parts} == {id(x) for x in model.parameters()}
-    assert not any(x is model.wte.weight or x is model.wpe.weight for x in model.matrices())
+    assert not any(x is model.bytes.weight or x is model.places.weight for x in model.matrices())
 
 
 def test_the_loss_begins_at_that_of_guessing_and_no_token_sees_a_later_one():
     torch.manual_seed(0)
-    model = Transformer(training.Task("tiny", GPT2(1, 8, 50, 6), batch=2, heads=2))
-    tokens = next(batches(training.Task("tiny", GPT2(1, 8, 50, 6), batch=64, heads=2), CPU))
+    model = Transformer(training.Task("tiny", GPT2(1, 8, 50, 6, head_width=4), batch=2))
+    tokens = next(batches(training.Task("tiny", GPT2(1, 8, 50, 6, head_width=4), batch=64), CPU))
     seen = []
-    model.ln_f.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    model.norm.register_forward_hook(lambda module, inputs, output: seen.append(output))
     changed = tokens.clone()
     changed[:, 3] = (changed[:, 3] + 1) % 50
     losses = model(tokens), model(changed)
     assert losses[0].item() == pytest.approx(log(50), abs=0.05)
-    guesses = (seen[0] @ model.wte.weight.T).log_softmax(-1)
+    guesses = (seen[0] @ model.bytes.weight.T).log_softmax(-1)
     of_next = [guesses[row, place, tokens[row, place + 1]] for row in range(64) for place in range(5)]
     torch.testing.assert_close(losses[0], -torch.stack(of_next).mean())
     assert torch.equal(seen[0][:, :3], seen[1][:, :3]) and not torch.equal(seen[0][:, 3], seen[1][:, 3])
@@ -223,7 +223,7 @@ def test_beside_adamw_theirs_gets_the_matrices_and_adamw_the_rest():
 
 
 def test_a_row_is_the_mean_of_whole_cycles_after_the_warm_up():
-    trainee = Trainee(TINY.task, CPU, lambda model: torch.optim.SGD(model.parameters(), momentum=0.9), 10)
+    trainee = Trainee(TINY.task, CPU, lambda model: torch.optim.SGD(model.parameters(), momentum=0.9))
     trainee.prepare()
     trainee.steps = [1000.0] + [100.0] * 9
     trainee.in_optimizer = [950.0] + [0.0] * 9
@@ -235,7 +235,7 @@ def test_a_row_is_the_mean_of_whole_cycles_after_the_warm_up():
 
 
 def test_what_warms_up_shows_the_memory_and_leaves_no_times(clock):
-    trainee = Trainee(TINY.task, CPU, lambda model: torch.optim.SGD(model.parameters(), momentum=0.9), 10)
+    trainee = Trainee(TINY.task, CPU, lambda model: torch.optim.SGD(model.parameters(), momentum=0.9))
     trainee.prepare()
     tokens = next(batches(TINY.task, CPU))
     weights = sum(x.nbytes for x in trainee.model.parameters())

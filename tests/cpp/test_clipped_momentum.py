@@ -37,7 +37,7 @@ def momentum(*args: Any) -> Tensor:
 @example(2, [PIECE + 9, 130], FP32, "row_sum", 0.5, 1.0, (0, 0))
 @example(2, [PIECE + 9, 130], BF16, "frobenius", 0.5, 1.0, (1, 3))
 @settings(max_examples=40, deadline=None)
-def test_momentum_and_clip_are_the_reference_s(num_blocks, sizes, dtype, clip, alpha, scale, offsets):
+def test_momentum_and_clip_match_the_reference(num_blocks, sizes, dtype, clip, alpha, scale, offsets):
     momenta, deltas = sides(num_blocks, [(n, n) for n in sizes], dtype, scale, offsets)
     old, given_deltas = clones(momenta), clones(deltas)
     clips = momentum(momenta, deltas, None, alpha, clip)
@@ -53,7 +53,7 @@ def test_momentum_and_clip_are_the_reference_s(num_blocks, sizes, dtype, clip, a
 @pytest.mark.parametrize("clip", ["frobenius", "none"])
 @pytest.mark.parametrize("shape", [(1,), (17,), (3 * CHUNK + 5,), (2, 3, 5)], ids=str)
 def test_blocks_may_have_any_number_of_axes(shape, clip):
-    """Diagonals, say; the norm is that of all their numbers."""
+    """An example is a diagonal. The norm includes all elements."""
     momenta, deltas = sides(3, [shape, (7,)])
     old = clones(momenta)
     clips = momentum(momenta, deltas, None, 0.5, clip)
@@ -64,8 +64,8 @@ def test_blocks_may_have_any_number_of_axes(shape, clip):
 @pytest.mark.parametrize("clip", CLIPS)
 @pytest.mark.parametrize("bad", [float("nan"), -float("inf"), 1e38])
 @pytest.mark.parametrize("place", [(0, 0), (129, 129), (40, 5)], ids=str)
-def test_a_block_that_is_not_finite_stays_on_every_side(clip, bad, place):
-    """1e38 is finite; its square is not, nor is the sum of a row of it."""
+def test_a_block_that_is_not_finite_keeps_all_momenta(clip, bad, place):
+    """1e38 is finite. Its square and the sum of a row are not."""
     for side in (0, 1):
         momenta, deltas = sides(3, [(130, 130), (130, 130)], BF16)
         if bad == 1e38 and clip == "row_sum":
@@ -89,12 +89,12 @@ def test_found_inf_skips_every_block():
 
 @pytest.mark.parametrize("clip", CLIPS)
 @pytest.mark.parametrize("shape", [(0, 5, 5), (2, 0, 0)], ids=str)
-def test_nothing_has_no_norm(shape, clip):
+def test_empty_blocks_have_no_norm(shape, clip):
     empty = torch.empty(shape)
     assert torch.equal(momentum([empty], [empty.clone()], None, 0.5, clip), torch.ones((1, shape[0])))
 
 
-def test_sides_of_several_dtypes_and_any_strides_are_served():
+def test_momenta_may_have_several_dtypes_and_any_strides():
     momenta, deltas = sides(2, [(9, 9), (30, 30)])
     momenta[1] = momenta[1].bfloat16()
     expected, given_deltas = clones(momenta), clones(deltas)
@@ -104,7 +104,7 @@ def test_sides_of_several_dtypes_and_any_strides_are_served():
     assert all(map(same_bits, strided[0], expected)) and all(map(same_bits, strided[1], given_deltas))
 
 
-def test_inference_tensors_are_updated_like_others():
+def test_inference_tensors_can_be_updated():
     with torch.inference_mode():
         momenta, deltas = sides(2, [(5, 5)])
         momentum(momenta, deltas, None, 0.5, "frobenius")
@@ -113,7 +113,7 @@ def test_inference_tensors_are_updated_like_others():
     assert momenta[0].is_inference() and same_bits(momenta[0], expected[0])
 
 
-def test_momenta_say_to_autograd_that_they_changed():
+def test_changed_momenta_get_a_new_version():
     momenta, deltas = sides(2, [(3, 3), (5, 5)])
     before = [m._version for m in momenta]
     momentum(momenta, deltas, None, 0.5, "frobenius")
@@ -121,7 +121,7 @@ def test_momenta_say_to_autograd_that_they_changed():
 
 
 @pytest.mark.parametrize("clip", CLIPS)
-def test_the_number_of_threads_changes_no_bit_of_a_momentum_or_clip(clip):
+def test_result_does_not_depend_on_the_number_of_threads(clip):
     momenta, deltas = sides(3, [(200, 200), (67, 67)], BF16)
     runs = []
     for number in (1, 2, 3):

@@ -1,4 +1,4 @@
-"""Every instruction set gives the same bits."""
+"""Every instruction set gives bitwise the same results."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def digest_of_elements() -> str:
     return sha256(repr(results).encode()).hexdigest()
 
 
-def test_the_instruction_set_changes_no_bit():
+def test_result_does_not_depend_on_the_instruction_set():
     others = under_other_instruction_sets(__name__, "digest_of_elements()")
     assert others or torch.backends.cpu.get_cpu_capability() == "DEFAULT"
     assert set(others.values()) <= {digest_of_elements()}, others
@@ -67,6 +67,6 @@ def digest_of_matrices() -> str:
     return sha256(repr(steps_of_exact_batches()).encode()).hexdigest()
 
 
-def test_the_instruction_set_changes_no_bit_where_products_are_exact():
+def test_matrix_steps_with_exact_products_do_not_depend_on_the_instruction_set():
     others = under_other_instruction_sets(__name__, "digest_of_matrices()")
     assert set(others.values()) <= {digest_of_matrices()}, others

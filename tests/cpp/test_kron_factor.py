@@ -18,7 +18,7 @@ pytestmark = needs_cpp
 
 
 @with_examples
-def test_an_update_of_the_factors_is_the_reference_s(batch, run):
+def test_factor_update_matches_the_reference(batch, run):
     assert_an_update_is_the_reference_s(batch, run)
 
 
@@ -26,8 +26,8 @@ def test_an_update_of_the_factors_is_the_reference_s(batch, run):
     ("clip", "norm"), [("frobenius", "above 1"), ("row_sum", "above 1"), ("none", ""), ("frobenius", "")]
 )
 @pytest.mark.parametrize("matmul", [FP32, BF16], ids=str)
-def test_factors_move_as_the_reference_s_and_as_those_of_eager_pytorch(clip, norm, matmul):
-    """C′ − C by itself, of which the FP32 value that a compensated pair keeps shows every step."""
+def test_factor_changes_match_the_reference_and_eager_pytorch(clip, norm, matmul):
+    """Compare C′ − C. The FP32 value of a compensated pair shows every step."""
     small = {"gamma": 0.0, "batch_size": 0.01, "damping": 0.0, "riemannian_momentum": 0.1}
     numbers = small if norm == "" and clip == "frobenius" else {"riemannian_momentum": 0.1}
     batch = cpp_batch(136, 70, dtype=BF16, matmul=matmul, rounding="compensated", clip=clip, options=numbers)
@@ -54,8 +54,8 @@ def with_symmetric_residuals(t: Tensors) -> Tensors:
 @pytest.mark.parametrize("sides", [(37, 18), (136, 5)], ids=str)
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("direction", ["root_free", "whitened"])
-def test_factors_are_rounded_as_in_eager_pytorch_to_the_bit(direction, rounding, sides):
-    """G and m are 0, so that m′ is −γ/2 times I, and C′ = C(1 + 2⁻⁹) rounded but once."""
+def test_factors_are_rounded_bitwise_as_in_eager_pytorch(direction, rounding, sides):
+    """G and m are 0, so m′ is −γ/2 times I, and C′ = C(1 + 2⁻⁹) is rounded once."""
     numbers = {"beta2": 2.0**-8, "riemannian_momentum": 0.0, "damping": 0.0}
     batch = cpp_batch(*sides, PLACES[2], dtype=BF16, matmul=BF16, rounding=rounding, clip="none", options=numbers)
     batch.rule = {"direction": direction}
@@ -77,7 +77,7 @@ def test_factors_are_rounded_as_in_eager_pytorch_to_the_bit(direction, rounding,
 @pytest.mark.parametrize("side", ["m_c", "m_k"])
 @pytest.mark.parametrize("bad", [torch.inf, torch.nan])
 @pytest.mark.parametrize("clip", CLIPS)
-def test_a_block_whose_momentum_is_not_finite_on_one_side_stays_on_both(side, bad, clip):
+def test_a_momentum_that_is_not_finite_keeps_both_factors(side, bad, clip):
     batch = cpp_batch(37, 34, ((0, 2, 0, 1),), clip=clip)
     was, t = batch.tensors(), batch.tensors()
     for each in (was, t):
@@ -95,7 +95,7 @@ def test_a_block_whose_momentum_is_not_finite_on_one_side_stays_on_both(side, ba
 @pytest.mark.parametrize("sides", [(31, 33), (64, 5), (200, 129)], ids=str)
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
-def test_whitened_factors_stay_symmetric_to_the_bit(dtype, rounding, sides):
+def test_whitened_factors_stay_bitwise_symmetric(dtype, rounding, sides):
     batch = cpp_batch(*sides, PLACES[2], dtype=dtype, matmul=dtype, rounding=rounding, rule=WHITENED)
     t = batch.tensors()
     for _ in range(3):
@@ -106,7 +106,7 @@ def test_whitened_factors_stay_symmetric_to_the_bit(dtype, rounding, sides):
 
 @pytest.mark.parametrize("rule", [WHITENED, ROOT_FREE], ids=["whitened", "root_free"])
 @pytest.mark.parametrize("rounding", ROUNDINGS)
-def test_a_block_without_a_gradient_stays_to_the_bit_and_is_ok_and_one_that_overflows_is_not(rounding, rule):
+def test_zero_gradient_keeps_factors_and_overflow_is_not_ok(rounding, rule):
     batch = cpp_batch(37, 18, ((0, 5, 0, 1),), dtype=BF16, matmul=BF16, rounding=rounding, rule=rule)
     t, was = batch.tensors(), batch.tensors()
     gradients = batch.blocks(t.grads)
@@ -124,7 +124,7 @@ def test_a_block_without_a_gradient_stays_to_the_bit_and_is_ok_and_one_that_over
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 @pytest.mark.parametrize("found_inf", [None, 1.0])
 def test_a_block_starts_at_its_first_gradient_as_in_eager_pytorch(found_inf, dtype, rounding):
-    """With β₂ = 0 the factors stay where they start: at (q(1 + λ))^(−1/4)·I."""
+    """With β₂ = 0 the factors keep their initial value (q(1 + λ))^(−1/4)·I."""
     batch = cpp_batch(37, 18, ((0, 4, 0, 1),), dtype=dtype, rounding=rounding, options={"beta2": 0.0}, rule=ROOT_FREE)
     batch.found_inf = found_inf
     t, other, was = batch.tensors(), batch.tensors(), batch.tensors()
@@ -143,7 +143,7 @@ def test_a_block_starts_at_its_first_gradient_as_in_eager_pytorch(found_inf, dty
 
 
 def test_factors_with_gaps_are_an_error():
-    """They would be read as if they were contiguous."""
+    """Kernels would read them as if they were contiguous."""
     batch = torch.eye(5).expand(2, 5, 5).contiguous()
     with pytest.raises(ValueError, match="not contiguous: pass a contiguous tensor"):
         torch.ops.rootfree_native.kron_factor(

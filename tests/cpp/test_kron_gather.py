@@ -1,4 +1,4 @@
-"""`kron_gather` in C++: blocks of gradients, bit by bit, and sums of their squares."""
+"""`kron_gather` in C++: bitwise comparison of blocks of gradients, and sums of their squares."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ pytestmark = needs_cpp
 
 
 @with_examples
-def test_a_gather_is_the_scaled_blocks_to_the_bit_and_sums_of_their_squares(batch, run):
-    """Scales are powers of two here, so that only the rounding to the dtype of G is left."""
+def test_gather_returns_the_scaled_blocks_bitwise_and_their_sums_of_squares(batch, run):
+    """Scales are powers of two, so only the conversion to the dtype of G rounds."""
     t = batch.tensors()
     batch.gather(t, run)
     factor = (-1 if batch.maximize else 1) / (batch.grad_scale or 1)
@@ -44,7 +44,7 @@ def test_gradients_of_convolutions_are_gathered_whatever_their_strides(dtype, ch
     assert same_bits(*both) and both[0].shape == (6, 3, 10)
 
 
-def test_gradients_of_several_dtypes_are_served_together_and_scaled():
+def test_gradients_may_have_several_dtypes_and_are_scaled():
     batch = cpp_batch(17, 13, PLACES[3], LAYOUTS, grad_scale=3.0, maximize=True)
     gathered = []
     for dtypes in ((FP32, BF16, FP64), (FP32,) * 3):

@@ -1,4 +1,4 @@
-"""CCᵀ and KKᵀ in C++, and products that several threads share."""
+"""CCᵀ and KKᵀ in C++, and products by several threads."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ KEEP_PRODUCTS = [batch for batch in (*HALVED[:2], *HALVED[3:]) if not batch.is_w
 
 
 @pytest.mark.parametrize("batch", [cpp_batch(70, 65), *KEEP_PRODUCTS, replace(MANY, dtype=BF16)], ids=str)
-def test_products_by_themselves_are_those_of_an_update_to_the_bit(batch):
-    """A resumed run therefore goes on with the same numbers."""
+def test_recomputed_products_are_bitwise_equal_to_those_of_an_update(batch):
+    """A resumed run therefore continues with the same numbers."""
     batch = replace(batch, keeps_products=True)
     t = batch.tensors()
     batch.update(t)
@@ -31,7 +31,7 @@ def test_products_by_themselves_are_those_of_an_update_to_the_bit(batch):
 # ---- threads ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_number_of_threads_changes_no_bit_where_products_are_exact():
+def test_exact_products_do_not_depend_on_the_number_of_threads():
     runs = []
     for number in (1, 2, 3):
         with threads(number):
@@ -40,7 +40,7 @@ def test_the_number_of_threads_changes_no_bit_where_products_are_exact():
 
 
 @pytest.mark.parametrize("batch", [*HALVED, MANY], ids=str)
-def test_any_number_of_threads_follows_one(batch):
+def test_result_is_close_for_any_number_of_threads(batch):
     runs = []
     for number in (1, 2):
         with threads(number):

@@ -19,7 +19,7 @@ pytestmark = needs_cpp
 
 
 @with_examples
-def test_a_step_of_the_weights_is_the_reference_s_and_leaves_the_rest_of_them_alone(batch, run):
+def test_step_of_the_weights_matches_the_reference(batch, run):
     t, cached = batch.tensors(), batch.keeps_products
     batch.gather(t, run)
     if cached:
@@ -35,8 +35,8 @@ def test_a_step_of_the_weights_is_the_reference_s_and_leaves_the_rest_of_them_al
 
 
 @pytest.mark.parametrize("batch", EXACT, ids=str)
-def test_weights_are_rounded_as_in_eager_pytorch_to_the_bit(batch):
-    """No decay, so that a number is rounded in the same places whatever is fused; and no norms, which are not exact."""
+def test_weights_are_rounded_bitwise_as_in_eager_pytorch(batch):
+    """Without decay, fusion does not change rounding. Norms are left out, because they are not exact."""
     batch = replace(batch, rule={**batch.rule, "scales": False})
     batch = replace(batch, descent={"momentum": 0.5, "weight_decay": 0.0}, lr=2.0**-5)
     results = []
@@ -61,8 +61,8 @@ def test_weights_are_rounded_as_in_eager_pytorch_to_the_bit(batch):
         (1e15, "frobenius", "stochastic"),
     ],
 )
-def test_a_block_that_is_not_finite_stays_to_the_bit_and_is_counted(bad, clip, rounding):
-    """The square of 1e30 is infinite; that of 1e15 is not, but the norm of its m is. Other blocks step as ever."""
+def test_a_block_that_is_not_finite_is_skipped_and_counted(bad, clip, rounding):
+    """The square of 1e30 is infinite. That of 1e15 is not, but the norm of its m is. Other blocks step as usual."""
     batch = cpp_batch(13, 9, ((0, 1, 0, 2), (0, 1, 0, 1)), clip=clip, dtype=BF16, matmul=BF16, param=BF16)
     batch = replace(batch, rounding=rounding, weight_rounding=rounding)
     was, clean, t = batch.tensors(), batch.run(), batch.tensors()
@@ -81,7 +81,7 @@ def test_a_block_that_is_not_finite_stays_to_the_bit_and_is_counted(bad, clip, r
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
-def test_found_inf_leaves_everything_as_it_is_and_counts_it(rounding):
+def test_found_inf_skips_and_counts_every_block(rounding):
     batch = cpp_batch(13, 9, PLACES[2], param=BF16, dtype=BF16, rounding=rounding, weight_rounding=rounding)
     for found_inf in (1.0, torch.nan):
         overflow = replace(batch, found_inf=found_inf)
@@ -94,7 +94,7 @@ def test_found_inf_leaves_everything_as_it_is_and_counts_it(rounding):
 @pytest.mark.parametrize("num_threads", [1, 2])
 @pytest.mark.parametrize("rule", [{}, WHITENED, MIXED[2]], ids=["paper", "whitened", "mixed"])
 @pytest.mark.parametrize("reason", ["its factors were skipped", "no update saw its gradient"])
-def test_a_block_that_is_left_out_of_a_step_keeps_its_weights_to_the_bit(reason, rule, num_threads):
+def test_a_skipped_block_keeps_its_weights_bitwise(reason, rule, num_threads):
     """Two threads work on the first three and on the last two blocks."""
     batch = cpp_batch(13, 66, ((0, 1, 0, 5),), param=BF16, weight_rounding="compensated", rule=rule)
     was, t = batch.tensors(), batch.tensors()
@@ -113,7 +113,7 @@ def test_a_block_that_is_left_out_of_a_step_keeps_its_weights_to_the_bit(reason,
 
 
 @pytest.mark.parametrize("decoupled", [False, True])
-def test_a_weight_that_is_not_finite_poisons_nothing_without_weight_decay(decoupled):
+def test_a_weight_that_is_not_finite_does_not_spread_without_weight_decay(decoupled):
     batch = cpp_batch(13, 8, descent={"weight_decay": 0.0, "decoupled": decoupled})
     t = batch.tensors()
     t.params[0][2, 3] = -torch.inf
@@ -121,7 +121,7 @@ def test_a_weight_that_is_not_finite_poisons_nothing_without_weight_decay(decoup
     assert t.params[0][2, 3] == -torch.inf and t.params[0].isinf().sum() == 1 and t.buffers[0].isfinite().all()
 
 
-def test_a_number_of_u_that_is_not_finite_counts_as_0():
+def test_elements_of_u_that_are_not_finite_count_as_0():
     batch = cpp_batch(13, 8, descent={"momentum": 0.5, "weight_decay": 0.0})
     t = batch.tensors()
     batch.gather(t)
@@ -135,7 +135,7 @@ def test_a_number_of_u_that_is_not_finite_counts_as_0():
 # ---- the recipe ------------------------------------------------------------------------------------------------------
 
 
-def test_an_update_of_0_stays_0_and_one_whose_numbers_are_not_finite_counts_the_others():
+def test_zero_update_stays_zero_and_norms_ignore_elements_that_are_not_finite():
     batch = cpp_batch(13, 8, ((0, 2, 0, 1),), rule=WHITENED, lr=1.0, descent={"momentum": 0.0, "weight_decay": 0.0})
     t, was = batch.tensors(), batch.tensors()
     t.grads[0][:13] = 0
@@ -151,8 +151,8 @@ def test_an_update_of_0_stays_0_and_one_whose_numbers_are_not_finite_counts_the_
 
 
 @pytest.mark.parametrize("buffer", [FP32, BF16], ids=str)
-def test_what_is_preconditioned_is_the_average_before_it_is_rounded(buffer):
-    """With C = I and K = I, the step is M′ itself."""
+def test_the_average_is_preconditioned_before_it_is_rounded(buffer):
+    """With C = I and K = I, the step is M′."""
     rule, descent = {**WHITENED, "scales": False}, {"momentum": 0.9, "weight_decay": 0.0}
     batch = cpp_batch(13, 8, buffer=buffer, rule=rule, descent=descent, lr=1.0)
     t, was = batch.tensors(), batch.tensors()

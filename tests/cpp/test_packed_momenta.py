@@ -1,4 +1,4 @@
-"""C++ updates of packed m_C and m_K: those of whole ones to the bit, of any size, whatever threads share."""
+"""C++ updates of packed m_C and m_K are bitwise equal to those of matrices, for any size and number of threads."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = needs_cpp
 
 
 def with_packed_momenta(stem: str, *args: Any) -> Any:
-    """Call an operator of the extension; m_C and m_K of an update are packed before and unpacked afterwards."""
+    """Call an operator of the extension. Pack m_C and m_K before an update, and unpack them afterwards."""
     if stem != "kron_factor":
         return call("cpp", stem, *args)
     c, k, *momenta = args[:4]
@@ -41,8 +41,8 @@ def with_packed_momenta(stem: str, *args: Any) -> Any:
 @example(cpp_batch(257, 256, PLACES[1]), 2, False)
 @example(cpp_batch(3, 389, dtype=BF16, matmul=BF16, rounding="stochastic", clip="row_sum"), 1, False)
 @example(cpp_batch(64, 64, ((0, 9, 0, 9),)), 2, True)
-def test_an_update_of_packed_momenta_is_that_of_whole_ones_to_the_bit(batch, num_threads, skips):
-    """This includes blocks that are left out, whose m stays."""
+def test_update_of_packed_momenta_is_bitwise_equal(batch, num_threads, skips):
+    """This includes skipped blocks, whose m does not change."""
     expected, actual = batch.tensors(), batch.tensors()
     if skips:
         for t in (expected, actual):
@@ -55,7 +55,7 @@ def test_an_update_of_packed_momenta_is_that_of_whole_ones_to_the_bit(batch, num
 
 
 @pytest.mark.parametrize("shape", [(1, 5, 3), (1, 4, 3), (2, 5, 2)], ids=str)
-def test_momenta_of_another_shape_are_refused_before_anything_changes(shape):
+def test_momenta_of_another_shape_are_an_error_before_anything_changes(shape):
     batch = cpp_batch(5, 4)
     t = batch.tensors()
     t.m_k = torch.zeros(shape)

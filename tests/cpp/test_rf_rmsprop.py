@@ -63,8 +63,8 @@ CALLS = st.builds(
 @example(cpp_call(SHAPES, LAYOUTS, BF16, FP32, BF16, FP32, "compensated", "compensated"))
 @example(cpp_call(SHAPES, LAYOUTS[::-1], FP16, FP64, BF16, FP32, "compensated", "nearest"))
 @settings(max_examples=150, deadline=None)
-def test_a_step_is_the_reference_s_and_to_the_bit_that_of_fp32_arithmetic(call):
-    """Gradients, counts of what was skipped and the memory around tensors stay as they were."""
+def test_step_matches_the_reference_and_fp32_arithmetic_bitwise(call):
+    """Gradients, counts of skipped elements and memory around tensors do not change."""
     lists, memory = call.tensors()
     before = flat(lists)
     call.run(lists)
@@ -78,7 +78,7 @@ def test_a_step_is_the_reference_s_and_to_the_bit_that_of_fp32_arithmetic(call):
 
 @pytest.mark.parametrize("steps", [3, 70000, "each its own"], ids=str)
 @pytest.mark.parametrize("rounding", ROUNDINGS)
-def test_bf16_is_rounded_as_in_eager_pytorch_to_the_bit(rounding, steps):
+def test_bf16_is_rounded_bitwise_as_in_eager_pytorch(rounding, steps):
     shapes = [shape for shape in SHAPES if 0 not in shape]  # eager PyTorch has no norm of nothing
     if steps == "each its own":
         steps = torch.arange(float(len(shapes)))
@@ -90,7 +90,7 @@ def test_bf16_is_rounded_as_in_eager_pytorch_to_the_bit(rounding, steps):
         assert not torch.equal(call.run()["param"][-1], other["param"][-1])
 
 
-def test_compensated_pairs_are_an_fp32_run_to_the_bit():
+def test_compensated_pairs_equal_an_fp32_run_bitwise():
     wide_call = cpp_call(SHAPES)
     pairs_call = replace(wide_call, param=BF16, square=BF16, rounding="compensated", weight_rounding="compensated")
     wide, pairs = wide_call.tensors()[0], pairs_call.tensors()[0]
@@ -117,7 +117,7 @@ def test_fp32_is_rounded_to_16_bits_as_pytorch_does_it(dtype):
 
 @pytest.mark.parametrize(("dtype", "rounding"), [(FP16, "nearest"), *product([BF16], ROUNDINGS)], ids=str)
 def test_every_number_of_16_bits_is_read_and_written_unchanged(dtype, rounding):
-    """NaNs stay NaNs; their payload may go."""
+    """NaNs stay NaNs, but their payload may change."""
     call, lists = rounding_step(dtype, 0.0, torch.ones(2**16))
     call = replace(call, weight_rounding=rounding)
     lists["param"][0].copy_(every_pattern(dtype))
@@ -134,8 +134,8 @@ def test_every_number_of_16_bits_is_read_and_written_unchanged(dtype, rounding):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30])
 @pytest.mark.parametrize("place", [0, PIECE + 5, CHUNK + 3, 2 * CHUNK + 6], ids=str)
-def test_a_number_that_is_not_finite_is_left_out_and_counted_once_a_step(bad, place):
-    """1e30 is finite, its square is not."""
+def test_an_element_that_is_not_finite_is_skipped_and_counted_once(bad, place):
+    """1e30 is finite. Its square is not."""
     call = cpp_call([40, 2 * CHUNK + 7, 9], param=BF16, weight_rounding="compensated")
     lists, before, expected = call.tensors()[0], call.tensors()[0], call.run()
     lists["grad"][1][place] = bad
@@ -150,7 +150,7 @@ def test_a_number_that_is_not_finite_is_left_out_and_counted_once_a_step(bad, pl
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
-def test_found_inf_leaves_everything_as_it_is_to_the_bit_and_counts_it(rounding):
+def test_found_inf_skips_and_counts_everything(rounding):
     for found_inf in (1.0, torch.nan):
         kinds = (BF16, BF16, BF16, BF16, rounding, rounding)
         call = cpp_call([2210, 1, CHUNK], LAYOUTS[:1], *kinds, found_inf=found_inf)
@@ -159,7 +159,7 @@ def test_found_inf_leaves_everything_as_it_is_to_the_bit_and_counts_it(rounding)
         assert bits(call.run()) == expected
 
 
-def test_no_damping_and_no_curvature_leaves_a_number_out():
+def test_zero_damping_and_zero_curvature_skips_an_element():
     """0/0, as in eager PyTorch."""
     call = cpp_call([PIECE + 3], options={"damping": 0.0})
     lists = call.tensors()[0]
@@ -171,8 +171,8 @@ def test_no_damping_and_no_curvature_leaves_a_number_out():
 
 
 @pytest.mark.parametrize("zero", [0.0, -0.0])
-def test_what_is_left_of_another_weight_is_dropped_where_one_was_set_to_0(zero):
-    """A negative remainder of ±0 would be NaN."""
+def test_the_residual_is_dropped_if_a_weight_was_set_to_0(zero):
+    """A negative residual of ±0 would be NaN."""
     call = cpp_call([5], param=BF16, weight_rounding="compensated", options={"weight_decay": 0.0}, lr=0.0)
     lists = call.tensors()[0]
     lists["param"][0].fill_(zero)
@@ -182,7 +182,7 @@ def test_what_is_left_of_another_weight_is_dropped_where_one_was_set_to_0(zero):
 
 
 @pytest.mark.parametrize("decoupled", [False, True])
-def test_a_weight_that_is_not_finite_poisons_nothing_without_weight_decay(decoupled):
+def test_a_weight_that_is_not_finite_does_not_spread_without_weight_decay(decoupled):
     call = cpp_call([5], options={"weight_decay": 0.0, "decoupled": decoupled})
     lists = call.tensors()[0]
     lists["param"][0][2] = -torch.inf

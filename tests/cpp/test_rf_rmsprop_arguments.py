@@ -22,14 +22,14 @@ pytestmark = needs_cpp
 @pytest.mark.parametrize("layouts", [*((layout,) for layout in LAYOUTS[3:]), LAYOUTS, ("transposed", "whole")], ids=str)
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_strides_do_not_change_the_result(layouts, rounding):
-    """Strides of weight, gradient and state may differ. Random bits belong to a row-major index."""
+    """Strides of weight, gradient and state may differ. Random bits depend on the row-major index."""
     kinds = (BF16, BF16, BF16, BF16, rounding, rounding)
     call = cpp_call([(17, 130), (130, 17), (2, 3, 4), (6, 5, 3, 7)], LAYOUTS[:1], *kinds)
     assert_equal(flat(replace(call, layouts=layouts).run()), flat(call.run()))
 
 
-def test_gradients_that_repeat_one_number_are_read():
-    """The gradients of `param.sum()` have strides of 0."""
+def test_expanded_gradients_are_read():
+    """Gradients of `param.sum()` have strides of 0."""
     call = cpp_call([(17, 130), (5,)])
     spread, whole = call.tensors()[0], call.tensors()[0]
     spread["grad"] = [torch.tensor(0.7).expand(shape) for shape in call.shapes]
@@ -37,7 +37,7 @@ def test_gradients_that_repeat_one_number_are_read():
     assert_equal({**call.run(spread), "grad": []}, {**call.run(whole), "grad": []})
 
 
-def test_gradients_of_several_dtypes_are_served_together():
+def test_gradients_may_have_several_dtypes():
     call = cpp_call([5, 700, 9, 2])
     mixed, wide = call.tensors()[0], call.tensors()[0]
     mixed["grad"] = [grad.to(dtype) for grad, dtype in zip(mixed["grad"], (FP32, BF16, FP16, FP64), strict=True)]
@@ -45,7 +45,7 @@ def test_gradients_of_several_dtypes_are_served_together():
     assert_equal({**call.run(mixed), "grad": []}, {**call.run(wide), "grad": []})
 
 
-def test_ten_thousand_tiny_tensors_are_stepped_as_each_by_itself():
+def test_a_list_of_ten_thousand_tensors_steps_as_single_tensors_do():
     call = cpp_call([i % 7 for i in range(10_000)], LAYOUTS[:1], BF16, BF16, BF16, BF16, "stochastic", "stochastic")
     together, alone = call.tensors()[0], call.tensors()[0]
     together["grad"][5][1] = alone["grad"][5][1] = torch.nan
@@ -60,7 +60,7 @@ def test_ten_thousand_tiny_tensors_are_stepped_as_each_by_itself():
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
-def test_the_number_of_threads_changes_no_bit(dtype):
+def test_result_does_not_depend_on_the_number_of_threads(dtype):
     kinds = (dtype, dtype, dtype, dtype, "stochastic", "stochastic")
     call = cpp_call([40_000, 3, 70_001, 0, 33_000, 5 * CHUNK], LAYOUTS[:1], *kinds)
     results = []
@@ -73,7 +73,7 @@ def test_the_number_of_threads_changes_no_bit(dtype):
     assert results[0] == results[1] == results[2]
 
 
-def test_nothing_is_done_for_nothing():
+def test_empty_lists_and_tensors_are_allowed():
     cpp_call([]).run()
     assert counts(cpp_call([(0, 3), (0,)]).run()) == [0, 1]
 
@@ -89,13 +89,13 @@ def test_the_learning_rate_is_a_tensor_of_one_number_of_any_dtype():
 
 
 @pytest.mark.parametrize("change", [{"param": FP64}, {"square": FP64}, {"buffer": FP16}], ids=str)
-def test_dtypes_that_no_kernel_serves_are_an_error(change):
+def test_unsupported_dtypes_are_an_error(change):
     ((name, dtype),) = change.items()
     with pytest.raises(ValueError, match=rf"{name}s of {dtype}: pass tensors of one dtype, torch.float32 or "):
         cpp_call(**change).run()
 
 
-def test_what_changes_says_so_to_autograd():
+def test_changed_tensors_get_a_new_version():
     call = cpp_call([5, 70], ("whole", "every other"), BF16, BF16, BF16, BF16, "compensated", "compensated")
     lists = call.tensors()[0]
     before = {name: [x._version for x in tensors] for name, tensors in lists.items()}
@@ -104,7 +104,7 @@ def test_what_changes_says_so_to_autograd():
         assert all((x._version > old) == (name != "grad") for x, old in zip(tensors, before[name], strict=True)), name
 
 
-def test_inference_tensors_are_stepped_like_others():
+def test_inference_tensors_can_be_stepped():
     call = cpp_call([(17, 130), (6, 5, 3, 7)], layouts=LAYOUTS)
     with torch.inference_mode():
         lists = call.run()

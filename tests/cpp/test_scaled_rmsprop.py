@@ -72,8 +72,8 @@ def state(lists: Lists) -> dict[str, list[bytes]]:
 @example(scaled_call(NOT_EMPTY, LAYOUTS, *kinds(BF16, "compensated"), rule=ROOT_FREE), through("cpp"))
 @example(scaled_call(NOT_EMPTY, LAYOUTS[::-1], FP16, FP64, BF16, FP32, "compensated", rule=MIXED[3]), through("cpp"))
 @settings(max_examples=80, deadline=None)
-def test_a_step_is_the_reference_s(call, run):
-    """Gradients, counts of what was skipped and the memory around tensors stay as they were."""
+def test_step_matches_the_reference(call, run):
+    """Gradients, counts of skipped elements and memory around tensors do not change."""
     lists, memory = call.tensors()
     before = copied(lists)
     call.run(lists, run)
@@ -85,8 +85,8 @@ def test_a_step_is_the_reference_s(call, run):
 @pytest.mark.parametrize("momentum", [{}, MIXED[3]], ids=["update", "gradient"])
 @pytest.mark.parametrize("direction", ["root_free", "whitened"])
 @pytest.mark.parametrize("rounding", ROUNDINGS)
-def test_bf16_is_rounded_as_in_eager_pytorch_to_the_bit(rounding, direction, momentum):
-    """G is 0 and α₁ is ½, so that s, u and the weights are rounded but once; without norms, which are not exact."""
+def test_bf16_is_rounded_bitwise_as_in_eager_pytorch(rounding, direction, momentum):
+    """G is 0 and α₁ is ½, so s, u and the weights are rounded once. Norms are left out, because they are not exact."""
     rule = {**momentum, "direction": direction, "scales": False}
     call = scaled_call(NOT_EMPTY, LAYOUTS, *kinds(BF16, rounding), exact=True, rule=rule)
     lists, was = call.run(), call.tensors()[0]
@@ -97,8 +97,8 @@ def test_bf16_is_rounded_as_in_eager_pytorch_to_the_bit(rounding, direction, mom
         assert not torch.equal(lists["param"][-1], other["param"][-1])
 
 
-def test_u_is_that_of_s_as_it_is_stored():
-    """s is 1 + 2⁻⁹, which BF16 rounds to 1; without damping u is then M′ itself."""
+def test_u_uses_the_stored_s():
+    """s is 1 + 2⁻⁹, which BF16 rounds to 1. Without damping, u is then M′."""
     options = {"beta2": 2.0**-9, "gamma": 0.0, "batch_size": 1.0, "momentum": 0.0, "damping": 0.0, "weight_decay": 0.0}
     call = scaled_call([PIECE + 3], square=BF16, options=options, lr=1.0, rule={**MIXED[3], "scales": False})
     lists = call.tensors()[0]
@@ -110,7 +110,7 @@ def test_u_is_that_of_s_as_it_is_stored():
 
 
 @pytest.mark.parametrize("rule", [WHITENED, {**MIXED[1], "momentum_on": "update"}], ids=["gradient", "update"])
-def test_updates_have_the_norms_that_are_given(rule):
+def test_updates_have_the_given_norms(rule):
     options = {"momentum": 0.0, "weight_decay": 0.0}
     call = scaled_call([5, 3 * CHUNK + 5, (17, 130)], options=options, lr=1.0, rule=rule)
     lists, was = call.run(), call.tensors()[0]
@@ -124,8 +124,8 @@ def test_updates_have_the_norms_that_are_given(rule):
 @pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize("bad", [float("nan"), -float("inf"), 1e30])
 @pytest.mark.parametrize("place", [0, CHUNK + 3], ids=str)
-def test_a_tensor_whose_gradient_is_not_finite_stays_to_the_bit_and_is_counted(place, bad, rule):
-    """1e30 is finite, its square is not. Other tensors step as ever."""
+def test_a_tensor_whose_gradient_is_not_finite_is_skipped_and_counted(place, bad, rule):
+    """1e30 is finite. Its square is not. Other tensors step as usual."""
     call = scaled_call([40, 2 * CHUNK + 7, 9], LAYOUTS[:1], *kinds(BF16, "compensated"), rule=rule)
     lists, before, clean = call.tensors()[0], call.tensors()[0], call.run()
     lists["grad"][1][place] = bad
@@ -138,7 +138,7 @@ def test_a_tensor_whose_gradient_is_not_finite_stays_to_the_bit_and_is_counted(p
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("rule", [WHITENED, MIXED[2]], ids=["whitened", "mixed"])
-def test_found_inf_leaves_everything_as_it_is_to_the_bit_and_counts_it(rule, rounding):
+def test_found_inf_skips_and_counts_everything(rule, rounding):
     for found_inf in (1.0, torch.nan):
         call = scaled_call([2210, 1, CHUNK], LAYOUTS[:1], *kinds(BF16, rounding), found_inf=found_inf, rule=rule)
         before, lists = call.tensors()[0], call.run()
@@ -147,8 +147,8 @@ def test_found_inf_leaves_everything_as_it_is_to_the_bit_and_counts_it(rule, rou
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
-def test_without_a_gradient_s_and_q_wait_and_the_momentum_goes_on(dtype, rounding):
-    """Whether the tensor has started (the second) or not (the first)."""
+def test_zero_gradient_keeps_s_and_q_and_continues_the_momentum(dtype, rounding):
+    """The first tensor has not started yet, the second one has."""
     call = scaled_call([700, 700], LAYOUTS[:1], *kinds(dtype, rounding), rule=WHITENED)
     lists = call.tensors()[0]
     for grad in lists["grad"]:
@@ -162,8 +162,8 @@ def test_without_a_gradient_s_and_q_wait_and_the_momentum_goes_on(dtype, roundin
 
 
 @pytest.mark.parametrize("direction", ["root_free", "whitened"])
-def test_a_number_of_u_that_is_not_finite_counts_as_0(direction):
-    """0/0, and numbers that overflow."""
+def test_elements_of_u_that_are_not_finite_count_as_0(direction):
+    """Examples are 0/0 and numbers that overflow."""
     options = {"damping": 0.0, "weight_decay": 0.0, "beta2": 0.0}
     call = scaled_call([PIECE + 3], options=options, rule={**MIXED[3], "direction": direction})
     lists = call.tensors()[0]
@@ -188,7 +188,7 @@ def test_an_update_of_0_stays_0():
 
 
 @pytest.mark.parametrize("rule", [WHITENED, MIXED[0]], ids=["gradient", "update"])
-def test_a_weight_that_is_not_finite_poisons_nothing_without_weight_decay(rule):
+def test_a_weight_that_is_not_finite_does_not_spread_without_weight_decay(rule):
     call = scaled_call([5], options={"weight_decay": 0.0}, rule=rule)
     lists = call.tensors()[0]
     lists["param"][0][2] = -torch.inf
@@ -202,7 +202,7 @@ def test_a_weight_that_is_not_finite_poisons_nothing_without_weight_decay(rule):
 @pytest.mark.parametrize("layouts", [*((layout,) for layout in LAYOUTS[3:]), LAYOUTS], ids=str)
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_strides_do_not_change_the_result(layouts, rounding):
-    """Random bits belong to a row-major index. Sums follow the memory, so that norms are left out."""
+    """Random bits depend on the row-major index. Sums depend on the order in memory, so norms are left out."""
     rule = {**WHITENED, "scales": False, "relative_damping": False, "factor_init": "identity"}
     shapes = [(17, 130), (130, 17), (2, 3, 4), (6, 5, 3, 7)]
     call = scaled_call(shapes, LAYOUTS[:1], *kinds(BF16, rounding), rule=rule)
@@ -210,14 +210,14 @@ def test_strides_do_not_change_the_result(layouts, rounding):
 
 
 def test_negated_gradients_are_read():
-    """As those of complex numbers may be: a view that says it is the negative of its memory."""
+    """Gradients of complex numbers can be views that negate their memory when they are read."""
     call = scaled_call([(17, 130), (5,)], rule=WHITENED)
     lazy, whole = call.tensors()[0], call.tensors()[0]
     lazy["grad"] = [torch._neg_view(-x) for x in whole["grad"]]
     assert_equal({**call.run(lazy), "grad": []}, {**call.run(whole), "grad": []})
 
 
-def test_gradients_of_several_dtypes_are_served_together():
+def test_gradients_may_have_several_dtypes():
     call = scaled_call([5, 700, 9, 2], rule=WHITENED)
     mixed, wide = call.tensors()[0], call.tensors()[0]
     mixed["grad"] = [grad.to(dtype) for grad, dtype in zip(mixed["grad"], (FP32, BF16, FP16, FP64), strict=True)]
@@ -225,7 +225,7 @@ def test_gradients_of_several_dtypes_are_served_together():
     assert_equal({**call.run(mixed), "grad": []}, {**call.run(wide), "grad": []})
 
 
-def test_tensors_together_are_stepped_as_each_by_itself():
+def test_a_list_of_tensors_steps_as_single_tensors_do():
     call = scaled_call([1 + i % 7 for i in range(500)], LAYOUTS[:1], *kinds(BF16, "stochastic"), rule=WHITENED)
     together, alone = call.tensors()[0], call.tensors()[0]
     call.run(together)
@@ -240,7 +240,7 @@ def test_tensors_together_are_stepped_as_each_by_itself():
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
-def test_the_number_of_threads_changes_no_bit(dtype, rule):
+def test_result_does_not_depend_on_the_number_of_threads(dtype, rule):
     call = scaled_call([40_000, 3, 70_001, 33_000, 5 * CHUNK], LAYOUTS[:1], *kinds(dtype, "stochastic"), rule=rule)
     results = []
     for number in (1, 2, 3):
@@ -252,19 +252,19 @@ def test_the_number_of_threads_changes_no_bit(dtype, rule):
     assert results[0] == results[1] == results[2]
 
 
-def test_nothing_is_done_for_nothing():
+def test_empty_lists_and_tensors_are_allowed():
     scaled_call([], rule=WHITENED).run()
     assert counts(scaled_call([(0, 3), (0,)], rule=WHITENED).run()) == [0, 1]
 
 
 @pytest.mark.parametrize("change", [{"param": FP64}, {"square": FP64}, {"buffer": FP16}], ids=str)
-def test_dtypes_that_no_kernel_serves_are_an_error(change):
+def test_unsupported_dtypes_are_an_error(change):
     ((name, dtype),) = change.items()
     with pytest.raises(ValueError, match=rf"{name}s of {dtype}: pass tensors of one dtype, torch.float32 or "):
         scaled_call(**change).run()
 
 
-def test_what_changes_says_so_to_autograd():
+def test_changed_tensors_get_a_new_version():
     call = scaled_call([5, 70], ("whole", "every other"), *kinds(BF16, "compensated"), rule=WHITENED)
     lists = call.tensors()[0]
     before = {name: [x._version for x in tensors] for name, tensors in lists.items()}
@@ -273,7 +273,7 @@ def test_what_changes_says_so_to_autograd():
         assert all((x._version > old) == (name != "grad") for x, old in zip(tensors, before[name], strict=True)), name
 
 
-def test_inference_tensors_are_stepped_like_others():
+def test_inference_tensors_can_be_stepped():
     call = scaled_call([(17, 130), (6, 5, 3, 7)], layouts=LAYOUTS, rule=WHITENED)
     with torch.inference_mode():
         lists = call.run()

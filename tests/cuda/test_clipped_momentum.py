@@ -27,7 +27,7 @@ from tests.cuda.on_cpu.library import CHUNK
 @example(1, [64], FP32, "frobenius", 0.5, 1.0, (0, 1))
 @example(1, [64], BF16, "row_sum", 0.5, 1.0, (1, 0))
 @settings(max_examples=50, deadline=None)
-def test_momentum_and_clip_are_the_reference_s(cuda, num_blocks, sizes, dtype, clip, alpha, scale, offsets):
+def test_momentum_and_clip_match_the_reference(cuda, num_blocks, sizes, dtype, clip, alpha, scale, offsets):
     momenta, deltas = sides(num_blocks, [(n, n) for n in sizes], dtype, scale, offsets)
     old, given_deltas = clones(momenta), clones(deltas)
     clips = cuda.clipped_momentum(momenta, deltas, None, alpha, clip)
@@ -39,7 +39,7 @@ def test_momentum_and_clip_are_the_reference_s(cuda, num_blocks, sizes, dtype, c
 @pytest.mark.parametrize("clip", ["frobenius", "none"])
 @pytest.mark.parametrize("shape", [(1,), (17,), (3 * CHUNK + 5,), (2, 3, 5)], ids=str)
 def test_blocks_may_have_any_number_of_axes(cuda, shape, clip):
-    """Diagonals, say; the norm is that of all their numbers."""
+    """An example is a diagonal. The norm includes all elements."""
     momenta, deltas = sides(3, [shape, (7,)])
     old = clones(momenta)
     clips = cuda.clipped_momentum(momenta, deltas, None, 0.5, clip)
@@ -48,7 +48,7 @@ def test_blocks_may_have_any_number_of_axes(cuda, shape, clip):
 
 
 @pytest.mark.parametrize("clip", CLIPS)
-def test_a_block_of_many_shares_is_summed_up_whole(cuda, clip, monkeypatch):
+def test_the_norm_of_a_large_block_includes_all_partial_sums(cuda, clip, monkeypatch):
     momenta, deltas = sides(2, [(320, 320), (24, 24)])
     expected = call("eager", "clipped_momentum", clones(momenta), clones(deltas), None, 0.5, clip)
     for most, least in ((512, 4096), (512, 1), (3, 1)):
@@ -71,8 +71,8 @@ def test_bf16_momentum_is_rounded_to_nearest_with_ties_to_even(cuda):
 @pytest.mark.parametrize("clip", CLIPS)
 @pytest.mark.parametrize("bad", [float("nan"), -float("inf"), 1e38])
 @pytest.mark.parametrize("place", [(0, 0), (66, 66), (40, 5)], ids=str)
-def test_a_block_that_is_not_finite_stays_on_every_side(cuda, clip, bad, place):
-    """1e38 is finite; its square is not, nor is the sum of a row of it."""
+def test_a_block_that_is_not_finite_keeps_all_momenta(cuda, clip, bad, place):
+    """1e38 is finite. Its square and the sum of a row are not."""
     momenta, deltas = sides(3, [(2, 2), (67, 67)], BF16)
     if bad == 1e38 and clip == "row_sum":
         deltas[1][1, place[0]] = bad
@@ -95,14 +95,14 @@ def test_found_inf_skips_every_block(cuda):
 
 @pytest.mark.parametrize("clip", CLIPS)
 @pytest.mark.parametrize(("shape", "launches"), [((0, 5, 5), 0), ((2, 0, 0), 2)], ids=str)
-def test_nothing_has_no_norm(cuda, shape, launches, clip):
+def test_empty_blocks_have_no_norm(cuda, shape, launches, clip):
     before, empty = cuda.num_launches, torch.empty(shape)
     assert torch.equal(cuda.clipped_momentum([empty], [empty.clone()], None, 0.5, clip), torch.ones((1, shape[0])))
     assert cuda.num_launches == before + launches
 
 
 @pytest.mark.parametrize("clip", CLIPS)
-def test_sums_are_the_same_to_the_bit_in_any_order_of_threads_and_programs(cuda, clip):
+def test_sums_do_not_depend_on_the_order_of_threads_and_programs(cuda, clip):
     momenta, deltas = sides(2, [(130, 130), (67, 67)], BF16)
     runs = []
     for backwards in (False, True):

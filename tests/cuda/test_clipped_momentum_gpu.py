@@ -14,7 +14,7 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 @pytest.mark.parametrize("clip", CLIPS)
 @pytest.mark.parametrize("offsets", [(0, 0), (0, 1), (1, 0)])
-def test_momentum_and_clip_are_the_reference_s(on_gpu, clip, dtype, offsets):
+def test_momentum_and_clip_match_the_reference(on_gpu, clip, dtype, offsets):
     momenta, deltas = sides(5, [(300, 300), (67, 67), (1, 1), (1024, 1024)], dtype, 0.1, offsets, "cuda")
     old = clones(momenta)
     clips = on_gpu("clipped_momentum", momenta, clones(deltas), None, 0.3, clip)
@@ -23,7 +23,7 @@ def test_momentum_and_clip_are_the_reference_s(on_gpu, clip, dtype, offsets):
 
 @pytest.mark.parametrize("clip", CLIPS)
 @pytest.mark.parametrize("bad", [float("nan"), -float("inf")])
-def test_a_block_that_is_not_finite_stays_on_every_side(on_gpu, clip, bad):
+def test_a_block_that_is_not_finite_keeps_all_momenta(on_gpu, clip, bad):
     momenta, deltas = sides(3, [(2, 2), (515, 515)], BF16, device="cuda")
     deltas[1][1, 514, 513] = bad
     before = clones(momenta)
@@ -34,7 +34,7 @@ def test_a_block_that_is_not_finite_stays_on_every_side(on_gpu, clip, bad):
 
 
 @pytest.mark.parametrize("clip", CLIPS)
-def test_a_replayed_graph_gives_the_bits_of_a_call(on_gpu, clip):
+def test_a_replayed_graph_gives_bitwise_the_same_result(on_gpu, clip):
     momenta, deltas = sides(4, [(130, 130), (768, 768)], BF16, device="cuda")
     start, expected = clones(momenta), clones(momenta)
     on_gpu("clipped_momentum", momenta, deltas, None, 0.5, clip)

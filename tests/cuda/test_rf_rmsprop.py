@@ -73,7 +73,7 @@ def calls(draw):
 @example(cuda_call(SIZES, LAYOUTS, BF16, BF16, BF16, BF16, "stochastic", "stochastic"))
 @example(cuda_call(SIZES, LAYOUTS, BF16, FP32, BF16, FP32, "compensated", "compensated"))
 @settings(max_examples=100, deadline=None)
-def test_a_step_is_the_reference_s_and_leaves_the_memory_around_alone(cuda, call):
+def test_step_matches_the_reference_and_writes_nothing_else(cuda, call):
     lists, memory = call.tensors()
     before = copied(lists)
     made = cuda.rf_rmsprop(*call.arguments(lists))
@@ -84,7 +84,7 @@ def test_a_step_is_the_reference_s_and_leaves_the_memory_around_alone(cuda, call
 
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda dtypes: "-".join(str(x).removeprefix("torch.") for x in dtypes))
-def test_fp32_arithmetic_and_every_rounding_are_right_to_the_bit(cuda, dtypes):
+def test_fp32_arithmetic_and_rounding_are_bitwise_correct(cuda, dtypes):
     """No operation is fused on the CPU. One gradient is not finite."""
     for number, (rounding, weight_rounding) in enumerate(modes(dtypes[0], dtypes[2])):
         options = {"decoupled": number % 2 == 0, "maximize": number % 3 == 0}
@@ -99,7 +99,7 @@ def test_fp32_arithmetic_and_every_rounding_are_right_to_the_bit(cuda, dtypes):
 
 @pytest.mark.parametrize("steps", [3, 70000, "each its own"], ids=str)
 @pytest.mark.parametrize("rounding", ROUNDINGS)
-def test_bf16_is_rounded_as_in_eager_pytorch_to_the_bit(cuda, rounding, steps):
+def test_bf16_is_rounded_bitwise_as_in_eager_pytorch(cuda, rounding, steps):
     if steps == "each its own":
         steps = torch.arange(float(len(SIZES) - 1))
     call = cuda_call(SIZES[1:], LAYOUTS, BF16, BF16, BF16, BF16, rounding, rounding, steps=steps, exact=True)
@@ -107,7 +107,7 @@ def test_bf16_is_rounded_as_in_eager_pytorch_to_the_bit(cuda, rounding, steps):
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
-def test_numbers_of_16_bits_are_read_exactly_and_written_half_to_even(cuda, dtype):
+def test_16_bit_numbers_are_read_exactly_and_rounded_half_to_even(cuda, dtype):
     """s and the weights are made to stay, or the weight to become −g."""
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     every = every[every.isfinite()]
@@ -127,7 +127,7 @@ def test_numbers_of_16_bits_are_read_exactly_and_written_half_to_even(cuda, dtyp
 
 
 @pytest.mark.parametrize("name", LISTS)
-def test_one_tensor_that_is_not_aligned_changes_nothing(cuda, name):
+def test_an_unaligned_tensor_does_not_change_the_result(cuda, name):
     """An access of 128 bits that is not aligned would end this test, as it would a kernel."""
     call = cuda_call([CHUNK + 9], LAYOUTS[:1], BF16, BF16, BF16, BF16, "compensated", "compensated")
     assert_equal(replace(call, apart=name).run(run=cuda.run), call.run(run=cuda.run))
@@ -138,7 +138,7 @@ def test_one_tensor_that_is_not_aligned_changes_nothing(cuda, name):
 
 @pytest.mark.parametrize("bad", [float("nan"), -float("inf"), 1e30])
 @pytest.mark.parametrize("place", [0, CHUNK + 5, 3 * CHUNK + 6], ids=["first", "middle", "last"])
-def test_a_number_that_is_not_finite_is_left_out_and_counted_once_a_step(cuda, bad, place):
+def test_an_element_that_is_not_finite_is_skipped_and_counted_once(cuda, bad, place):
     """1e30 is finite, its square is not. The counters of the programs that left some out are 0 again afterwards."""
     call = cuda_call([40, 3 * CHUNK + 7, 9], param=BF16, weight_rounding="compensated")
     lists, before, expected = call.tensors()[0], call.tensors()[0], call.run(run=cuda.run)
@@ -153,14 +153,14 @@ def test_a_number_that_is_not_finite_is_left_out_and_counted_once_a_step(cuda, b
         cuda.launch_diagonal(made)
 
 
-def test_found_inf_leaves_everything_as_it_is_and_counts_it(cuda):
+def test_found_inf_skips_and_counts_every_block(cuda):
     for found_inf in (1.0, torch.nan):
         call = cuda_call([2210, 1, CHUNK], ("whole", "offset by 1"), found_inf=found_inf)
         before = call.tensors()[0]
         assert_equal(call.run(run=cuda.run), {**before, "skipped": [x + 1 for x in before["skipped"]]})
 
 
-def test_no_damping_and_no_curvature_leaves_a_number_out(cuda):
+def test_zero_damping_and_zero_curvature_skips_an_element(cuda):
     """0/0, as in eager PyTorch."""
     call = cuda_call([CHUNK + 3], options={"damping": 0.0})
     lists = call.tensors()[0]
@@ -172,7 +172,7 @@ def test_no_damping_and_no_curvature_leaves_a_number_out(cuda):
 
 
 @pytest.mark.parametrize("decoupled", [False, True])
-def test_a_weight_that_is_not_finite_poisons_nothing_without_weight_decay(cuda, decoupled):
+def test_a_weight_that_is_not_finite_does_not_spread_without_weight_decay(cuda, decoupled):
     call = cuda_call([5], options={"weight_decay": 0.0, "decoupled": decoupled})
     lists = call.tensors()[0]
     lists["param"][0][2] = -torch.inf
@@ -183,7 +183,7 @@ def test_a_weight_that_is_not_finite_poisons_nothing_without_weight_decay(cuda, 
 # ---- launches --------------------------------------------------------------------------------------------------------
 
 
-def test_a_learning_rate_on_the_device_is_a_number_s_equal(cuda):
+def test_a_learning_rate_on_the_device_acts_like_a_number(cuda):
     call = cuda_call([CHUNK + 3], lr=0.125)
     lists = call.tensors()[0]
     made = cuda.diagonal_call(*call.arguments(lists))
@@ -191,7 +191,7 @@ def test_a_learning_rate_on_the_device_is_a_number_s_equal(cuda):
     assert_equal(lists, call.run(run=cuda.run))
 
 
-def test_hundreds_of_tensors_are_one_launch_and_stepped_as_each_by_itself(cuda):
+def test_hundreds_of_tensors_need_one_launch_and_step_as_single_tensors_do(cuda):
     call = cuda_call([*range(200), 7 * CHUNK + 1], LAYOUTS, BF16, BF16)
     before, lists = cuda.num_launches, call.run(run=cuda.run)
     assert cuda.num_launches == before + 1

@@ -28,7 +28,7 @@ DTYPES = [
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda dtypes: "-".join(str(x).removeprefix("torch.") for x in dtypes))
-def test_a_step_of_some_hundred_tensors_is_the_reference_s(on_gpu, dtypes, rounding):
+def test_step_of_hundreds_of_tensors_matches_the_reference(on_gpu, dtypes, rounding):
     layouts, kinds = ("whole", "whole", "offset by 1", "offset by 8"), (*dtypes, rounding, rounding)
     call = cuda_call(SIZES, layouts, *kinds, device="cuda", grad_scale=3.0)
     lists = call.tensors()[0]
@@ -40,7 +40,7 @@ def test_a_step_of_some_hundred_tensors_is_the_reference_s(on_gpu, dtypes, round
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda dtypes: "-".join(str(x).removeprefix("torch.") for x in dtypes))
-def test_fp32_arithmetic_is_right_to_the_bit(on_gpu, dtypes, rounding):
+def test_fp32_arithmetic_is_bitwise_correct(on_gpu, dtypes, rounding):
     """No operation is fused (nvcc -fmad=false): results depend neither on alignment nor on the device."""
     kinds = (*dtypes, rounding, rounding)
     call = cuda_call([5 * CHUNK + 9, 70], LAYOUTS, *kinds, device="cuda", grad_scale=3.0)
@@ -52,13 +52,13 @@ def test_fp32_arithmetic_is_right_to_the_bit(on_gpu, dtypes, rounding):
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
-def test_bf16_is_rounded_as_in_eager_pytorch_to_the_bit(on_gpu, rounding):
+def test_bf16_is_rounded_bitwise_as_in_eager_pytorch(on_gpu, rounding):
     kinds = (BF16, BF16, BF16, BF16, rounding, rounding)
     call = cuda_call(SIZES, LAYOUTS, *kinds, steps=70000, device="cuda", exact=True)
     assert_equal(call.run(run=on_gpu), call.run(run=through("eager")))
 
 
-def test_numbers_that_are_not_finite_are_left_out_and_counted_once_a_step(on_gpu):
+def test_elements_that_are_not_finite_are_skipped_and_counted_once(on_gpu):
     call = cuda_call([40, 300 * CHUNK + 7, 9], device="cuda")
     lists, before, expected = call.tensors()[0], call.tensors()[0], call.run(run=on_gpu)
     places = torch.arange(3, 300 * CHUNK, CHUNK + 1, device="cuda")  # in nearly every program
@@ -72,7 +72,7 @@ def test_numbers_that_are_not_finite_are_left_out_and_counted_once_a_step(on_gpu
             assert torch.equal(lists["param"][0], expected["param"][0])
 
 
-def test_a_step_never_waits_for_the_gpu_and_repeats_to_the_bit(on_gpu):
+def test_a_step_never_waits_for_the_gpu_and_is_reproducible(on_gpu):
     call = cuda_call(SIZES, LAYOUTS, BF16, BF16, BF16, BF16, "stochastic", "stochastic", device="cuda")
     runs = [call.tensors()[0] for _ in range(2)]
     arguments = [call.arguments(lists) for lists in runs]

@@ -1,4 +1,4 @@
-"""The normalised momentum: its value, its clips, and what it does about blocks that are not finite."""
+"""The clipped momentum: value, clips, and blocks that are not finite."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def symmetric(num_blocks, size, seed, scale=1.0):
 
 @pytest.mark.parametrize("clip", CLIPS)
 @pytest.mark.parametrize("scale", [0.01, 10.0], ids=["inside", "clipped"])
-def test_momentum_and_clip_are_the_reference_s(clip, scale):
+def test_momentum_and_clip_match_the_reference(clip, scale):
     sides = [(symmetric(3, size, 1, scale), symmetric(3, size, 2, scale)) for size in (6, 4)]
     momenta, deltas = map(list, zip(*sides, strict=True))
     old = clones(momenta)
@@ -40,7 +40,7 @@ def test_the_row_sum_bounds_the_largest_singular_value_and_lies_below_frobenius_
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e300])
-def test_a_block_that_is_not_finite_stays_on_every_side(bad):
+def test_a_block_that_is_not_finite_keeps_all_momenta(bad):
     momenta = [symmetric(3, 5, 4), symmetric(3, 2, 5)]
     deltas = [symmetric(3, 5, 6), symmetric(3, 2, 7)]
     deltas[1][1, 0, 0] = bad  # 1e300 is finite, its square is not
@@ -59,7 +59,7 @@ def test_found_inf_skips_every_block():
 
 
 @pytest.mark.parametrize("clip", ["frobenius", "none"])
-def test_blocks_of_any_number_of_axes_are_those_laid_flat(clip):
+def test_blocks_may_have_any_number_of_axes(clip):
     sides = [(symmetric(3, 6, 10), symmetric(3, 6, 11)), (symmetric(3, 4, 12, 0.01), symmetric(3, 4, 13, 0.01))]
     shapes = [(3, 36), (3, 2, 2, 4)]
     sides[1][1][0, 1, 1] = torch.nan

@@ -15,7 +15,7 @@ BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 
 
 @pytest.mark.parametrize(("bf16", "chosen"), [(0.25, BF16), (0.8, BF16), (0.9, FP32), (1.0, FP32), (1.87, FP32)])
-def test_bf16_is_chosen_where_it_is_clearly_faster(monkeypatch, bf16, chosen):
+def test_bf16_is_chosen_if_it_is_clearly_faster(monkeypatch, bf16, chosen):
     monkeypatch.setattr(cpu_products, "probe", lambda: cpu_products.Probe(256, bf16, 1.0))
     assert cpu_products.cpu_matmul_dtype(BF16, CPU) == chosen
     assert [cpu_products.cpu_matmul_dtype(dtype, CPU) for dtype in (FP32, FP64)] == [FP32, FP64]
@@ -37,7 +37,7 @@ def test_the_probe_runs_once():
     assert cpu_products.probe() is first
 
 
-def test_larger_products_are_not_tried_where_bf16_is_very_slow(monkeypatch):
+def test_probe_stops_early_if_bf16_is_very_slow(monkeypatch):
     sides = []
 
     def measured(side):

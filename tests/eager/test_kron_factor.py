@@ -1,4 +1,4 @@
-"""`kron_factor` in eager PyTorch: against the FP64 reference."""
+"""`kron_factor` in eager PyTorch, compared with the FP64 reference."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.eager.batches import assert_factors_are, wide_batch
     alpha2=st.sampled_from([0.0, 0.6]),
 )
 @settings(max_examples=15, deadline=None)
-def test_an_update_of_the_factors_is_the_reference_s(clip, dtype, num_blocks, rows, cols, damping, gamma, alpha2):
+def test_factor_update_matches_the_reference(clip, dtype, num_blocks, rows, cols, damping, gamma, alpha2):
     options = {"damping": damping, "gamma": gamma, "riemannian_momentum": alpha2}
     batch = wide_batch(num_blocks, rows, cols, dtype, clip=clip, rounding="stochastic", options=options)
     t = batch.tensors()
@@ -56,7 +56,7 @@ def test_blocks_of_a_batch_are_independent():
         assert [torch.equal(x, y) for x, y in zip(*blocks, strict=True)] == [True, False, True], name
 
 
-def test_a_batch_that_is_worked_through_in_slices_gives_the_same_numbers(monkeypatch):
+def test_slices_of_a_batch_give_the_same_numbers(monkeypatch):
     batch = wide_batch(5, 9, 7, FP64)
     whole, sliced = batch.run(), batch.tensors()
     monkeypatch.setattr(common, "CACHE_ELEMENTS", 2 * 9 * 7)
@@ -100,9 +100,7 @@ RULES = st.fixed_dictionaries(
     ),
 )
 @settings(max_examples=1000, deadline=None)
-def test_fp64_updates_of_any_rule_are_the_reference_s_to_twelve_digits(
-    rule, seed, num_blocks, rows, cols, clip, maximize, options
-):
+def test_fp64_updates_match_the_reference_to_twelve_digits(rule, seed, num_blocks, rows, cols, clip, maximize, options):
     batch = wide_batch(
         num_blocks, rows, cols, FP64, clip=clip, seed=seed, rule=rule, options=options, maximize=maximize
     )
@@ -116,7 +114,7 @@ def test_fp64_updates_of_any_rule_are_the_reference_s_to_twelve_digits(
 
 @pytest.mark.parametrize("rule", [WHITENED, ROOT_FREE, *MIXED], ids=str)
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
-def test_updates_of_every_rule_are_within_the_tolerance_of_their_dtype(dtype, rule):
+def test_updates_match_the_reference_within_the_tolerance_of_their_dtype(dtype, rule):
     batch = Batch(48, 32, ((0, 6, 0, 1),), dtype=dtype, matmul=dtype, rounding="stochastic", rule=rule)
     t = batch.tensors()
     expected = batch.reference_update(t)
@@ -138,7 +136,7 @@ def test_whitened_factors_stay_bitwise_symmetric(rounding):
 
 
 @pytest.mark.parametrize("rule", [WHITENED, ROOT_FREE], ids=str)
-def test_a_block_without_a_gradient_keeps_its_factors_and_one_that_overflows_is_not_ok(rule):
+def test_zero_gradient_keeps_factors_and_overflow_is_not_ok(rule):
     batch = wide_batch(4, 6, 5, FP32, rule=rule)
     t = batch.tensors()
     gradients = batch.blocks(t.grads)
@@ -153,7 +151,7 @@ def test_a_block_without_a_gradient_keeps_its_factors_and_one_that_overflows_is_
 
 
 def test_a_block_starts_at_its_first_gradient():
-    """The curvature of an isotropic gradient: C = K = q^(-1/4) I, so that A has unit rows and nothing is left to do."""
+    """For an isotropic gradient, C = K = q^(-1/4) I, and A has unit rows, so the first update changes nothing."""
     rule = {**ROOT_FREE, "direction": "whitened"}
     batch = wide_batch(1, 4, 4, FP64, rule=rule, options={"damping": 0.0, "batch_size": 1.0})
     t = batch.tensors()
@@ -168,7 +166,7 @@ def test_a_block_starts_at_its_first_gradient():
     assert_near(fp64(t.c), [q**-0.25 * fp64(torch.eye(4))], 1e-14)
 
 
-def test_nothing_starts_where_the_scaler_found_an_overflow():
+def test_no_block_starts_if_the_scaler_found_an_overflow():
     batch = wide_batch(3, 6, 5, FP32, rule=WHITENED)
     batch.found_inf = 1.0
     t = batch.tensors()

@@ -1,4 +1,4 @@
-"""`kron_gather` in eager PyTorch: blocks of gradients, bit by bit."""
+"""`kron_gather` in eager PyTorch: bitwise comparison of blocks of gradients."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from tests.calls.tensors import BF16, FP32, FP64, same_bits
 
 @pytest.mark.parametrize(("grad", "matmul"), [(FP32, FP32), (BF16, FP32), (FP32, BF16), (FP64, FP64)], ids=str)
 @pytest.mark.parametrize("places", PLACES, ids=len)
-def test_a_gather_is_the_scaled_blocks_to_the_bit(grad, matmul, places):
-    """The scale is a power of two, so that only the rounding to the dtype of G is left."""
+def test_gather_returns_the_scaled_blocks_bitwise(grad, matmul, places):
+    """The scale is a power of two, so only the conversion to the dtype of G rounds."""
     batch = Batch(5, 4, places, LAYOUTS[1:], grad=grad, matmul=matmul, grad_scale=8.0, maximize=True)
     t = batch.tensors()
     gathered, _ = batch.gather(t, dispatched("eager"))

@@ -12,7 +12,7 @@ from tests.calls.tolerances import assert_close
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", [1, 127, 128, 131])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_a_gram_matrix_is_the_whole_product(dtype, size, transposed):
+def test_a_gram_matrix_equals_the_full_product(dtype, size, transposed):
     x = torch.randn(2, 50, size, generator=torch.Generator().manual_seed(0)).to(dtype).mT
     x = x if transposed else x.contiguous()
     out = torch.full((2, size, size), torch.nan, dtype=dtype)

@@ -1,4 +1,4 @@
-"""`kron_step` in eager PyTorch: against the FP64 reference."""
+"""`kron_step` in eager PyTorch, compared with the FP64 reference."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.eager.batches import wide_batch
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("decoupled", [False, True])
 @pytest.mark.parametrize("dtype", [FP64, FP32], ids=str)
-def test_a_preconditioned_step_is_the_reference_s(cached, decoupled, dtype):
+def test_preconditioned_step_matches_the_reference(cached, decoupled, dtype):
     batch = wide_batch(3, 7, 5, dtype, descent={"decoupled": decoupled})
     t = batch.tensors()
     batch.gather(t)
@@ -56,9 +56,7 @@ RULES = st.fixed_dictionaries(
     ),
 )
 @settings(max_examples=1000, deadline=None)
-def test_fp64_steps_of_any_rule_are_the_reference_s_to_twelve_digits(
-    rule, seed, num_blocks, rows, cols, cached, descent
-):
+def test_fp64_steps_match_the_reference_to_twelve_digits(rule, seed, num_blocks, rows, cols, cached, descent):
     batch = wide_batch(num_blocks, rows, cols, FP64, seed=seed, rule=rule, descent=descent)
     t = batch.tensors()
     batch.gather(t)
@@ -72,7 +70,7 @@ def test_fp64_steps_of_any_rule_are_the_reference_s_to_twelve_digits(
 
 @pytest.mark.parametrize("rule", [WHITENED, ROOT_FREE, *MIXED], ids=str)
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
-def test_steps_of_every_rule_are_within_the_tolerance_of_their_dtype(dtype, rule):
+def test_steps_match_the_reference_within_the_tolerance_of_their_dtype(dtype, rule):
     batch = Batch(48, 32, ((0, 3, 0, 1),), dtype=dtype, matmul=dtype, param=dtype, buffer=dtype, rule=rule)
     t = batch.tensors()
     batch.gather(t)

@@ -1,4 +1,4 @@
-"""The diagonal step in eager PyTorch: against the FP64 reference, and its chunks."""
+"""The diagonal step in eager PyTorch: comparison with the FP64 reference, and chunks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.calls.tensors import BF16, FP16, FP32, FP64, ROUNDINGS, assert_memory
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("dtype", [FP64, FP32, BF16, FP16], ids=str)
 @pytest.mark.parametrize("layout", ["whole", "transposed", "every other"])
-def test_a_step_is_the_reference_s(dtype, rounding, layout):
+def test_step_matches_the_reference(dtype, rounding, layout):
     state = {FP64: FP64, BF16: BF16}.get(dtype, FP32)
     kinds = (dtype, dtype, state, state, rounding, rounding)
     call = Call([(), (1031,), (17, 130), (6, 5, 3, 7)], (layout,), *kinds, grad_scale=3.0)

@@ -1,4 +1,4 @@
-"""`scaled_rmsprop` in eager PyTorch: against the FP64 reference."""
+"""`scaled_rmsprop` in eager PyTorch, compared with the FP64 reference."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ RULES = st.fixed_dictionaries(
 @pytest.mark.parametrize("rule", [WHITENED, ROOT_FREE, *MIXED], ids=str)
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("dtype", [FP64, FP32, BF16, FP16], ids=str)
-def test_a_step_is_the_reference_s(dtype, rounding, rule):
+def test_step_matches_the_reference(dtype, rounding, rule):
     state = {FP64: FP64, BF16: BF16}.get(dtype, FP32)
     kinds = (dtype, dtype, state, state, rounding, rounding)
     call = ScaledCall(SHAPES, ("transposed", "every other"), *kinds, grad_scale=3.0, rule=rule)
@@ -59,7 +59,7 @@ def test_a_step_is_the_reference_s(dtype, rounding, rule):
     ),
 )
 @settings(max_examples=1000, deadline=None)
-def test_fp64_steps_are_the_reference_s_to_twelve_digits(rule, seed, sizes, options):
+def test_fp64_steps_match_the_reference_to_twelve_digits(rule, seed, sizes, options):
     call = ScaledCall(sizes, ("whole",), FP64, FP64, FP64, FP64, seed=seed, rule=rule, options=options)
     lists, _ = call.tensors()
     before = copied(lists)
@@ -79,7 +79,7 @@ def test_chunks_do_not_change_a_step(monkeypatch):
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e200])
-def test_a_tensor_with_a_gradient_that_is_not_finite_stays_and_others_step(bad):
+def test_only_tensors_with_finite_gradients_step(bad):
     call = ScaledCall([3, 4, 5], param=FP64, grad=FP64, square=FP64, buffer=FP64, rule=WHITENED)
     lists, _ = call.tensors()
     lists["grad"][1][2] = bad
@@ -91,7 +91,7 @@ def test_a_tensor_with_a_gradient_that_is_not_finite_stays_and_others_step(bad):
         assert same == [False, True, False], name
 
 
-def test_without_a_gradient_the_curvature_waits_and_the_momentum_goes_on():
+def test_zero_gradient_keeps_the_curvature_and_continues_the_momentum():
     call = ScaledCall([4, 4], param=FP64, grad=FP64, square=FP64, buffer=FP64, rule=WHITENED)
     lists, _ = call.tensors()
     for grad in lists["grad"]:

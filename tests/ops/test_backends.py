@@ -1,4 +1,4 @@
-"""Backends are interchangeable, and say what they do not serve."""
+"""Backends are interchangeable, and say what they do not support."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FP32, BF16, FP64 = torch.float32, torch.bfloat16, torch.float64
 
 WITH_MATRICES = [x for x in (*backends.BACKENDS, *TRITON.variants.values()) if x.serves_matrices]
 FUNCTIONS = [name for name in vars(Operators) if not name.startswith("_")]
-"""What every backend defines that serves matrices."""
+"""Functions that every backend for matrices defines."""
 
 
 @pytest.mark.parametrize("backend", WITH_MATRICES, ids=lambda backend: backend.name)
@@ -44,7 +44,7 @@ def test_names_of_backends_are_unique() -> None:
 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine on which Triton compiles for a GPU of the latest generation."""
+    """Simulate a machine on which Triton compiles for a GPU of the latest generation."""
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.delenv("ROOTFREE_BACKEND", raising=False)
@@ -52,7 +52,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def built(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The C++ part of the extension, not the CUDA part."""
+    """Simulate an extension with the C++ part only."""
     left_out = {"cpp": None, "cuda": "no CUDA toolkit"}
     monkeypatch.setattr(native, "build_record", lambda: {"extension": True, "left_out": left_out})
     monkeypatch.setitem(vars(CPP), "import_problem", None)
@@ -78,13 +78,13 @@ def built(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
     ids=str,
 )
-def test_what_serves_where_nothing_is_asked_for(device, dtype, factors, expected) -> None:
+def test_default_choice_of_a_backend(device, dtype, factors, expected) -> None:
     assert backends.choose(device, dtype, None, factors).name == expected
     assert backends.choose(device, dtype, False, factors).name == "eager"
 
 
 @pytest.mark.usefixtures("compiled", "built")
-def test_fused_true_says_what_stands_in_the_way() -> None:
+def test_fused_true_says_why_no_kernel_can_run() -> None:
     assert backends.choose(CUDA, FP32, True).name == "triton"
     with pytest.raises(RuntimeError, match=r"fused=True .* triton: its arithmetic is FP32"):
         backends.choose(CUDA, FP64, True)
@@ -93,7 +93,7 @@ def test_fused_true_says_what_stands_in_the_way() -> None:
 
 
 @pytest.mark.usefixtures("compiled", "built")
-def test_an_old_gpu_is_served_by_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_old_gpu_uses_eager_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     if torch.version.hip:
         pytest.skip("AMD's GPUs count otherwise")
@@ -102,7 +102,7 @@ def test_an_old_gpu_is_served_by_pytorch(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.usefixtures("built")
-def test_a_backend_that_cannot_be_imported_says_so_and_pytorch_serves(monkeypatch, caplog) -> None:
+def test_a_backend_that_cannot_be_imported_is_logged_and_replaced_by_pytorch(monkeypatch, caplog) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     forget_import(monkeypatch, TRITON)
     monkeypatch.setattr(backend_module, "import_module", lambda name: exec("raise ImportError('no triton here')"))
@@ -112,7 +112,7 @@ def test_a_backend_that_cannot_be_imported_says_so_and_pytorch_serves(monkeypatc
 
 
 def test_an_extension_that_was_built_and_is_broken_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And no silent fallback, which would be slow for no reason that anybody sees."""
+    """A silent fallback would be slow without a visible reason."""
     monkeypatch.setattr(native, "build_record", lambda: {"extension": True, "left_out": {"cpp": None, "cuda": None}})
     forget_import(monkeypatch, CPP)
     monkeypatch.setattr(backend_module, "import_module", lambda name: exec("raise ImportError('undefined symbol')"))
@@ -125,7 +125,7 @@ def test_an_extension_that_was_built_and_is_broken_is_an_error(monkeypatch: pyte
     optimizer.step()
 
 
-def test_an_extension_that_was_left_out_leaves_the_cpu_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_extension_a_cpu_uses_eager_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     record = {"extension": False, "left_out": {"cpp": "no C++ compiler", "cuda": "no C++ compiler"}}
     monkeypatch.setattr(native, "build_record", lambda: record)
     monkeypatch.delenv("ROOTFREE_BACKEND", raising=False)
@@ -135,7 +135,7 @@ def test_an_extension_that_was_left_out_leaves_the_cpu_to_pytorch(monkeypatch: p
 
 
 @pytest.mark.usefixtures("compiled", "built")
-def test_without_triton_the_diagonal_step_is_cuda_s_and_matrices_are_pytorch_s(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_triton_cuda_takes_the_diagonal_step_and_pytorch_the_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(vars(TRITON), "import_problem", "no triton here")
     monkeypatch.setitem(vars(CUDA_BACKEND), "import_problem", None)
     monkeypatch.setattr(native, "build_record", lambda: {"extension": True, "left_out": {"cpp": None, "cuda": None}})

@@ -1,4 +1,4 @@
-"""Dispatch tables: what they choose, that nothing changes without one, and what is wrong with a file."""
+"""Dispatch tables: their choices, the default without a table, and errors of files."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Use:
 
 @pytest.fixture
 def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine with an H100, on which Triton compiles and every part of the extension was built; no table ships."""
+    """Simulate a machine with an H100, Triton, the whole extension, and no included table."""
     monkeypatch.setattr(dispatch, "TABLES", tmp_path)
     left_out = {"cpp": None, "cuda": None}
     monkeypatch.setenv("TRITON_INTERPRET", "0")
@@ -47,7 +47,7 @@ def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def diagonal(numbers: int, tensors: int, dtype: torch.dtype = FP32, fused: bool | None = None) -> str:
-    """The backend of a list of so many numbers on the GPU."""
+    """Return the backend of a list with this number of elements on the GPU."""
     with FakeTensorMode():
         sizes = [numbers - tensors + 1, *[1] * (tensors - 1)]
         return for_diagonal([torch.empty(size, device=CUDA) for size in sizes], dtype, fused).name
@@ -80,7 +80,7 @@ RULE = [  # classes and choices of a table; a shape; what is taken
 
 
 @pytest.mark.parametrize(("entries", "shape", "expected"), RULE)
-def test_a_shape_takes_the_choice_of_the_nearest_class_within_a_doubling(entries, shape, expected) -> None:
+def test_a_shape_uses_the_nearest_class_within_a_factor_of_two(entries, shape, expected) -> None:
     listed = [entry(choice, side=side, blocks=blocks) for side, blocks, choice in entries]
     found = parse(table(matrices=listed), "t").choice("matrices", dict(zip(("side", "blocks"), shape, strict=True)))
     assert found == expected
@@ -101,7 +101,7 @@ def test_a_table_chooses_by_shape(use: Use) -> None:
 
 
 @pytest.mark.usefixtures("gpu")
-def test_without_a_table_the_order_of_preference_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_table_the_order_of_preference_applies(monkeypatch: pytest.MonkeyPatch) -> None:
     for value in (None, "", "off"):
         monkeypatch.setenv("ROOTFREE_DISPATCH", value) if value is not None else None
         assert diagonal(10**6, 1000) == matrices(4096, 2) == "triton"
@@ -122,7 +122,7 @@ def test_the_package_s_table_of_the_device_serves_unless_it_is_off(tmp_path: Pat
 
 
 @pytest.mark.usefixtures("gpu")
-def test_what_is_asked_for_wins(use: Use, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_explicit_choices_override_the_table(use: Use, monkeypatch: pytest.MonkeyPatch) -> None:
     use(
         diagonal=[entry("cuda", numbers=64, tensors=1)],
         matrices=[entry("eager", side=64, blocks=1)],
@@ -139,7 +139,7 @@ def test_what_is_asked_for_wins(use: Use, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.usefixtures("gpu")
-def test_a_choice_that_cannot_run_is_passed_over(use: Use, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_choice_that_cannot_run_is_ignored(use: Use, monkeypatch: pytest.MonkeyPatch) -> None:
     use(diagonal=[entry("cuda", numbers=64, tensors=1)], matrices=[entry("cpp", side=64, blocks=1)])
     assert matrices(64, 1) == "triton"  # C++ does not run on a GPU
     assert diagonal(64, 1, FP64) == "eager"
@@ -152,7 +152,7 @@ def test_a_choice_that_cannot_run_is_passed_over(use: Use, monkeypatch: pytest.M
 
 
 @pytest.mark.usefixtures("gpu")
-def test_a_table_of_another_device_is_not_asked(use: Use) -> None:
+def test_a_table_of_another_device_is_ignored(use: Use) -> None:
     path = use(table("NVIDIA A100", matrices=[entry("eager", side=64, blocks=1)]))
     assert matrices(64, 1) == "triton"
     assert dispatch.describe(CUDA) == f"none: {path} belongs to NVIDIA A100"

@@ -1,4 +1,4 @@
-"""Optimizers run on the backends that a dispatch table chooses: on a GPU, or in Triton's interpreter."""
+"""Optimizers with the backends that a dispatch table chooses, on a GPU or in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Run:
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Use a table for this device that has one choice for all shapes of `SHAPES`."""
+    """Use a table for this device with one choice for all shapes of `SHAPES`."""
     use = user_of_tables(tmp_path, monkeypatch)
 
     def chosen(**choices: str) -> None:
@@ -62,7 +62,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]
     return chosen
 
 
-def test_pytorch_serves_where_the_table_says_so(here: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_can_choose_eager_pytorch(here: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     here(diagonal="eager", matrices="eager", symmetric="bmm")
     by_table, forced = Run(), Run()
     by_table.step(0)
@@ -72,7 +72,7 @@ def test_pytorch_serves_where_the_table_says_so(here: Any, monkeypatch: pytest.M
     assert_same_bits(snapshot(by_table.optimizer), snapshot(forced.optimizer))
 
 
-def test_products_are_made_as_the_table_says(here: Any) -> None:
+def test_the_table_chooses_how_products_are_computed(here: Any) -> None:
     here(diagonal="triton", matrices="triton", symmetric="bmm")
     run = Run()
     with noted_launches() as names:
@@ -83,7 +83,7 @@ def test_products_are_made_as_the_table_says(here: Any) -> None:
 
 
 def block(run: Run, index: int) -> dict[str, Tensor]:
-    """All of a parameter but its counts."""
+    """Return everything of a parameter except its counts."""
     shot = params_only(snapshot(run.optimizer), index)
     return {name: x for name, x in shot.items() if name.split()[1] not in ("step", "skipped")}
 
@@ -98,8 +98,8 @@ def block(run: Run, index: int) -> dict[str, Tensor]:
     ],
     ids=str,
 )
-def test_products_by_cublas_leave_factors_to_the_bit_and_weights_within_a_rounding(here: Any, options: Any) -> None:
-    """Random bits too: factors are rounded stochastically. In the third step, an update, a block is left out, whole."""
+def test_products_by_cublas_keep_factors_bitwise_and_weights_within_a_rounding(here: Any, options: Any) -> None:
+    """Factors are rounded stochastically, with the same random bits. The third step, an update, skips a block."""
     runs = {}
     for name in ("triton", "bmm"):
         here(matrices="triton", symmetric=name)
@@ -123,7 +123,7 @@ def test_products_by_cublas_leave_factors_to_the_bit_and_weights_within_a_roundi
             assert (product - c @ c.mT).norm() <= tolerance("one step of products", BF16) * product.norm()
 
 
-def test_a_resumed_run_makes_the_same_products(here: Any) -> None:
+def test_a_resumed_run_computes_the_same_products(here: Any) -> None:
     here(matrices="triton", symmetric="bmm")
     runs = [Run(precondition_frequency=3) for _ in range(2)]
     for step in range(2):
@@ -137,7 +137,7 @@ def test_a_resumed_run_makes_the_same_products(here: Any) -> None:
     assert_same_bits(*(snapshot(run.optimizer) for run in runs))
 
 
-def test_a_table_is_asked_once_for_a_plan_and_again_where_another_one_is_named(here: Any, monkeypatch: Any) -> None:
+def test_a_table_is_read_once_per_plan(here: Any, monkeypatch: Any) -> None:
     asked: list[str] = []
     choice = dispatch.Table.choice
     monkeypatch.setattr(dispatch.Table, "choice", lambda *args: asked.append(args[1]) or choice(*args))
@@ -152,7 +152,7 @@ def test_a_table_is_asked_once_for_a_plan_and_again_where_another_one_is_named(h
     assert len(asked) == 5
 
 
-def test_a_step_by_the_table_s_choice_compiles_to_the_bit(here: Any) -> None:
+def test_a_step_with_a_table_compiles_bitwise(here: Any) -> None:
     here(diagonal="triton", matrices="triton", symmetric="bmm")
     torch._dynamo.reset()
     lr = {"lr": torch.tensor(0.01, device=DEVICE), "capturable": True}
@@ -168,7 +168,7 @@ def test_a_step_by_the_table_s_choice_compiles_to_the_bit(here: Any) -> None:
 
 @pytest.mark.gpu
 @needs_gpu
-def test_a_step_by_the_table_s_choice_is_captured(here: Any) -> None:
+def test_a_step_with_a_table_can_be_captured(here: Any) -> None:
     here(diagonal="triton", matrices="triton", symmetric="bmm")
     lr = {"lr": torch.tensor(0.01, device=DEVICE), "capturable": True}
     plain, replayed = Run(**lr), Run(**lr)

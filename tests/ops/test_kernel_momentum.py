@@ -1,4 +1,4 @@
-"""Eager PyTorch for matrices that no kernel serves, with the momentum of the factors stepped by a kernel."""
+"""Eager PyTorch for matrices without a kernel, where a kernel steps the momentum of the factors."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def batch(**options: Any) -> Batch:
 @pytest.mark.parametrize("clip", ["frobenius", "row_sum", "none"])
 @pytest.mark.parametrize("run", [through(NAME), dispatched(NAME)], ids=["function", "dispatcher"])
 @pytest.mark.parametrize(("dtype", "matmul"), [(FP32, FP32), (BF16, FP32), (FP32, BF16)], ids=str)
-def test_an_update_is_the_reference_s(clip: str, run: Any, dtype: torch.dtype, matmul: torch.dtype) -> None:
+def test_an_update_matches_the_reference(clip: str, run: Any, dtype: torch.dtype, matmul: torch.dtype) -> None:
     some = batch(clip=clip, dtype=dtype, matmul=matmul)
     t = some.tensors()
     expected = some.reference_update(t)
@@ -65,8 +65,8 @@ def test_a_block_that_is_not_finite_keeps_its_factors(found_inf: float | None) -
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
-def test_packed_momenta_are_stepped_by_the_kernel_too(dtype: torch.dtype) -> None:
-    """They are unpacked for it, so that results agree bitwise with those of momenta that are not packed."""
+def test_packed_momenta_use_the_kernel(dtype: torch.dtype) -> None:
+    """They are unpacked for it, so results are bitwise equal to those of unpacked momenta."""
     some = replace(batch(dtype=dtype), rows=23, cols=18)
     whole, packed = some.tensors(), some.tensors()
     for side in ("c", "k"):
@@ -97,7 +97,7 @@ def test_other_operators_are_those_of_eager_pytorch() -> None:
 
 @needs_gpu
 @pytest.mark.parametrize("packed", [False, True])
-def test_on_a_gpu_fp32_factors_take_it(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fp32_factors_use_the_kernel_on_a_gpu(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ROOTFREE_BACKEND", raising=False)
     options = {**OPTIONS, "factor_dtype": FP32, "packed_momentum": packed}
     results = []

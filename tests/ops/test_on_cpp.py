@@ -1,4 +1,4 @@
-"""The C++ operators as PyTorch sees them: schemas, versions of tensors, inference mode."""
+"""The C++ operators in PyTorch: schemas, versions of tensors, inference mode."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = needs_cpp
     ],
     ids=["paper", "root_free", "whitened"],
 )
-def test_what_changes_says_so_to_autograd(rule, stays, also_changes):
+def test_changed_tensors_get_a_new_version(rule, stays, also_changes):
     batch = cpp_batch(16, 8, PLACES[2], param=BF16, rounding="compensated", weight_rounding="compensated", dtype=BF16)
     batch.rule = rule
     t = batch.tensors()
@@ -40,7 +40,7 @@ def test_what_changes_says_so_to_autograd(rule, stays, also_changes):
     assert same == {"grads", "seeds", "steps"} | stays
 
 
-def test_inference_tensors_are_stepped_like_others():
+def test_inference_tensors_can_be_stepped():
     batch = cpp_batch(
         16, 8, PLACES[2], LAYOUTS, param=BF16, rounding="compensated", weight_rounding="compensated", dtype=BF16
     )
@@ -52,8 +52,8 @@ def test_inference_tensors_are_stepped_like_others():
 @pytest.mark.parametrize(
     "stem", ["rf_rmsprop", "scaled_rmsprop", "kron_gather", "kron_factor", "kron_products", "kron_step"]
 )
-def test_the_extension_s_schemas_are_those_of_the_public_operators(stem):
-    """Names, order and types of arguments, and which of them are changed."""
+def test_schemas_of_the_extension_match_the_public_operators(stem):
+    """This includes names, order and types of arguments, and which of them are changed."""
     native = getattr(torch.ops.rootfree_native, stem).default._schema
     if stem in STEMS:
         public, arguments = operator(stem)._schema, slice(-1)  # the last is the backend

@@ -134,7 +134,7 @@ def test_kron_gather_operator(backend: str, dtypes: tuple[torch.dtype, torch.dty
 
 
 def gathered(backend: str, dtype: torch.dtype, factors: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """G of BLOCKS blocks, which kernels pad, and the sums that belong to it."""
+    """Return G of BLOCKS blocks, which kernels pad, and its sums."""
     to_device = [x.to(DEVICES[backend]) for x in (numbers(ROWS, BLOCKS * COLS, seed=3), *factors)]
     grads, factors = to_device[:1], to_device[1:]
     return call(backend, "kron_gather", grads, [0, 1, 0, BLOCKS], ROWS, COLS, factors, None, dtype, False)
@@ -238,7 +238,7 @@ def test_scaled_rmsprop_operator(backend: str, storage: tuple[torch.dtype, str],
 
 @pytest.mark.parametrize("optimizer", [RFRMSProp, IFShampoo, partial(IFShampoo, **RECIPE_OPTIONS)])
 def test_every_operator_of_a_step_is_checked_above(optimizer: Any) -> None:
-    """A step calls no operator of this library but these."""
+    """A step calls no other operator of this library."""
     checked = {"rf_rmsprop", "scaled_rmsprop", "clipped_momentum", "kron_gather", "kron_factor", "kron_step"}
     model = Model()
     opt = optimizer(model.parameters(), lr=0.01, batch_size=4)

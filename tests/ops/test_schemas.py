@@ -1,4 +1,4 @@
-"""The schemas of the operators stay the same: graphs that were exported or saved call operators by them."""
+"""Schemas of the operators do not change, because exported and saved graphs depend on them."""
 
 from __future__ import annotations
 
@@ -49,5 +49,5 @@ SCHEMAS = {
 
 
 @pytest.mark.parametrize("stem", STEMS)
-def test_a_schema_stays_the_same(stem: str) -> None:
+def test_schema_is_unchanged(stem: str) -> None:
     assert str(operator(stem)._schema) == f"rootfree::{SCHEMAS[stem]}"

@@ -1,4 +1,4 @@
-"""A bad option is an error that names the option, the value and the remedy, before anything changes."""
+"""Bad options are errors that name the option, the value and the remedy, before anything changes."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ def assert_explains(error: Exception, name: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize(("optimizer", "name", "value"), BAD_OPTIONS)
-def test_a_bad_option_is_refused_wherever_it_is_given(optimizer: Any, name: str, value: Any) -> None:
-    """To the constructor, to a new group, and to an existing group between two steps."""
+def test_a_bad_option_is_an_error_everywhere(optimizer: Any, name: str, value: Any) -> None:
+    """In the constructor, in a new group, and in an existing group between two steps."""
     with pytest.raises(ValueError) as caught:
         optimizer(Model().parameters(), **{**OPTIONS, name: value})
     assert_explains(caught.value, name, value)
@@ -113,7 +113,7 @@ def test_capturable_needs_an_update_at_every_step(frequency: Any) -> None:
 
 
 @pytest.mark.parametrize("max_interval", [0, -1, 1.5, math.nan, None], ids=repr)
-def test_growing_interval_wants_a_whole_number(max_interval: Any) -> None:
+def test_growing_interval_requires_an_integer(max_interval: Any) -> None:
     with pytest.raises(ValueError) as caught:
         GrowingInterval(max_interval)
     assert_explains(caught.value, "max_interval", max_interval)
@@ -132,7 +132,7 @@ LAYOUT_OPTIONS = {
 
 @pytest.mark.parametrize("name", LAYOUT_OPTIONS)
 def test_an_option_that_the_state_was_made_for_cannot_be_changed(name: str) -> None:
-    """The step is refused as a whole, and the change is not ignored."""
+    """The whole step is an error, and the change is not ignored."""
     params = list(Model(torch.bfloat16).parameters())
     opt = IFShampoo([{"params": params[:1]}, {"params": params[1:]}], **OPTIONS)
     for param in params:
@@ -147,7 +147,7 @@ def test_an_option_that_the_state_was_made_for_cannot_be_changed(name: str) -> N
 
 @pytest.mark.parametrize("optimizer", [RFRMSProp, IFShampoo])
 @pytest.mark.parametrize("beta2", [0.999999, 1, 1.5])
-def test_beta2_of_1_or_more_is_refused_where_the_average_would_turn_negative(optimizer: Any, beta2: float) -> None:
+def test_beta2_of_1_or_more_is_an_error_for_averages(optimizer: Any, beta2: float) -> None:
     params = list(Model().parameters())
     if beta2 < 1:
         optimizer(params, **OPTIONS, beta2=beta2)
@@ -156,7 +156,7 @@ def test_beta2_of_1_or_more_is_refused_where_the_average_would_turn_negative(opt
             optimizer(params, **OPTIONS, beta2=beta2)
 
 
-def test_a_sum_may_take_the_curvature_whole() -> None:
+def test_beta2_of_1_is_allowed_for_sums() -> None:
     optimizer = RFAdaGrad(Model().parameters(), **OPTIONS, beta2=1.5)
     assert optimizer.param_groups[0]["gamma"] == 0.0
 
@@ -174,7 +174,7 @@ def test_fused_is_refused_when_the_optimizer_is_made(case: Case) -> None:
 
 @pytest.mark.parametrize("backend", ["cuda", "triton", "no-such-backend"])
 def test_a_forced_backend_that_cannot_run_says_why(case: Case, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """None of them runs on a CPU. Triton would, as these tests use its interpreter, which is switched off here."""
+    """None of them runs on a CPU. Triton's interpreter, which other tests use, is switched off here."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     model, optimizer = case.start()
     for steps in ((), (0, 1)):  # without state and with it

@@ -66,19 +66,19 @@ def test_duplicate_parameters_are_refused(optimizer: Any) -> None:
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("params", [[], {}], ids=["list", "dict"])
-def test_no_parameters_at_all_are_refused(optimizer: Any, params: Any) -> None:
+def test_an_empty_list_of_parameters_is_an_error(optimizer: Any, params: Any) -> None:
     with pytest.raises(ValueError, match="empty parameter list"):
         optimizer(params, **OPTIONS)
 
 
-def test_a_group_that_is_no_dict_is_refused(case: Case) -> None:
+def test_a_group_that_is_not_a_dict_is_an_error(case: Case) -> None:
     _, optimizer = case.start()
     with pytest.raises(TypeError, match="dict"):
         optimizer.add_param_group([nn.Parameter(torch.ones(3))])
 
 
 def test_a_set_of_parameters_is_refused(case: Case) -> None:
-    """Its order, by which random bits and checkpoints go, changes from run to run."""
+    """The order of a set differs between runs, and random bits and checkpoints depend on it."""
     with pytest.raises(TypeError, match="set"):
         case.make([{"params": {nn.Parameter(torch.ones(3))}}])
 
@@ -101,7 +101,7 @@ def integer_gradient(param: nn.Parameter) -> None:
 
 
 def gradient_of_another_shape(param: nn.Parameter) -> None:
-    """For instance after a vocabulary was resized. (PyTorch itself refuses a gradient on another device.)"""
+    """For example after a vocabulary was resized. (PyTorch itself raises for a gradient on another device.)"""
     param.grad.data = torch.ones(3)
 
 
@@ -116,7 +116,7 @@ BAD_GRADIENTS = {
 @pytest.mark.parametrize("kind", BAD_GRADIENTS)
 @pytest.mark.parametrize("target", ["conv", "bias", "scale"])
 def test_a_bad_gradient_is_refused_before_anything_changes(case: Case, kind: str, target: str) -> None:
-    """The group before the one with the bad gradient is not stepped either."""
+    """The group before that with the bad gradient is not stepped either."""
     spoil, message = BAD_GRADIENTS[kind]
     model = Model(case.dtype)
     params = list(model.parameters())
@@ -149,7 +149,7 @@ def test_a_bad_gradient_names_its_parameter(case: Case) -> None:
 
 
 @pytest.mark.parametrize("optimizer", [RFRMSProp, IFShampoo])
-def test_a_dtype_for_which_the_state_was_not_made_is_refused_before_anything_changes(optimizer: Any) -> None:
+def test_changing_the_dtype_of_a_parameter_is_an_error_before_anything_changes(optimizer: Any) -> None:
     model = Model()
     opt = optimizer(model.parameters(), **OPTIONS, weight_rounding="compensated")
     train(model, opt, range(2))

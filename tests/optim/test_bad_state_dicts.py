@@ -15,7 +15,7 @@ from tests.calls.tensors import assert_same_bits
 
 
 def other_classes(case: Case) -> dict[str, torch.optim.Optimizer]:
-    """Optimizers over the parameters of a `Model`, none of which keeps the state of the case's."""
+    """Optimizers of a `Model` whose state differs from that of the case's optimizer."""
     own = RFRMSProp if case.is_shampoo else IFShampoo
     common = {"lr": OPTIONS["lr"]}
     return {
@@ -26,7 +26,7 @@ def other_classes(case: Case) -> dict[str, torch.optim.Optimizer]:
 
 
 def assert_refused(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any], match: str) -> None:
-    """Loading raises ValueError and leaves options, weights and state as they were."""
+    """Check that loading raises ValueError and changes neither options nor weights nor state."""
     before, groups = snapshot(optimizer), copy.deepcopy(optimizer.state_dict()["param_groups"])
     with pytest.raises(ValueError, match=match):
         optimizer.load_state_dict(state_dict)

@@ -1,4 +1,4 @@
-"""The step with `capturable=True`: captured in a CUDA graph and replayed, compiled, and without a wait of the host."""
+"""The step with `capturable=True`: captured in a CUDA graph, compiled, and without host syncs."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ pytestmark = [
 DEVICE = torch.device("cuda")
 WARMUPS = 3
 SHAPES = {"weight": (64, 48), "twin": (64, 48), "ragged": (33, 21), "conv": (16, 4, 3, 2), "bias": (70,), "scale": ()}
-"""With blocks of at most 48, the first two fall into two blocks each; no side of `ragged` is a multiple of 8."""
+"""With blocks of at most 48, the first two have two blocks each. No side of `ragged` is a multiple of 8."""
 
 NOT_FINITE = 6
-"""The step in which a gradient has a NaN. Graph and host both leave out its block or element."""
+"""The step in which a gradient has a NaN. Graph and host both skip its block or element."""
 
 
 class Case(NamedTuple):
@@ -61,7 +61,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 
 class Run:
-    """Parameters, their gradients, which keep their addresses, and an optimizer with its learning rate on the GPU."""
+    """Parameters, gradients with fixed addresses, and an optimizer with its learning rate on the GPU."""
 
     def __init__(self, case: Case, **options: Any) -> None:
         self.lr = torch.tensor(0.01, device=DEVICE)
@@ -72,7 +72,7 @@ class Run:
         self.optimizer = case.optimizer(self.params, lr=self.lr, damping=0.05, **options)
 
     def prepare(self, step: int) -> None:
-        """New gradients and a new learning rate, in the memory of the old ones."""
+        """Write new gradients and a new learning rate into the memory of the old ones."""
         self.lr.fill_(0.01 / (1 + step))
         for param, grad in zip(self.params, numbers(step, self.params[0].dtype), strict=True):
             param.grad.copy_(grad)
@@ -80,13 +80,13 @@ class Run:
             self.params[1].grad[3, 4] = torch.nan
 
     def take(self, steps: Iterable[int]) -> None:
-        """Steps without a graph."""
+        """Take steps without a graph."""
         for step in steps:
             self.prepare(step)
             self.optimizer.step()
 
     def warm_up(self) -> None:
-        """The steps that come before a capture, with the gradients of step 0 each."""
+        """Take the steps before a capture, all with the gradients of step 0."""
         self.take([0] * WARMUPS)
 
     def snapshot(self) -> dict[str, Tensor]:
@@ -94,13 +94,13 @@ class Run:
 
 
 def numbers(step: int, dtype: torch.dtype) -> list[Tensor]:
-    """Random numbers that depend on the step alone."""
+    """Return random numbers that depend only on the step."""
     generator = torch.Generator().manual_seed(step + 1)
     return [torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape in SHAPES.values()]
 
 
 def captured_run(case: Case) -> tuple[Run, Any]:
-    """A run that was warmed up, and the graph of its next step, which has not run yet."""
+    """Return a run after its warm-up, and the graph of its next step."""
     run = Run(case)
     run.prepare(0)
     return run, captured(run.optimizer.step, WARMUPS)
@@ -113,8 +113,8 @@ def replay(run: Run, graph: Any, steps: Iterable[int]) -> None:
 
 
 @pytest.mark.parametrize("capturable", [True, False], ids=["", "against-not-capturable"])
-def test_replays_are_the_steps(case: Case, capturable: bool) -> None:
-    """Bit for bit, with new gradients and a new learning rate each time."""
+def test_replays_match_eager_steps(case: Case, capturable: bool) -> None:
+    """Bitwise, with new gradients and a new learning rate each time."""
     run, graph = captured_run(case)
     plain = Run(case, capturable=capturable)
     plain.warm_up()
@@ -140,8 +140,8 @@ def test_steps_without_the_graph_may_come_between(case: Case) -> None:
     assert_same_bits(run.snapshot(), plain.snapshot())
 
 
-def test_a_graph_that_is_made_anew_goes_on_where_the_old_one_stopped(case: Case) -> None:
-    """For instance after the addresses of gradients changed."""
+def test_a_new_graph_continues_after_the_old_one(case: Case) -> None:
+    """For example after addresses of gradients changed."""
     run, graph = captured_run(case)
     replay(run, graph, [1, 2])
     for param in run.params:
@@ -155,7 +155,7 @@ def test_a_graph_that_is_made_anew_goes_on_where_the_old_one_stopped(case: Case)
     assert_same_bits(run.snapshot(), plain.snapshot())
 
 
-def test_a_compiled_step_is_the_step(case: Case) -> None:
+def test_a_compiled_step_matches_the_eager_step(case: Case) -> None:
     torch._dynamo.reset()
     run, plain = Run(case), Run(case)
     compiled = torch.compile(run.optimizer.step, backend="aot_eager")
@@ -171,7 +171,7 @@ def test_a_compiled_step_is_the_step(case: Case) -> None:
 
 @contextmanager
 def waiting_is_an_error() -> Iterator[None]:
-    """Let every operation that makes the host wait for the GPU raise."""
+    """Make every operation raise that makes the host wait for the GPU."""
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -180,7 +180,7 @@ def waiting_is_an_error() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode(before)
 
 
-def test_waiting_is_noticed() -> None:
+def test_the_check_notices_a_wait() -> None:
     with waiting_is_an_error(), pytest.raises(RuntimeError, match="synchroniz"):
         torch.ones((), device=DEVICE).item()
 
@@ -199,7 +199,7 @@ def test_the_host_never_waits(case: Case, capturable: bool, moved: bool) -> None
             run.optimizer.step()
 
 
-def test_the_host_never_waits_for_when_to_update() -> None:
+def test_deciding_when_to_update_does_not_wait() -> None:
     run = Run(Case(IFShampoo, torch.float32, BLOCKS), capturable=False, precondition_frequency=3)
     run.take(range(4))
     for step in range(4, 8):

@@ -1,4 +1,4 @@
-"""State that users put in place, delete or change by hooks takes effect."""
+"""State that users replace, delete or change in hooks takes effect."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def write(state: dict[str, Any], name: str, value: torch.Tensor) -> None:
 @pytest.mark.parametrize("put", [replace, write])
 @pytest.mark.parametrize("steps_before", [3, 4], ids=["update-next", "no-update-next"])
 def test_a_state_tensor_put_in_place_by_hand_takes_effect(case: Case, put: Any, steps_before: int) -> None:
-    """A new tensor or new numbers in the old one: the run goes on as one that was loaded with them."""
+    """A new tensor, or new values in the old one. The run continues as if they had been loaded."""
     model, optimizer = case.start()
     train(model, optimizer, range(steps_before))
     name = "factor_c" if case.is_shampoo else "square"

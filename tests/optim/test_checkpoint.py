@@ -1,4 +1,4 @@
-"""A run that is saved and resumed is, bit by bit, the run that never stopped."""
+"""A run that is saved and resumed equals an uninterrupted run bitwise."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.optim.checkpoints import FIRST, SECOND, bf16, every_fourth, newcomer,
 
 
 @resumed
-def test_a_resumed_run_is_the_uninterrupted_one(case: Case) -> None:
+def test_a_resumed_run_matches_an_uninterrupted_run(case: Case) -> None:
     model, optimizer = case.start()
     train(model, optimizer, FIRST)
     saved = through_file({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
@@ -34,8 +34,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(case: Case) -> None:
 
 
 @pytest.mark.parametrize("as_tensor", [False, True], ids=["float", "tensor"])
-def test_a_resumed_run_with_a_schedule_is_the_uninterrupted_one(case: Case, as_tensor: bool) -> None:
-    """The schedule moves both lr and momentum."""
+def test_a_resumed_run_with_a_schedule_matches_an_uninterrupted_run(case: Case, as_tensor: bool) -> None:
+    """The schedule changes both lr and momentum."""
 
     def start() -> tuple[Model, torch.optim.Optimizer, OneCycleLR]:
         model, optimizer = case.start(lr=torch.tensor(0.01) if as_tensor else 0.01)
@@ -134,7 +134,7 @@ def test_a_loaded_state_shares_no_memory_with_the_state_dict(case: Case) -> None
 
 
 def test_loading_into_an_optimizer_that_has_stepped_takes_effect(case: Case) -> None:
-    """Plans and products that were made from the old state are made again."""
+    """Plans and products of the old state are replaced."""
     model, optimizer = case.start()
     train(model, optimizer, FIRST)
     saved = copy.deepcopy([model.state_dict(), optimizer.state_dict()])
@@ -164,8 +164,8 @@ def test_a_checkpoint_loads_into_an_optimizer_that_was_restored_before(case: Cas
     assert_same_bits(snapshot(optimizer), uninterrupted(case))
 
 
-def test_the_callable_of_the_loading_optimizer_counts() -> None:
-    """A checkpoint names a callable and no more, so a changed one is the user's choice."""
+def test_loading_keeps_the_callable_of_the_optimizer() -> None:
+    """A checkpoint contains only the name of a callable, so the user may change it."""
     model = Model()
     optimizer = IFShampoo(model.parameters(), **OPTIONS, precondition_frequency=every_fourth)
     train(model, optimizer, FIRST)
@@ -177,7 +177,7 @@ def test_the_callable_of_the_loading_optimizer_counts() -> None:
     assert loaded.param_groups[0]["precondition_frequency"] is own
 
 
-def test_a_group_without_a_callable_keeps_its_own_number_and_warns_where_one_was_saved() -> None:
+def test_loading_warns_if_a_saved_callable_is_missing() -> None:
     def make(frequency: Any) -> IFShampoo:
         params = list(Model().parameters())
         group = {"params": params[:2], "precondition_frequency": frequency}
@@ -190,8 +190,8 @@ def test_a_group_without_a_callable_keeps_its_own_number_and_warns_where_one_was
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_products_kept_between_updates_are_made_anew_bit_for_bit(dtype: torch.dtype) -> None:
-    """Checkpoints do not hold products. The batch is so large that a CPU works through it in slices."""
+def test_cached_products_are_recomputed_bitwise(dtype: torch.dtype) -> None:
+    """Checkpoints do not contain products. The batch is so large that a CPU processes it in slices."""
 
     def start() -> tuple[list[torch.nn.Parameter], IFShampoo]:
         params = [torch.nn.Parameter(torch.zeros(300, 262)) for _ in range(5)]

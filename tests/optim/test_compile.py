@@ -1,4 +1,4 @@
-"""The step under `torch.compile`, also where it is not capturable."""
+"""The step under `torch.compile`, with and without `capturable`."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def fresh_compiler() -> None:
     torch._dynamo.reset()
 
 
-def test_a_compiled_step_is_the_eager_step(case: Case) -> None:
-    """Bit for bit, from the first step, which makes the state, to the third update at T = 3."""
+def test_a_compiled_step_matches_the_eager_step(case: Case) -> None:
+    """Bitwise, from the first step, which creates the state, to the third update at T = 3."""
     steps = range(8)
     model, optimizer = case.start()
     compiled = torch.compile(optimizer.step, backend=BACKEND)

@@ -1,4 +1,4 @@
-"""`torch.compile` of a step with `capturable=True`: one graph of operators, and the bits of the step that it is."""
+"""`torch.compile` of a step with `capturable=True`: one graph of operators, with bitwise the same results."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def fresh_compiler() -> None:
 
 
 class Twins:
-    """The same run twice: one steps eagerly, the other one through `torch.compile(step, fullgraph=True)`."""
+    """The same run twice: one steps eagerly, the other one with `torch.compile(step, fullgraph=True)`."""
 
     def __init__(self, case: Case, backend: str = BACKEND, **changes: Any) -> None:
         self.counter = CompileCounterWithBackend(backend)
@@ -52,7 +52,7 @@ class Twins:
         self.compiled = torch.compile(self.optimizer.step, backend=self.counter, fullgraph=True)
 
     def take(self, steps: Iterable[int], without: Iterable[str] = ()) -> None:
-        """Steps with a learning rate of their own, in which some parameters have no gradient."""
+        """Take steps with different learning rates, in which some parameters have no gradient."""
         for step in steps:
             for (model, optimizer), stepped in zip(self.runs, (self.runs[0][1].step, self.compiled), strict=True):
                 optimizer.param_groups[0]["lr"].fill_(0.01 / (1 + step))
@@ -73,7 +73,7 @@ class Twins:
 
 @pytest.mark.parametrize("case", TRACED, ids=lambda case: case.name)
 def test_a_step_is_one_graph_that_is_compiled_once(case: Case) -> None:
-    """The first step, which makes the state, is compiled as well. Steps and learning rates are data of the graph."""
+    """The first step, which creates the state, is compiled as well. Step counts and learning rates are inputs."""
     twins = Twins(case)
     twins.take(range(6))
     assert twins.compilations() == 1
@@ -186,7 +186,7 @@ def test_the_scale_of_grad_scaler_stays_an_input(case: Case) -> None:
 
 @few
 def test_a_training_step_is_compiled_as_a_whole(case: Case) -> None:
-    """Only the backward pass breaks the graph. The second call finds other gradients, and is compiled again."""
+    """Only the backward pass breaks the graph. The second call has other gradients, and is compiled again."""
 
     def fit(model: torch.nn.Module, optimizer: torch.optim.Optimizer, data: Tensor) -> None:
         optimizer.zero_grad()
@@ -252,8 +252,8 @@ def test_a_bad_gradient_is_refused_before_anything_changes(case: Case) -> None:
         assert_same_bits(snapshot(optimizer), before)
 
 
-def test_nothing_is_kept_of_an_optimizer_that_is_gone() -> None:
-    """Its compiled graph, which has its tensors built in, does not keep it alive."""
+def test_a_deleted_optimizer_is_freed() -> None:
+    """The compiled graph refers to its tensors, but does not keep it alive."""
     twins = Twins(Case("IFShampoo", IFShampoo, OPTIONS))
     twins.take(range(2))
     kept = [weakref.ref(batch) for state in twins.optimizer._planner.caches[0].device_states for batch in state.batches]

@@ -1,4 +1,4 @@
-"""GradScaler with every optimizer."""
+"""Every optimizer with GradScaler."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ GROUP_OPTIONS = {
 
 @pytest.mark.parametrize("option", GROUP_OPTIONS)
 def test_every_group_has_options_of_its_own(case: Case, option: str) -> None:
-    """Each group steps as it does where all parameters have its options."""
+    """Each group steps as if all parameters had its options."""
     changed = {option: GROUP_OPTIONS[option]}
     model = Model(case.dtype)
     params = list(model.parameters())
@@ -80,8 +80,8 @@ def test_a_group_added_between_steps_leaves_the_earlier_parameters_alone(case: C
     assert optimizer.param_groups[1]["batch_size"] == OPTIONS["batch_size"]
 
 
-def test_parameters_without_a_gradient_wait(case: Case) -> None:
-    """Each parameter steps as it does where no other one ever has a gradient."""
+def test_parameters_without_a_gradient_are_skipped(case: Case) -> None:
+    """Each parameter steps as if no other one ever had a gradient."""
     shape, pattern = (7, 5), [(0, 1), (0,), (1,), (), (0, 1), (1,)]
 
     def run(only: set[int]) -> dict[str, Tensor]:
@@ -129,7 +129,7 @@ def test_zero_size_parameters_are_carried_along(case: Case, shape: tuple[int, ..
     optimizer.step()
 
 
-def test_a_group_without_parameters_is_served(case: Case) -> None:
+def test_a_group_without_parameters_is_allowed(case: Case) -> None:
     model, expected = case.start()
     train(model, expected, [0, 1])
     model = Model(case.dtype)

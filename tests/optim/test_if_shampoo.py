@@ -15,13 +15,13 @@ FACTOR = {"batch_size": 3.0, "beta2": 0.3, "riemannian_momentum": 0.4, "damping"
 WEIGHT = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.02}
 
 
-def test_wide_matrices_follow_the_reference_too():
+def test_wide_matrices_match_the_reference():
     param, expected = train((130, 150), torch.float64, 4)
     assert_close(param, expected, FP64, "a chain")
 
 
 def train(shape, factor_dtype, steps, frequency=1, **options):
-    """(our weight, the reference's) after some steps along the same random gradients."""
+    """Return our weight and that of the reference after some steps with the same random gradients."""
     rng = np.random.default_rng(1)
     weight = rng.normal(size=shape)
     param = torch.nn.Parameter(torch.tensor(weight).to(torch.promote_types(factor_dtype, torch.float32)))
@@ -62,27 +62,27 @@ def train(shape, factor_dtype, steps, frequency=1, **options):
     ids=lambda options: ", ".join(f"{k}={getattr(v, '__name__', v)}" for k, v in options.items()) or "default",
 )
 @pytest.mark.parametrize("shape", [(9, 7), (6, 3, 2, 2)], ids=str)
-def test_the_optimizer_follows_the_reference_to_fp64(shape, options):
+def test_optimizer_matches_the_reference_in_fp64(shape, options):
     param, expected = train(shape, torch.float64, 7, **options)
     assert_close(param, expected, FP64, "a chain")
 
 
 @pytest.mark.parametrize("frequency", [1, 3])
-def test_fp32_factors_follow_the_reference_to_fp32(frequency):
+def test_fp32_factors_match_the_reference(frequency):
     param, expected = train((33, 20), torch.float32, 10, frequency)
     assert_close(param, expected, FP32, "a chain")
 
 
 @pytest.mark.parametrize("matmul_dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("rounding", ["stochastic", "compensated"])
-def test_bf16_factors_follow_the_reference_over_many_steps(rounding, matmul_dtype):
+def test_bf16_factors_match_the_reference_over_many_steps(rounding, matmul_dtype):
     param, expected = train((48, 40), torch.bfloat16, 50, rounding=rounding, matmul_dtype=matmul_dtype)
     assert relative_error(param, expected) < tolerance("a long chain", BF16)
 
 
 @pytest.mark.parametrize("rounding", ["stochastic", "compensated", "nearest"])
-def test_only_nearest_leaves_the_diagonal_of_wide_bf16_factors_standing(rounding):
-    """A step moves a diagonal entry by β₂/√n = 6e-4, half a BF16 unit below 1 is 2e-3: nearest never moves it."""
+def test_only_nearest_rounding_stalls_the_diagonal_of_wide_bf16_factors(rounding):
+    """A step changes a diagonal element by β₂/√n = 6e-4. Half a BF16 unit below 1 is 2e-3, so it is rounded away."""
     param = torch.nn.Parameter(torch.zeros(256, 256))
     optimizer = IFShampoo([param], batch_size=1, beta2=0.01, rounding=rounding, lr=0.0)
     for step in range(20):

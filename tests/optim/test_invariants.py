@@ -40,7 +40,7 @@ def gradient(weight):
 
 
 def run(weight, grad_of, c=None, k=None, steps=6, **options):
-    """(weight, state) after some steps along grad_of(weight), from the given factors."""
+    """Return (weight, state) after some steps with grad_of(weight), from the given factors."""
     param = torch.nn.Parameter(weight.clone())
     optimizer = IFShampoo([param], factor_dtype=torch.float64, **{"damping": 0.0, **PLAIN, **options})
     rows, cols = param.shape
@@ -70,7 +70,7 @@ def preconditioner(state, side):
 
 
 def scaled_loss_runs(same_start):
-    """(summed loss with B = 1, averaged loss with B = 9 and a start and damping that match)."""
+    """Return runs of the summed loss with B = 1, and of the averaged loss with B = 9 and matching start and damping."""
     b, weight, c, k = 9.0, random(P, D, seed=1), near_identity(P, 2), near_identity(D, 3)
     root = 1.0 if same_start else b**0.25
     summed, _ = run(weight, gradient, c, k, batch_size=1.0, damping=0.3)
@@ -83,7 +83,7 @@ def test_an_averaged_loss_with_its_batch_size_gives_the_weights_of_the_summed_lo
     assert_exact(averaged, summed)
 
 
-def test_but_not_from_the_same_start():
+def test_averaged_and_summed_losses_differ_from_the_same_start():
     summed, averaged = scaled_loss_runs(same_start=True)
     assert (summed - averaged).norm() > 1e-3 * summed.norm()
 
@@ -111,7 +111,7 @@ def test_the_diagonal_step_has_the_same_invariance():
 
 
 def reparametrised(e, f, o, c, k, **options):
-    """(M of the original run, E N Fᵀ + O of the run in N)."""
+    """Return M of the original run, and E N Fᵀ + O of the run in N."""
     inverse_e, inverse_f = torch.linalg.inv(e), torch.linalg.inv(f)
     weight = random(P, D, seed=4)
     original, _ = run(weight, gradient, c, k, **options)
@@ -200,7 +200,7 @@ def test_the_traces_of_both_sides_balance():
 
 
 def step_ratio(clip, beta2, seed, scale=30.0):
-    """Eigenvalues of C⁻¹C_new after an update along a large gradient."""
+    """Return the eigenvalues of C⁻¹C_new after an update with a large gradient."""
     c = near_identity(P, seed)
     _, state = run(random(P, D), lambda w: scale * random(P, D, seed=seed), c, None, steps=1, clip=clip, beta2=beta2)
     return torch.linalg.eigvals(torch.linalg.solve(c, state["factor_c"][0])).real
@@ -214,7 +214,7 @@ def test_with_a_clip_an_update_keeps_the_eigenvalues_between_1_minus_beta2_and_1
         assert ratio.min() >= 1 - beta2 - EXACT and ratio.max() <= 1 + beta2 / 2 + EXACT
 
 
-def test_without_a_clip_they_leave_that_range():
+def test_without_a_clip_the_eigenvalues_leave_that_range():
     assert step_ratio("none", 0.3, 0).min() < 0
 
 
@@ -222,7 +222,7 @@ def test_without_a_clip_they_leave_that_range():
 
 
 def distance_to_root_free_shampoo(beta2, steps):
-    """‖CCᵀ − S_C⁻¹‖ after the same gradients, the factors without momentum and clip (Claim 10)."""
+    """Return ‖CCᵀ − S_C⁻¹‖ after the same gradients, without momentum and clip (Claim 10)."""
     c, k = (torch.eye(n, dtype=torch.float64)[None] for n in (P, D))
     m_c, m_k = torch.zeros_like(c), torch.zeros_like(k)
     s_c, s_k = np.eye(P), np.eye(D)
@@ -245,6 +245,6 @@ def test_the_factors_follow_root_free_shampoo_to_second_order_at_a_fixed_number_
     assert np.log2(np.divide(errors[:-1], errors[1:])) == pytest.approx([2.0, 2.0], abs=0.1)
 
 
-def test_and_to_first_order_at_a_fixed_horizon():
+def test_the_factors_follow_root_free_shampoo_to_first_order_at_a_fixed_horizon():
     errors = [distance_to_root_free_shampoo(0.02 / steps, steps) for steps in (64, 128, 256)]
     assert np.log2(np.divide(errors[:-1], errors[1:])) == pytest.approx([1.0, 1.0], abs=0.1)

@@ -1,4 +1,4 @@
-"""Launches of a step on Triton's kernels, and the tables that it makes."""
+"""Launches of a step with Triton kernels, and its tables of addresses."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def no_tables(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Work(TorchDispatchMode):
-    """Notes what PyTorch does within the operators, other than to make a view or to ask for memory."""
+    """Record PyTorch's operations inside of operators, except views and allocations."""
 
     def __init__(self, notes: list[str]) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Work(TorchDispatchMode):
 
 @contextmanager
 def noted_work() -> Iterator[list[str]]:
-    """The kernels that are started meanwhile, and the operations of PyTorch within the operators, in order."""
+    """Record the launched kernels, and PyTorch's operations inside of operators, in order."""
     notes: list[str] = []
     work = Work(notes)
 
@@ -80,10 +80,8 @@ SCALED = ["scaled_squares_kernel", "scaled_average_kernel", "scaled_step_kernel"
 
 
 @pytest.mark.parametrize(("num_layers", "frequency", "dtype"), [(1, 1, FP32), (1, 3, BF16), (5, 3, FP32)], ids=str)
-def test_an_update_is_seven_launches_beside_the_gather_and_another_step_two(
-    num_layers: int, frequency: int, dtype: torch.dtype
-) -> None:
-    """The number of layers does not matter, and nothing is padded, cast or copied. Sides are multiples of 8."""
+def test_number_of_launches_of_a_step(num_layers: int, frequency: int, dtype: torch.dtype) -> None:
+    """It does not depend on the number of layers. Nothing is padded, cast or copied. Sides are multiples of 8."""
     params = parameters(start([(16, 24)] * num_layers, dtype))
     optimizer = IFShampoo(
         params, **{**OPTIONS, "lr": torch.tensor(0.01, device=DEVICE)}, precondition_frequency=frequency
@@ -96,7 +94,7 @@ def test_an_update_is_seven_launches_beside_the_gather_and_another_step_two(
             assert notes == [*GATHER, *(UPDATE if step % frequency == 0 else []), *STEP], f"step {step}"
 
 
-def test_clipping_by_row_sums_is_one_launch_more() -> None:
+def test_clipping_by_row_sums_adds_one_launch() -> None:
     params = parameters(start([(16, 24)] * 2, FP32))
     optimizer = IFShampoo(params, **{**OPTIONS, "lr": torch.tensor(0.01, device=DEVICE)}, clip="row_sum")
     set_gradients(params, 0)
@@ -109,7 +107,7 @@ def test_clipping_by_row_sums_is_one_launch_more() -> None:
 
 
 @pytest.mark.parametrize("num_layers", [1, 3])
-def test_the_recipe_is_twelve_launches_beside_the_gather_and_three_for_vectors(num_layers: int) -> None:
+def test_number_of_launches_of_the_recipe(num_layers: int) -> None:
     params = parameters(start([(16, 24)] * num_layers + [(24,)] * num_layers, FP32))
     options = {**OPTIONS, **RECIPE, "lr": torch.tensor(0.01, device=DEVICE)}
     optimizer = IFShampoo(params, **options)
@@ -123,7 +121,7 @@ def test_the_recipe_is_twelve_launches_beside_the_gather_and_three_for_vectors(n
     assert [name for name in notes if name in SCALED] == SCALED
 
 
-def test_numbers_that_change_compile_nothing() -> None:
+def test_changed_numbers_do_not_recompile() -> None:
     params = parameters(start([(16, 24)], BF16))
     optimizer = IFShampoo(params, **OPTIONS)
     with backend("triton"):
@@ -141,7 +139,7 @@ def test_numbers_that_change_compile_nothing() -> None:
 # ---- tables, versions ------------------------------------------------------------------------------------------------
 
 
-def test_gradients_that_keep_their_places_cost_no_table(no_tables: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unchanged_addresses_need_no_new_table(no_tables: None, monkeypatch: pytest.MonkeyPatch) -> None:
     copied = note_copies(monkeypatch)
     params = parameters(start([(9, 5), (9, 5), (6,)]))
     optimizer = IFShampoo(params, **OPTIONS)
@@ -154,7 +152,7 @@ def test_gradients_that_keep_their_places_cost_no_table(no_tables: None, monkeyp
 
 
 @pytest.mark.parametrize("optimizer", [IFShampoo, RFRMSProp])
-def test_a_default_device_of_the_user_s_stays_out_of_a_step(optimizer: Any, no_tables: None) -> None:
+def test_default_device_does_not_affect_a_step(optimizer: Any, no_tables: None) -> None:
     params = parameters(start([(9, 5), (6,)]))
     optimizer = optimizer(params, **OPTIONS)
     set_gradients(params, 0)

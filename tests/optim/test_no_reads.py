@@ -20,7 +20,7 @@ READS = ("item", "tolist", "numpy", "cpu", "__float__", "__int__", "__index__", 
 
 
 class NoReads(TorchDispatchMode):
-    """Fails where the host asks for a number that a tensor holds."""
+    """Fail if the host reads a value of a tensor."""
 
     TAGS = frozenset({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape})
 
@@ -33,7 +33,7 @@ class NoReads(TorchDispatchMode):
 
 @contextmanager
 def no_reads() -> Iterator[None]:
-    """Any read of a tensor's value by the host fails, within the operators (which hide from a mode) as well."""
+    """Fail if the host reads a value of a tensor, also inside of operators, which a mode does not see."""
 
     def forbidden(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("the host reads a tensor")
@@ -93,7 +93,7 @@ def test_reading_a_tensor_is_noticed(reader: str) -> None:
 
 @pytest.mark.parametrize("lr", [torch.tensor(0.01), torch.tensor([0.01])], ids=["0-d", "1-d"])
 def test_the_learning_rate_is_never_read(case: Case, lr: Tensor) -> None:
-    """This holds for T > 1 as well, though the host then reads the step counts."""
+    """This is also true for T > 1, although the host then reads the step counts."""
     model, optimizer = case.start(lr=lr)
 
     def guarded(name: str) -> Any:

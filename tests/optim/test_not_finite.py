@@ -1,4 +1,4 @@
-"""Gradients that are not finite are skipped, counted and survived."""
+"""Gradients that are not finite are skipped and counted."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROW, COL = 6, 4  # the last element of `weight`, parameter 0
 
 
 def initial_state(case: Case) -> dict[str, Tensor]:
-    """Return weights and state as a first step finds them: a step whose gradients are all NaN makes the state."""
+    """Return weights and state before the first step. A step whose gradients are all NaN creates the state."""
     model, optimizer = case.start()
     for param in model.parameters():
         param.grad = torch.full_like(param, torch.nan)
@@ -47,7 +47,7 @@ def runs_with_and_without(case: Case, steps_before: int, param: str, index: Any,
 
 
 def assert_recovers(model: Model, optimizer: torch.optim.Optimizer, steps: range, buffer: Tensor) -> None:
-    """Finite gradients go on from there with finite values, move `buffer`, and are not counted as skipped."""
+    """Check that later finite gradients give finite values, change `buffer`, and are not counted as skipped."""
     skips = {name: value for name, value in snapshot(optimizer).items() if "skipped" in name}
     old = buffer.clone()
     train(model, optimizer, steps)
@@ -59,7 +59,7 @@ def assert_recovers(model: Model, optimizer: torch.optim.Optimizer, steps: range
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, HUGE], ids=str)
 def test_the_first_gradient_may_be_non_finite(case: Case, bad: float) -> None:
-    """Weights and state are then those of the start, but for the counts."""
+    """Weights and state are those of the start, except for the counts."""
     model, optimizer = case.start()
     start = snapshot(optimizer)
     model(0).backward()
@@ -81,7 +81,7 @@ BLOCK_ENTRIES = ("curvature", "factor_c", "factor_k", "momentum_c", "momentum_k"
 
 
 def assert_leaves_out_one_block(case: Case, bad: float, steps_before: int) -> None:
-    """Factors, momenta, weights of that block stay bit for bit; every other block steps as if nothing were wrong."""
+    """Check that this block does not change bitwise, and that every other block steps as usual."""
     before, actual, clean, model, optimizer = runs_with_and_without(case, steps_before, "weight", (ROW, COL), bad)
     side = case.options.get("max_preconditioner_dim", 7)
     region = ref.block_slices(7, side)[-1], ref.block_slices(5, side)[-1]
@@ -104,13 +104,13 @@ def assert_leaves_out_one_block(case: Case, bad: float, steps_before: int) -> No
 @SHAMPOOS
 @NON_FINITE
 @pytest.mark.parametrize("steps_before", [0, 3, 4], ids=["first-step", "update-step", "other-step"])
-def test_a_non_finite_gradient_leaves_out_its_block_alone(case: Case, bad: float, steps_before: int) -> None:
+def test_a_non_finite_gradient_skips_only_its_block(case: Case, bad: float, steps_before: int) -> None:
     assert_leaves_out_one_block(case, bad, steps_before)
 
 
 @OF_THE_PAPER
 @pytest.mark.parametrize("steps_before", [0, 3], ids=["first-step", "update-step"])
-def test_factors_that_would_overflow_leave_out_the_weights_as_well(case: Case, steps_before: int) -> None:
+def test_an_overflow_of_the_factors_skips_the_weights_as_well(case: Case, steps_before: int) -> None:
     """AAᵀ of such a gradient has no finite norm in FP32, but the step of the weights would have one. (In the recipe
     the gradient's scale plays no part.)"""
     assert_leaves_out_one_block(case, 1e17, steps_before)
@@ -118,8 +118,8 @@ def test_factors_that_would_overflow_leave_out_the_weights_as_well(case: Case, s
 
 @NON_FINITE
 @pytest.mark.parametrize("steps_before", [0, 3], ids=["first-step", "later"])
-def test_the_diagonal_step_leaves_out_the_elements_concerned_alone(case: Case, bad: float, steps_before: int) -> None:
-    """In the recipe it leaves out the whole tensor, since an update's norm depends on all of its elements."""
+def test_the_diagonal_step_skips_only_elements_that_are_not_finite(case: Case, bad: float, steps_before: int) -> None:
+    """The recipe skips the whole tensor, because the norm of an update depends on all elements."""
     left_out = slice(None) if case.is_recipe else 2
     before, actual, clean, model, optimizer = runs_with_and_without(case, steps_before, "bias", 2, bad)
     expected = {name: value.clone() for name, value in clean.items()}
@@ -135,7 +135,7 @@ def test_the_diagonal_step_leaves_out_the_elements_concerned_alone(case: Case, b
 
 
 def test_finite_gradients_are_never_counted_as_skipped(case: Case) -> None:
-    """Not even gradients of zero."""
+    """This includes gradients of zero."""
     model, optimizer = case.start()
     train(model, optimizer, range(6))
     for param in model.parameters():

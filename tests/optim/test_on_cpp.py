@@ -1,4 +1,4 @@
-"""The optimizers on the C++ kernels."""
+"""The optimizers with the C++ kernels."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def run(params: list[nn.Parameter], optimizer: Any, step: int) -> None:
 
 
 def values(optimizer: Any) -> dict[str, Tensor]:
-    """A snapshot with compensated pairs joined to their FP32 values."""
+    """Return a snapshot with the FP32 values of compensated pairs."""
     shot = snapshot(optimizer)
     for name in [name for name in shot if "residual" in name]:
         residual, value = shot.pop(name), name.replace("weight_residual", "weight").replace("residual", "factor")
@@ -76,8 +76,8 @@ def values(optimizer: Any) -> dict[str, Tensor]:
         pytest.param(RFRMSProp, FP16, {"maximize": True}, FP32, id="rmsprop-fp16"),
     ],
 )
-def test_steps_are_those_of_eager_pytorch(optimizer, dtype, options, products):
-    """Before each step eager PyTorch's state is copied, so that errors do not add up.
+def test_steps_match_eager_pytorch(optimizer, dtype, options, products):
+    """The state of eager PyTorch is copied before each step, so that errors do not add up.
 
     The writes are hidden from autograd, so that products which are kept stay valid.
     """
@@ -108,7 +108,7 @@ def test_steps_are_those_of_eager_pytorch(optimizer, dtype, options, products):
     ids=str,
 )
 @pytest.mark.parametrize("optimizer", [IFShampoo, RFRMSProp])
-def test_a_cpu_is_served_by_this_backend_where_it_can_be(optimizer, dtype, fused, expected):
+def test_cpu_uses_this_backend_if_possible(optimizer, dtype, fused, expected):
     params, stepped = start(optimizer, dtype, fused=fused)
     run(params, stepped, 0)
     assert {batch.backend.name for batches in step_reports(stepped) for batch in batches} == {expected}
@@ -117,7 +117,7 @@ def test_a_cpu_is_served_by_this_backend_where_it_can_be(optimizer, dtype, fused
 @pytest.mark.parametrize("frequency", [1, 3])
 @pytest.mark.parametrize("rule", [{}, RECIPE], ids=["paper", "recipe"])
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
-def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(dtype, rule, frequency):
+def test_a_resumed_run_matches_an_uninterrupted_run_bitwise(dtype, rule, frequency):
     options = {"precondition_frequency": frequency, "max_preconditioner_dim": 10, "weight_rounding": "compensated"}
     options |= rule
     whole, first = start(IFShampoo, dtype, **options), start(IFShampoo, dtype, **options)

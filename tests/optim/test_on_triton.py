@@ -1,4 +1,4 @@
-"""The optimizers on Triton's kernels: the steps of eager PyTorch."""
+"""The optimizers with Triton kernels, compared with eager PyTorch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = kernel_test
 
 
 def values(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """A snapshot with compensated pairs joined to their FP32 values."""
+    """Return a snapshot with the FP32 values of compensated pairs."""
     shot = snapshot(optimizer)
     for name in [name for name in shot if "residual" in name]:
         residual = shot.pop(name)
@@ -32,7 +32,7 @@ def values(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 class Twins:
-    """The same parameters and the same state, stepped by eager PyTorch and by Triton, and compared after each step."""
+    """Step the same parameters and state by eager PyTorch and by Triton, and compare after each step."""
 
     def __init__(self, tensors: Sequence[Tensor], optimizer: Callable[..., Any], **options: Any) -> None:
         if optimizer is IFShampoo:
@@ -110,7 +110,7 @@ def test_if_shampoo_steps_as_eager_pytorch_between_updates(options: dict[str, An
 
 
 def test_if_shampoo_steps_as_eager_pytorch_where_gradients_come_and_go() -> None:
-    """Some of a batch are due, and some are not; some have no gradient."""
+    """Some parameters of a batch are due for an update, some are not, and some have no gradient."""
     twins = Twins(start([(9, 5)] * 3), IFShampoo, precondition_frequency=2)
     for step, present in enumerate([(0, 1), (0, 2), (0, 1, 2), (2,)]):
         twins.step(step, present)
@@ -118,7 +118,7 @@ def test_if_shampoo_steps_as_eager_pytorch_where_gradients_come_and_go() -> None
 
 @pytest.mark.parametrize("optimizer", [IFShampoo, RFRMSProp])
 def test_a_gradient_that_is_negated_when_it_is_read_has_the_right_sign(optimizer: Any) -> None:
-    """PyTorch hands out such gradients for the imaginary part of a conjugate."""
+    """PyTorch creates such gradients for the imaginary part of a conjugate."""
     stepped = []
     for lazily in (False, True):
         params = parameters(start([(24, 16), (9, 5), (7,)]))
@@ -182,7 +182,7 @@ def test_grad_scaler_s_numbers_act_as_in_eager_pytorch(optimizer: Any) -> None:
     ],
     ids=str,
 )
-def test_what_the_kernels_cannot_do_is_an_error_that_says_why_and_changes_nothing(
+def test_unsupported_arguments_are_an_error_before_anything_changes(
     dtype: torch.dtype, options: dict[str, Any], reason: str
 ) -> None:
     params = parameters(start([(9, 5), (6,)], dtype))

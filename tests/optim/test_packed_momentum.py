@@ -1,4 +1,4 @@
-"""`packed_momentum=True`: the same steps, with m_C and m_K as one triangle each, in less memory."""
+"""`packed_momentum=True`: the same steps in less memory, with m_C and m_K stored as triangles."""
 
 from __future__ import annotations
 
@@ -61,14 +61,14 @@ COMBINATIONS = [
 
 @contextmanager
 def served_by(backend: str) -> Iterator[torch.device]:
-    """The device whose parameters `backend` steps in here."""
+    """Return the device on which these tests use `backend`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ROOTFREE_BACKEND", backend)
         yield torch.device("cuda" if backend == "triton" and torch.cuda.is_available() else "cpu")
 
 
 def unpacked(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """A snapshot with m_C and m_K as matrices."""
+    """Return a snapshot with m_C and m_K as matrices."""
     shot = snapshot(optimizer)
     packed = [name for name in shot if "momentum_c" in name or "momentum_k" in name]
     return {**shot, **{name: unpack(shot[name]) for name in packed}}
@@ -88,8 +88,8 @@ NOT_FINITE = (1, 5)
 
 
 @pytest.mark.parametrize(("backend", "options"), COMBINATIONS)
-def test_a_run_is_the_same_to_the_bit(backend: str, options: dict[str, Any]) -> None:
-    """Updates and other steps, with gradients that are missing, and some that are left out, which change no m."""
+def test_packed_and_unpacked_runs_are_bitwise_equal(backend: str, options: dict[str, Any]) -> None:
+    """Runs have updates and other steps, missing gradients, and gradients that are skipped."""
     with served_by(backend) as device:
         params = [
             [nn.Parameter(x.to(device)) for x in gradients(SHAPES[backend], -1, FP32)] for packed in (False, True)
@@ -115,7 +115,7 @@ def test_a_run_is_the_same_to_the_bit(backend: str, options: dict[str, Any]) -> 
 @pytest.mark.parametrize("shape", [(37, 24), (150, 70)], ids=str)
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 @needs_cpp
-def test_m_of_the_kernels_is_symmetric_to_the_bit(shape: tuple[int, int], dtype: torch.dtype) -> None:
+def test_kernels_keep_m_bitwise_symmetric(shape: tuple[int, int], dtype: torch.dtype) -> None:
     """One triangle is therefore enough."""
     with served_by("cpp"):
         params = [nn.Parameter(x) for x in gradients([shape], -1, FP32)]
@@ -127,8 +127,8 @@ def test_m_of_the_kernels_is_symmetric_to_the_bit(shape: tuple[int, int], dtype:
                 assert same_bits(optimizer.state[params[0]][name], optimizer.state[params[0]][name].mT)
 
 
-def test_where_m_is_symmetric_but_for_roundings_a_run_is_the_same_but_for_them() -> None:
-    """This is the case of FP64 in eager PyTorch on some processors."""
+def test_packing_an_almost_symmetric_m_changes_a_run_by_roundings_only() -> None:
+    """In FP64 on some processors, eager PyTorch makes m only almost symmetric."""
     params = [[nn.Parameter(x) for x in gradients([(65, 34)], -1, FP64)] for _ in range(2)]
     options = {**OPTIONS, "factor_dtype": FP64}
     plain, packed = (IFShampoo(some, **options, packed_momentum=bool(i)) for i, some in enumerate(params))
@@ -142,7 +142,7 @@ def test_where_m_is_symmetric_but_for_roundings_a_run_is_the_same_but_for_them()
         assert error <= tolerance("a chain", FP64) * expected[name].double().norm(), name
 
 
-def test_the_matrices_of_one_batch_at_a_time_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_one_batch_is_unpacked_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[weakref.ref[Tensor]] = []
     alive = []
 
@@ -168,8 +168,8 @@ SMALL = {"packed_momentum": True, "state_dtype": BF16, "cache_products": False}
 
 
 @pytest.mark.parametrize(("options", "limit"), [({}, 12.001), (SMALL, 8.01)], ids=["default", "small"])
-def test_bytes_of_state_a_weight(options: dict[str, Any], limit: float) -> None:
-    """The weight is one square block. Nothing of its size is kept beside the state."""
+def test_bytes_of_state_per_weight(options: dict[str, Any], limit: float) -> None:
+    """The weight is one square block. No other memory of this size is kept."""
     param = nn.Parameter(torch.zeros(512, 512))
     param.grad = torch.ones_like(param)
     optimizer = IFShampoo([param], **{**OPTIONS, **options})
@@ -193,8 +193,8 @@ def trained(steps: range = range(3), **options: Any) -> tuple[Model, IFShampoo]:
 
 
 @pytest.mark.parametrize("packed", [True, False])
-def test_a_checkpoint_brings_its_own_layout(packed: bool) -> None:
-    """Packing is an option, and checkpoints hold options. It cannot be changed once there is state."""
+def test_loading_a_checkpoint_sets_its_layout(packed: bool) -> None:
+    """Packing is an option, and checkpoints contain options. It cannot be changed when there is state."""
     source, saver = trained(packed_momentum=packed)
     model, loader = trained(packed_momentum=not packed)
     model.load_state_dict(source.state_dict())
@@ -211,7 +211,7 @@ def test_a_checkpoint_brings_its_own_layout(packed: bool) -> None:
 
 
 @pytest.mark.parametrize("packed", [True, False])
-def test_state_of_the_other_layout_is_refused(packed: bool) -> None:
+def test_state_of_the_other_layout_is_an_error(packed: bool) -> None:
     _, optimizer = trained(packed_momentum=packed)
     saved = copy.deepcopy(optimizer.state_dict())
     saved["param_groups"][0]["packed_momentum"] = not packed
@@ -222,8 +222,8 @@ def test_state_of_the_other_layout_is_refused(packed: bool) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:torch.distributed")  # no process group: one process, as is meant
-def test_a_distributed_checkpoint_of_the_other_layout_is_refused(tmp_path: Path) -> None:
-    """PyTorch reads into state that exists, and names the entry and the shapes that do not fit."""
+def test_a_distributed_checkpoint_of_the_other_layout_is_an_error(tmp_path: Path) -> None:
+    """PyTorch reads into the existing state, and names the entry and the shapes that do not fit."""
     saved = get_optimizer_state_dict(*trained(packed_momentum=True))
     dcp.save({"optimizer": saved}, checkpoint_id=tmp_path, no_dist=True)
     into = {"optimizer": get_optimizer_state_dict(*trained(packed_momentum=False))}

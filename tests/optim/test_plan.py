@@ -34,7 +34,7 @@ SHAMPOO = Case("IFShampoo", IFShampoo)
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the classes of which an object was made, in order."""
+    """Return the names of the classes whose constructors were called, in order."""
     names: list[str] = []
     for module, name in ((planner, "GroupCache"), (planner, "StepPlan"), (block_batch, "BlockBatch")):
         original = getattr(module, name)
@@ -48,7 +48,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_plans_are_made_once(case: Case, made: list[str]) -> None:
-    """At T = 3 one for an update and one for other steps. Options that plans do not depend on may change."""
+    """At T = 3 there is one for updates and one for other steps. Some options may change without a new plan."""
     model, optimizer = case.start()
     train(model, optimizer, range(4))
     first = list(made)
@@ -60,7 +60,7 @@ def test_plans_are_made_once(case: Case, made: list[str]) -> None:
     assert made == first
 
 
-def test_gradients_that_come_and_go_have_a_plan_for_each_set(case: Case, made: list[str]) -> None:
+def test_each_set_of_gradients_has_its_own_plan(case: Case, made: list[str]) -> None:
     model, optimizer = case.start()
     train(model, optimizer, range(3))
 
@@ -103,7 +103,7 @@ def test_counts_of_steps_are_one_tensor(case: Case) -> None:
 
 
 class Count(TorchDispatchMode):
-    """Counts the operations that get to the dispatcher."""
+    """Count the operations that reach the dispatcher."""
 
     calls = 0
 
@@ -116,7 +116,7 @@ class Count(TorchDispatchMode):
 def test_the_number_of_operations_does_not_grow_with_that_of_parameters(
     optimizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Beside those within the operators, which do nothing here."""
+    """This does not count operations inside of the operators, which do nothing here."""
     stand_in(monkeypatch, "eager", **idle_functions())
 
     def operations(num_layers: int) -> int:
@@ -132,7 +132,7 @@ def test_the_number_of_operations_does_not_grow_with_that_of_parameters(
     assert operations(2) == operations(50) < 15
 
 
-def test_operators_are_called_past_the_dispatcher_unless_somebody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_operators_bypass_the_dispatcher_unless_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     model, optimizer = SHAMPOO.start()
     train(model, optimizer, range(1))
     seen: list[str] = []
@@ -177,7 +177,7 @@ def test_a_capture_that_cannot_be_replayed_is_refused(case: Case, monkeypatch: p
 
 
 class Peak(TorchDispatchMode):
-    """The most bytes held at once, of storages that were made under it."""
+    """Measure the peak memory of storages that are created under this mode."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -247,10 +247,10 @@ TAKEN = [
 
 
 @pytest.mark.parametrize(("shape", "options", "partly"), [pytest.param(*case, marks=interpreted) for case in TAKEN])
-def test_what_is_reserved_is_what_kernels_take(
+def test_reserved_memory_suffices_for_the_kernels(
     shape: tuple[int, ...], options: dict[str, Any], partly: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At most half as much again is reserved, also where some parameters of a batch have no gradient."""
+    """It is at most 1.5 times as much, also if some parameters of a batch have no gradient."""
     monkeypatch.setenv("ROOTFREE_BACKEND", "triton")
     params = [nn.Parameter(torch.ones(shape)) for _ in range(3)]
     optimizer = IFShampoo(params, **{**OPTIONS, **options})
@@ -266,7 +266,7 @@ def test_what_is_reserved_is_what_kernels_take(
 
 
 class Memory:
-    """`Tensor.new_empty` where no more than so many bytes are left."""
+    """A `Tensor.new_empty` that raises if a limit of bytes is exceeded."""
 
     def __init__(self, limit: int) -> None:
         self.limit, self.new_empty = limit, Tensor.new_empty
@@ -287,7 +287,7 @@ class Memory:
 def test_a_step_without_memory_for_its_largest_batch_changes_nothing(
     group: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its place among the batches does not matter."""
+    """It may be any of the batches."""
     monkeypatch.setenv("ROOTFREE_BACKEND", "triton")
     monkeypatch.setattr(plan, "RESERVING_DEVICES", ("cpu",))
     params = [nn.Parameter(torch.ones(size, size)) for size in ((24, 8), (8, 24))[group]]

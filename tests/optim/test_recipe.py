@@ -1,4 +1,4 @@
-"""The recipe: steps against the reference, what cancels in it, its options, and the split of a model."""
+"""The recipe: comparison with the reference, invariances, options, and the split of a model."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def assert_close(actual: list[np.ndarray], expected: list[np.ndarray], allowed: 
 
 @RULES
 @pytest.mark.parametrize("update_norm", ["muon", "rms"])
-def test_steps_are_the_reference_s_in_blocks(rule: dict[str, Any], update_norm: str) -> None:
-    """A weight of 7 × 5 in blocks of at most 4: each block has its own factors, and its share of the update's norm."""
+def test_steps_match_the_reference_in_blocks(rule: dict[str, Any], update_norm: str) -> None:
+    """A weight of 7 × 5 has blocks of at most 4. Each block has its own factors and its share of the update's norm."""
     torch.manual_seed(0)
     weight = nn.Parameter(torch.randn(7, 5, dtype=FP64))
     options = {**rule, "update_norm": update_norm, "update_scale": 0.5, "weight_decay": 0.3, "factor_dtype": FP64}
@@ -177,14 +177,14 @@ def test_the_paper_s_rule_is_the_default() -> None:
         ({"relative_damping": 1}, "relative_damping=1: pass True or False"),
     ],
 )
-def test_what_makes_no_sense_is_refused_with_the_reason(options: dict[str, Any], message: str) -> None:
+def test_bad_options_of_the_recipe_are_an_error(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         IFShampoo([nn.Parameter(torch.zeros(2, 2))], batch_size=1, **options)
 
 
 @pytest.mark.parametrize("option", ["direction", "relative_damping", "factor_init", "momentum_on", "update_norm"])
 def test_every_option_alone_makes_a_difference_and_trains(option: str) -> None:
-    """Also with T = 2, and switched on for one group only."""
+    """T is 2, and the option is set for one group only."""
     finals = []
     for rule in ({}, {option: RECIPE[option]}):
         model = Model()
@@ -210,7 +210,7 @@ def test_whitened_factors_stay_symmetric_and_positive_definite() -> None:
 
 
 def test_a_parameter_without_a_gradient_at_first_starts_later() -> None:
-    """As an adapter does whose other half is 0."""
+    """An example is an adapter whose other matrix is 0."""
     late, early = (nn.Parameter(torch.ones(4, 3)) for _ in range(2))
     optimizer = IFShampoo([late, early], lr=0.1, **RECIPE)
     for step in range(4):
@@ -223,7 +223,7 @@ def test_a_parameter_without_a_gradient_at_first_starts_later() -> None:
     assert late.isfinite().all()
 
 
-def test_dead_rows_and_columns_and_long_zeros_do_not_overflow() -> None:
+def test_zero_gradients_do_not_overflow() -> None:
     weight = nn.Parameter(torch.zeros(6, 5))
     optimizer = IFShampoo([weight], lr=0.01, **{**RECIPE, "factor_dtype": FP32})
     for step in range(600):
@@ -274,7 +274,7 @@ def test_factors_start_at_the_first_update_where_step_0_is_none(rule: dict[str, 
 def test_parameters_without_a_gradient_stay_and_the_others_of_a_batch_step(
     rule: dict[str, Any], fused: bool | None, frequency: int
 ) -> None:
-    """As they do if each is stepped by itself. The update of a weight of 8 × 8 is larger if it is a block of 8 × 16."""
+    """Each steps as if alone. The update of a weight of 8 × 8 is larger if it is a block of 8 × 16."""
     options = {**rule, "factor_dtype": FP32, "fused": fused, "precondition_frequency": frequency}
     options |= {"max_preconditioner_dim": 8, "weight_decay": 0.1}
     finals = []
@@ -294,7 +294,7 @@ def test_parameters_without_a_gradient_stay_and_the_others_of_a_batch_step(
 
 
 @pytest.mark.parametrize("fused", [False, None], ids=["eager", "best backend"])
-def test_a_vector_whose_curvature_overflows_is_left_out(fused: bool | None) -> None:
+def test_a_vector_whose_curvature_overflows_is_skipped(fused: bool | None) -> None:
     bias = nn.Parameter(torch.ones(10_000))
     optimizer = IFShampoo([bias], lr=0.1, **RECIPE, batch_size=3000.0, fused=fused)
     for step in range(3):
@@ -319,7 +319,7 @@ def without_the_new_options(saved: dict[str, Any]) -> dict[str, Any]:
     return {**saved, "param_groups": groups}
 
 
-def test_a_checkpoint_of_before_there_were_these_options_goes_on_as_it_was() -> None:
+def test_a_checkpoint_without_the_options_of_the_recipe_continues_unchanged() -> None:
     (whole, first), (resumed, second) = ((m, IFShampoo(m.parameters(), batch_size=4)) for m in (Model(), Model()))
     train(whole, first, range(3))
     old = without_the_new_options(copy.deepcopy(first.state_dict()))
@@ -332,7 +332,7 @@ def test_a_checkpoint_of_before_there_were_these_options_goes_on_as_it_was() -> 
     assert_same_bits(snapshot(second), snapshot(first))
 
 
-def test_an_optimizer_that_was_pickled_before_there_were_these_options_steps_as_it_did() -> None:
+def test_a_pickle_without_the_options_of_the_recipe_steps_unchanged() -> None:
     (whole, first), (other, second) = ((m, IFShampoo(m.parameters(), batch_size=4)) for m in (Model(), Model()))
     state = second.__getstate__()
     state["defaults"] = {k: v for k, v in state["defaults"].items() if k not in PAPER_RULE}
@@ -367,7 +367,7 @@ def test_options_of_for_model_replace_those_of_the_recipe_in_all_groups() -> Non
         assert (group["damping"], group["direction"], group["momentum"]) == (0.1, "root_free", 0.5)
 
 
-def test_the_rest_of_a_model_has_options_of_its_own() -> None:
+def test_for_model_sets_options_of_the_other_parameters() -> None:
     options = {"beta2": 0.5, "update_norm": "rms", "update_scale": 0.2}
     optimizer = IFShampoo.for_model(language_model(), **options, rest={"update_scale": 0.1, "weight_decay": 0.0})
     matrices, *rest = optimizer.param_groups

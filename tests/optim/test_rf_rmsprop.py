@@ -15,7 +15,7 @@ SHAPES = [(), (1,), (13,), (5, 3), (2, 3, 4)]
 
 
 def train(optimizer_class, dtype, steps=6, gamma=1.0, shapes=SHAPES, **options):
-    """[(our weight, the reference's)] of several tensors after some steps along the same random gradients."""
+    """Return pairs of our weights and those of the reference after some steps with the same random gradients."""
     rng = np.random.default_rng(0)
     weights = [rng.normal(size=shape) for shape in shapes]
     params = [torch.nn.Parameter(torch.tensor(weight).to(dtype)) for weight in weights]
@@ -48,18 +48,18 @@ def test_rf_rmsprop_follows_the_reference(dtype, options):
         assert_close(actual, expected, dtype, "a chain")
 
 
-def test_rf_adagrad_is_the_method_with_gamma_0():
+def test_rf_adagrad_is_rf_rmsprop_with_gamma_0():
     for actual, expected in train(RFAdaGrad, torch.float64, gamma=0.0):
         assert_close(actual, expected, torch.float64, "a chain")
 
 
-def test_if_shampoo_gives_vectors_and_matrices_with_a_side_of_1_the_diagonal_step():
+def test_if_shampoo_uses_the_diagonal_step_for_vectors():
     shapes = [(), (1,), (9,), (1, 7), (7, 1), (5, 1, 1)]
     for actual, expected in train(IFShampoo, torch.float64, shapes=shapes):
         assert_close(actual, expected, torch.float64, "a chain")
 
 
-def test_the_elementwise_structure_gives_matrices_the_diagonal_step_too():
+def test_elementwise_structure_uses_the_diagonal_step_for_matrices():
     for actual, expected in train(IFShampoo, torch.float64, structure="elementwise"):
         assert_close(actual, expected, torch.float64, "a chain")
 
@@ -86,8 +86,8 @@ def test_compensated_bf16_weights_are_fp32_weights_bit_for_bit():
 
 
 @pytest.mark.parametrize("optimizer_class", [RFRMSProp, IFShampoo])
-def test_weights_that_a_user_sets_to_zero_go_on_learning(optimizer_class):
-    """A remainder left over from another weight would make ±0 a NaN, which would stay."""
+def test_weights_that_were_set_to_zero_continue_to_learn(optimizer_class):
+    """The residual of another weight would turn ±0 into a NaN."""
     param = torch.nn.Parameter(torch.randn(16, 16, generator=torch.Generator().manual_seed(0)).bfloat16())
     optimizer = optimizer_class([param], **OPTIONS, weight_rounding="compensated")
     for step in range(8):
@@ -99,8 +99,8 @@ def test_weights_that_a_user_sets_to_zero_go_on_learning(optimizer_class):
 
 
 @pytest.mark.parametrize("rounding", ["stochastic", "compensated", "nearest"])
-def test_only_nearest_stops_a_bf16_average_from_decaying(rounding):
-    """β₂ = 0.001 changes s by a thousandth, less than half a BF16 unit: nearest leaves s = 1 for ever."""
+def test_only_nearest_rounding_stops_the_decay_of_a_bf16_average(rounding):
+    """β₂ = 0.001 changes s by less than half a BF16 unit, so rounding to nearest keeps s = 1 forever."""
     param = torch.nn.Parameter(torch.zeros(4096))
     optimizer = RFRMSProp([param], batch_size=1, beta2=1e-3, state_dtype=torch.bfloat16, rounding=rounding)
     for _ in range(100):
@@ -111,7 +111,7 @@ def test_only_nearest_stops_a_bf16_average_from_decaying(rounding):
     assert square == pytest.approx(expected, rel=2e-3)
 
 
-def test_many_tensors_in_one_call_step_as_each_alone():
+def test_a_list_of_tensors_steps_as_single_tensors_do():
     def run(groups):
         params = [torch.nn.Parameter(torch.full((size,), 0.5)) for size in range(1, 40)]
         for param in params:

@@ -1,4 +1,4 @@
-"""Schedules of updates."""
+"""Schedules of the update interval."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.calls import reference as ref
 
 
 @pytest.mark.parametrize("max_interval", [1, 2, 3, 10])
-def test_the_growing_interval_is_the_documented_one(max_interval):
+def test_growing_interval_matches_its_documentation(max_interval):
     due = GrowingInterval(max_interval)
     assert [due(t) for t in range(5000)] == [ref.growing_interval_updates(t, max_interval) for t in range(5000)]
     with pytest.raises(ValueError, match="max_interval=0"):

@@ -116,7 +116,7 @@ AMBIENT = {
 
 
 @pytest.mark.parametrize("mode", AMBIENT)
-def test_modes_around_a_step_do_not_change_it(case: Case, mode: str) -> None:
+def test_context_managers_do_not_change_a_step(case: Case, mode: str) -> None:
     model, optimizer = case.start()
     for step in BEFORE:
         optimizer.zero_grad()
@@ -157,7 +157,7 @@ def test_maximize_is_a_step_along_the_negated_gradient(case: Case) -> None:
 
 @pytest.mark.parametrize("foreach", [False, True])
 def test_foreach_does_not_change_the_result(case: Case, foreach: bool) -> None:
-    """Bit for bit, because the blocks are small; larger products may be summed in another order in a batch."""
+    """Bitwise, because the blocks are small. Larger products may be summed in another order in a batch."""
     assert_same_bits(results(case, foreach=foreach), results(case, foreach=None))
 
 
@@ -226,7 +226,7 @@ SCHEDULERS = {
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("as_tensor", [False, True], ids=["float", "tensor"])
 def test_schedulers_set_what_the_next_step_uses(case: Case, scheduler: str, as_tensor: bool) -> None:
-    """The same run as with lr and momentum put in by hand."""
+    """The run equals one in which lr and momentum are set by hand."""
     model, optimizer = case.start(lr=torch.tensor(0.01) if as_tensor else 0.01)
     original, (group,) = optimizer.param_groups[0]["lr"], optimizer.param_groups
     schedule = SCHEDULERS[scheduler](optimizer)

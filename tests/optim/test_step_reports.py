@@ -23,7 +23,7 @@ def stepped(optimizer: type, steps: int, **options: object) -> torch.optim.Optim
     return made
 
 
-def test_there_is_none_before_the_first_step_and_for_other_optimizers() -> None:
+def test_no_report_before_the_first_step_or_for_other_optimizers() -> None:
     assert step_reports(stepped(IFShampoo, 0)) == []
     assert step_reports(torch.optim.SGD([nn.Parameter(torch.ones(3))], lr=0.1)) == []
 
@@ -44,6 +44,6 @@ def test_a_report_for_steps_with_an_update_and_one_for_others(monkeypatch: pytes
         assert all(batch.computes_products for batch in matrices)  # kept, since T is not 1
 
 
-def test_the_diagonal_method_is_one_batch() -> None:
+def test_the_diagonal_step_is_one_batch() -> None:
     ((batch,),) = step_reports(stepped(RFRMSProp, 2))
     assert len(batch.params) == 4 and batch.label == "diagonal step of 4 tensors"

@@ -1,4 +1,4 @@
-"""Steps in several streams: tables and constants are read only after they were filled, and outlive their readers.
+"""Steps in several streams: tables and constants are filled before they are read, and freed after the last read.
 
 PyTorch's CUDA sanitizer follows reads and writes of tensors through streams and events. It does not see launches of
 Triton's kernels; here they are told to it, with every tensor that they are handed as one that is read.
@@ -65,7 +65,7 @@ def nothing_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextmanager
 def races() -> Iterator[list[str]]:
-    """The races that the sanitizer finds within this context."""
+    """Collect the races that the sanitizer finds in this context."""
     from torch.cuda._sanitizer import CUDASanitizerDispatchMode, CUDASanitizerErrors
 
     found: list[str] = []
@@ -95,7 +95,7 @@ def races() -> Iterator[list[str]]:
 
 
 def step_in_two_streams(first: Maker, second: Maker) -> None:
-    """Step one optimizer in a stream and another one in a second stream, neither of which waits for the other."""
+    """Step two optimizers in two streams that do not wait for each other."""
     optimizers = first(), second()
     torch.cuda.synchronize()
     for optimizer in optimizers:
@@ -108,7 +108,7 @@ MAKERS: dict[str, Maker] = {"if_shampoo": if_shampoo, "recipe": recipe, "rf_rmsp
 
 
 def all_races() -> dict[str, list[str]]:
-    """The races of every pair of optimizers, and those where no stream waits for another."""
+    """Return the races of every pair of optimizers, and those without waits between streams."""
     every = {}
     for (first, make_first), (second, make_second) in product(MAKERS.items(), repeat=2):
         for name in STORES:
@@ -125,7 +125,7 @@ def all_races() -> dict[str, list[str]]:
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, list[str]]:
-    """`all_races` of a process of its own: PyTorch cannot end what the sanitizer has begun to trace."""
+    """Run `all_races` in another process, because the tracing of the sanitizer cannot be stopped."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     run = subprocess.run([sys.executable, "-m", __name__], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -139,7 +139,7 @@ def test_another_stream_waits_for_what_is_shared(first: str, second: str, found:
     assert found[f"{first}, {second}"] == []
 
 
-def test_without_waiting_there_is_a_race(found: dict[str, list[str]]) -> None:
+def test_the_check_finds_a_race_without_waiting(found: dict[str, list[str]]) -> None:
     """The test above can fail."""
     assert found["without waiting"]
 
@@ -153,8 +153,8 @@ def test_a_step_in_another_stream_reads_the_same_tables(monkeypatch: pytest.Monk
     assert copied == [] and num_kept() == numbers
 
 
-def test_a_table_that_is_given_up_is_known_to_every_stream_that_read_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The allocator waits for them before it hands the memory out again."""
+def test_a_freed_table_is_recorded_in_every_stream_that_read_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The allocator waits for these streams before it reuses the memory."""
     noted: list[tuple[int, int]] = []
     record = Tensor.record_stream
     monkeypatch.setattr(
@@ -171,8 +171,8 @@ def test_a_table_that_is_given_up_is_known_to_every_stream_that_read_it(monkeypa
     assert {(x.data_ptr(), stream.cuda_stream) for x in kept.tensors} <= set(noted)
 
 
-def test_capturing_again_keeps_nothing_more() -> None:
-    """A graph's tables stay for good; those of a second graph of the same step are the same ones."""
+def test_capturing_again_keeps_no_more_memory() -> None:
+    """Tables of a graph are never freed. A second graph of the same step uses the same tables."""
     optimizer = IFShampoo(parameters(), lr=torch.tensor(1e-3, device="cuda"), batch_size=4, fused=True, capturable=True)
     for _ in range(3):
         optimizer.step()

@@ -25,7 +25,7 @@ LAYOUTS = [
 
 @pytest.mark.parametrize(("shape", "layout"), LAYOUTS)
 def test_parameters_of_any_strides_step_as_contiguous_ones(case: Case, shape: Any, layout: Any) -> None:
-    """So do loaded ones. The memory between the elements of a parameter stays as it is."""
+    """This includes loaded parameters. Memory between the elements of a parameter does not change."""
     finals, states = [], []
     for arrange in (layout, torch.clone):
         (value,) = gradients([shape], -1, case.dtype)
@@ -75,7 +75,7 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_floating_dtype_of_weights_is_served(case: Case, dtype: torch.dtype) -> None:
+def test_every_floating_dtype_of_weights_is_supported(case: Case, dtype: torch.dtype) -> None:
     """The trajectory of FP64 weights but for seven roundings of the weight, at the start and after each of six
     steps, of at most one unit in the last place (eps · |w|) each; one more for those of the gradients."""
 
@@ -96,7 +96,7 @@ def test_every_floating_dtype_of_weights_is_served(case: Case, dtype: torch.dtyp
 
 @pytest.mark.parametrize("grad_dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_a_gradient_may_have_another_floating_dtype(case: Case, grad_dtype: torch.dtype) -> None:
-    """For instance after gradients were reduced in another precision. No cast rounds the numbers chosen here."""
+    """For example after gradients were reduced in another precision. The casts of these numbers are exact."""
     states = []
     for dtype in (grad_dtype, case.dtype):
         params = [nn.Parameter(torch.ones(shape, dtype=case.dtype)) for shape in SHAPES.values()]

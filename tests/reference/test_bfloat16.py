@@ -15,7 +15,7 @@ def all_patterns_near_ties():
     return (upper + np.array([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], dtype=np.uint32)).ravel()
 
 
-def test_round_nearest_is_torchs_conversion_on_every_tie_infinity_and_nan():
+def test_round_nearest_agrees_with_torch_for_ties_infinities_and_nan():
     x = all_patterns_near_ties()
     expected = torch.from_numpy(x.view(np.float32)).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
     is_nan = np.isnan(x.view(np.float32))
@@ -24,7 +24,7 @@ def test_round_nearest_is_torchs_conversion_on_every_tie_infinity_and_nan():
 
 
 @pytest.mark.parametrize("value", [1.0, 1.001, -0.0123, 3e-39, 0.0, -(2.0**100)])
-def test_round_stochastic_over_all_its_bits_averages_to_the_number_itself(value):
+def test_round_stochastic_is_unbiased(value):
     x, bits = ref.float32_bits([value]), np.arange(1 << 16)
     rounded = ref.bfloat16_value(ref.round_stochastic(x, bits)).astype(np.float64)
     assert len(np.unique(rounded)) == (1 if x[0] % (1 << 16) == 0 else 2)
@@ -40,7 +40,7 @@ def test_round_stochastic_rounds_up_for_the_largest_bits_and_keeps_infinities_an
     assert np.isnan(ref.bfloat16_value(ref.round_stochastic(nans, [0, 0xFFFF, 1]))).all()
 
 
-def test_compensated_pair_is_the_fp32_number_bit_for_bit():
+def test_compensated_pair_equals_the_fp32_number_bitwise():
     x = all_patterns_near_ties()
     hi, lo = ref.compensated_split(x)
     assert (hi.dtype, lo.dtype) == (np.uint16, np.int16)

@@ -60,7 +60,7 @@ def test_both_bounds_of_a_clipped_update_are_reached():
     assert_same(grown.C, [[1 + 0.25 / 2]])
 
 
-def test_an_unclipped_update_leaves_the_bounds_and_can_turn_a_factor_over():
+def test_an_unclipped_update_exceeds_the_bounds_and_can_change_the_sign_of_a_factor():
     assert changes_of_both_factors(None, 0.9, 1.0).min() < 0
 
 

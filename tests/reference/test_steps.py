@@ -20,7 +20,7 @@ def test_states_start_from_one_the_identity_and_zero():
     assert (state.m_C.shape, state.m_K.shape, state.buffer.shape) == ((2, 2), (3, 3), (2, 3))
 
 
-def test_a_state_is_a_float64_copy_of_the_arrays_it_is_made_from():
+def test_a_state_is_a_float64_copy_of_its_arrays():
     for source in (np.ones((2, 2), dtype=np.float32), np.ones((2, 2))):
         for state in (ref.KronState(*[source] * 5), ref.DiagonalState(source, source)):
             arrays = [getattr(state, field.name) for field in fields(state)]

@@ -52,7 +52,7 @@ SIZES = st.lists(st.sampled_from([1, 2, 13, 64, 67, 130]), min_size=1, max_size=
 )
 @example(2, [96, 13], FP32, "row_sum", 0.5, 1.0, 0)
 @settings(max_examples=15, deadline=None)
-def test_momentum_and_clip_are_the_reference_s(num_blocks, sizes, dtype, clip, alpha, scale, offset):
+def test_momentum_and_clip_match_the_reference(num_blocks, sizes, dtype, clip, alpha, scale, offset):
     momenta, deltas = triton_sides(num_blocks, [(n, n) for n in sizes], dtype, scale, (offset, offset))
     old, given_deltas = clones(momenta), clones(deltas)
     clips = momentum(momenta, deltas, None, alpha, clip)
@@ -64,7 +64,7 @@ def test_momentum_and_clip_are_the_reference_s(num_blocks, sizes, dtype, clip, a
 @pytest.mark.parametrize("clip", ["frobenius", "none"])
 @pytest.mark.parametrize("shape", [(1,), (17,), (3 * TILE + 5,), (2, 3, 5)], ids=str)
 def test_blocks_may_have_any_number_of_axes(shape, clip):
-    """Diagonals, say; the norm is that of all their numbers."""
+    """An example is a diagonal. The norm includes all elements."""
     momenta, deltas = triton_sides(3, [shape, (7,)])
     old, given_deltas = clones(momenta), clones(deltas)
     clips = momentum(momenta, deltas, None, 0.5, clip)
@@ -72,7 +72,7 @@ def test_blocks_may_have_any_number_of_axes(shape, clip):
 
 
 @pytest.mark.parametrize("clip", CLIPS)
-def test_a_block_of_many_shares_is_summed_up_whole(clip, monkeypatch):
+def test_the_norm_of_a_large_block_includes_all_partial_sums(clip, monkeypatch):
     """At the limit of their number, shares grow."""
     momenta, deltas = triton_sides(2, [(160, 160), (24, 24)])
     expected = call("eager", "clipped_momentum", clones(momenta), clones(deltas), None, 0.5, clip)
@@ -99,8 +99,8 @@ def test_bf16_is_rounded_to_nearest_with_ties_to_even():
 @pytest.mark.parametrize("clip", CLIPS)
 @pytest.mark.parametrize("bad", [float("nan"), -float("inf"), 1e38])
 @pytest.mark.parametrize("place", [(0, 0), (66, 66), (40, 5)], ids=str)
-def test_a_block_that_is_not_finite_stays_on_every_side(clip, bad, place):
-    """1e38 is finite; its square is not, nor is the sum of a row of it."""
+def test_a_block_that_is_not_finite_keeps_all_momenta(clip, bad, place):
+    """1e38 is finite. Its square and the sum of a row are not."""
     momenta, deltas = triton_sides(3, [(2, 2), (67, 67)], BF16)
     if bad == 1e38 and clip == "row_sum":
         deltas[1][1, place[0]] = bad
@@ -124,7 +124,7 @@ def test_found_inf_skips_every_block():
 # ---- arguments ---------------------------------------------------------------------------------------------------
 
 
-def test_sides_of_several_dtypes_and_any_strides_are_served():
+def test_momenta_may_have_several_dtypes_and_any_strides():
     momenta, deltas = triton_sides(2, [(9, 9), (30, 30)])
     expected = clones(momenta), clones(deltas)
     factors = momentum(*expected, None, 0.5, "frobenius")
@@ -137,7 +137,7 @@ def test_sides_of_several_dtypes_and_any_strides_are_served():
     torch.testing.assert_close(actual, factors, rtol=one_step(BF16), atol=0)
 
 
-def test_a_call_is_two_launches_whatever_the_sides(monkeypatch):
+def test_every_call_needs_two_launches(monkeypatch):
     launched = []
     monkeypatch.setattr(module_of("clipped_momentum"), "launch", lambda *args: launched.append(args[1]))
     momenta, deltas = triton_sides(3, [(3, 3), (130, 130), (1, 1)])
@@ -147,13 +147,13 @@ def test_a_call_is_two_launches_whatever_the_sides(monkeypatch):
 
 @pytest.mark.parametrize("shape", [(0, 5, 5), (2, 0, 0)], ids=str)
 @pytest.mark.parametrize("clip", CLIPS)
-def test_nothing_has_no_norm(shape, clip):
+def test_empty_blocks_have_no_norm(shape, clip):
     empty = torch.empty(shape, device=DEVICE)
     factors = momentum([empty], [empty.clone()], None, 0.5, clip)
     assert torch.equal(factors, torch.ones((1, shape[0]), device=DEVICE))
 
 
-def test_changing_numbers_never_compile_anything():
+def test_changed_numbers_do_not_recompile():
     def run(num_blocks, shapes, alpha, found_inf=None):
         momentum(*triton_sides(num_blocks, shapes), found_inf, alpha, "frobenius")
 
@@ -174,7 +174,7 @@ def test_the_same_call_gives_the_same_bits(clip):
     assert all(map(torch.equal, *runs))
 
 
-def test_what_changes_says_so_to_autograd():
+def test_changed_tensors_get_a_new_version():
     momenta, deltas = triton_sides(2, [(3, 3), (5, 5)])
     before = [m._version for m in momenta]
     momentum(momenta, deltas, None, 0.5, "frobenius")

@@ -33,7 +33,7 @@ pytestmark = kernel_test
 @example(LARGE, through("triton"), 256)
 @example(ALIGNED, through("triton"), 1 << 15)
 @ANY_BATCH
-def test_an_update_of_the_factors_is_the_reference_s(batch, run, numbers):
+def test_factor_update_matches_the_reference(batch, run, numbers):
     t = batch.tensors()
     expected, allowed = batch.reference_update(t), one_step(products=batch.matmul)
     with numbers_per_program(numbers):
@@ -57,7 +57,7 @@ def test_an_update_of_the_factors_is_the_reference_s(batch, run, numbers):
         ("frobenius", {"gamma": 0.0, "batch_size": 0.01, "damping": 0.0}, "below 1"),
     ],
 )
-def test_bf16_moves_the_factors_of_wide_blocks_as_the_reference_does(clip, options, norm):
+def test_bf16_updates_of_wide_factors_match_the_reference(clip, options, norm):
     """C′ − C by itself: the FP32 value of a compensated pair shows every step."""
     batch = triton_batch(136, 70, rounding="compensated", clip=clip, options={"riemannian_momentum": 0.1, **options})
     t = batch.tensors()
@@ -73,7 +73,7 @@ def test_bf16_moves_the_factors_of_wide_blocks_as_the_reference_does(clip, optio
 
 
 @pytest.mark.parametrize("rule", [WHITENED, ROOT_FREE, *MIXED], ids=str)
-def test_updates_of_every_rule_are_the_reference_s(rule):
+def test_updates_of_every_rule_match_the_reference(rule):
     """Of the three blocks, one gets its first gradient. With 256 elements a program, several start it."""
     batch = triton_batch(13, 16, THREE, dtype=FACTOR_DTYPES[0], rule=rule)
     t = batch.tensors()
@@ -87,7 +87,7 @@ def test_updates_of_every_rule_are_the_reference_s(rule):
 
 @pytest.mark.parametrize("rule", [WHITENED, ROOT_FREE], ids=str)
 @pytest.mark.parametrize("seed", [0, 1], ids=["starts", "goes on"])
-def test_bf16_moves_wide_blocks_of_the_recipe_as_the_reference_does(rule, seed):
+def test_bf16_updates_of_wide_blocks_with_the_recipe_match_the_reference(rule, seed):
     """In seven of eight steps of the inner product, the tile of C is not the one of m."""
     rest = {"rule": rule, "options": {"damping": 1e-3, "batch_size": 1.0}, "seed": seed}
     batch = triton_batch(136, 70, rounding="compensated", clip="row_sum", **rest)
@@ -132,7 +132,7 @@ def test_whitened_factors_stay_symmetric_through_several_updates(rounding):
 
 
 @pytest.mark.parametrize("rule", [WHITENED, ROOT_FREE], ids=str)
-def test_a_block_without_a_gradient_keeps_its_factors_and_one_that_overflows_is_not_ok(rule):
+def test_zero_gradient_keeps_factors_and_overflow_is_not_ok(rule):
     batch = triton_batch(6, 5, ((0, 4, 0, 1),), dtype=FACTOR_DTYPES[0], clip="none", rule=rule)
     t = batch.tensors()
     gradients = batch.blocks(t.grads)
@@ -150,7 +150,7 @@ def test_a_block_without_a_gradient_keeps_its_factors_and_one_that_overflows_is_
 
 
 @pytest.mark.parametrize(("block", "p", "d"), [(128, 1040, 8), (64, 64, 1088), (128, 72, 136)])
-def test_norms_are_the_largest_row_sums_and_infinite_where_one_is_not_finite(block, p, d):
+def test_norms_are_the_largest_row_sums_or_infinite(block, p, d):
     """Parts are [L, tiles, n]. Of the four blocks one is finite, one has a NaN, one an infinite part, and one is 0."""
     generator = torch.Generator().manual_seed(0)
     parts = [torch.rand((4, -(-n // block), n), generator=generator) for n in (p, d)]
@@ -170,7 +170,7 @@ def test_norms_are_the_largest_row_sums_and_infinite_where_one_is_not_finite(blo
 
 
 @pytest.mark.parametrize("side", ["m_c", "m_k"])
-def test_a_row_sum_that_is_nan_is_seen(side):
+def test_a_row_sum_that_is_nan_is_not_lost(side):
     """It is in the last row of a block of several tiles; the other block is updated."""
     batch = triton_batch(136, 72, STACKED, clip="row_sum")
     was, t = batch.tensors(), batch.tensors()

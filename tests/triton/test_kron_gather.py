@@ -36,8 +36,8 @@ pytestmark = kernel_test
 @example(ODD_ROWS, through("triton"), 256)
 @example(triton_batch(5, 4, ((1, 2, 3, 3), (0, 1, 2, 2))), through("triton"), 256)
 @ANY_BATCH
-def test_a_gather_is_the_scaled_blocks_to_the_bit_and_their_squared_norms(batch, run, numbers):
-    """Scales are powers of two here, so that only the rounding to the dtype of G is left."""
+def test_gather_returns_the_scaled_blocks_bitwise_and_their_squared_norms(batch, run, numbers):
+    """Scales are powers of two, so only the conversion to the dtype of G rounds."""
     t = batch.tensors()
     with numbers_per_program(numbers):
         grad, squares = batch.gather(t, run)
@@ -54,12 +54,12 @@ def test_a_gather_is_the_scaled_blocks_to_the_bit_and_their_squared_norms(batch,
 
 
 @pytest.mark.parametrize(("rows", "cols", "number"), [(8, 8, 1), (768, 768, 18), (4096, 4096, 512), (8192, 8192, 512)])
-def test_few_large_blocks_are_gathered_by_many_programs(rows, cols, number):
+def test_a_large_block_is_gathered_by_many_programs(rows, cols, number):
     """Two blocks of 4096 × 4096 by 1024: seven for each of an H100's 132 multiprocessors."""
     assert triton_operators.num_partial_sums(rows, cols) == number
 
 
-def test_a_gather_by_many_programs_reads_every_number_once():
+def test_many_programs_read_every_element_once():
     """Of 138 programs, 130 read eight rows of G, and 133 a share of C."""
     batch = triton_batch(1040, 8, grad=BF16)
     t = batch.tensors()
@@ -72,7 +72,7 @@ def test_a_gather_by_many_programs_reads_every_number_once():
     )
 
 
-def test_gradients_of_several_dtypes_are_served_together():
+def test_gradients_may_have_several_dtypes():
     batch = triton_batch(17, 13, THREE)
     for dtypes in ((FP32, BF16, FP16), (torch.float64,) * 3):
         t = batch.tensors()
@@ -85,7 +85,7 @@ def test_gradients_of_several_dtypes_are_served_together():
 
 
 @pytest.mark.parametrize("scale", [3.0, 2.0**20])
-def test_a_scaled_and_negated_gradient_acts_as_the_gradient(scale):
+def test_gradients_are_unscaled_and_negated(scale):
     batch = triton_batch(17, 13, STACKED)
     t = batch.tensors()
     for grad in t.grads:

@@ -12,8 +12,8 @@ pytestmark = kernel_test
 
 
 @pytest.mark.parametrize(("rows", "cols"), [(17, 130), (136, 64)])
-def test_products_by_themselves_are_those_of_an_update_to_the_bit(rows, cols):
-    """A resumed run therefore goes on with the same numbers."""
+def test_recomputed_products_are_bitwise_equal_to_those_of_an_update(rows, cols):
+    """A resumed run therefore continues with the same numbers."""
     batch = triton_batch(rows, cols, rounding="stochastic")
     t = batch.tensors()
     batch.update(t)

@@ -36,7 +36,7 @@ pytestmark = kernel_test
 @example(ALIGNED, through("triton"), True, False)
 @example(ODD_ROWS, through("triton"), True, False)
 @ANY_BATCH
-def test_a_step_of_the_weights_is_the_reference_s_and_leaves_the_rest_of_them_alone(batch, run, cached, with_ok):
+def test_step_of_the_weights_matches_the_reference(batch, run, cached, with_ok):
     t = batch.tensors()
     batch.gather(t, run)
     if cached:
@@ -67,7 +67,7 @@ RULES = (WHITENED, ROOT_FREE, *MIXED)
     [*(("small", rule) for rule in RULES), *product(("aligned", "odd rows"), (WHITENED, MIXED[1]))],
     ids=str,
 )
-def test_a_step_of_every_rule_is_the_reference_s(name, rule):
+def test_steps_of_every_rule_match_the_reference(name, rule):
     batch = replace(PARTS[name], rule=rule)
     t = batch.tensors()
     batch.gather(t)
@@ -104,7 +104,7 @@ def test_an_update_of_zero_stays_zero():
         ((13, 16), "transposed", False),
     ],
 )
-def test_blocks_of_any_number_of_rows_take_the_aligned_path(sides, layout, aligned, monkeypatch):
+def test_blocks_of_any_number_of_rows_use_the_aligned_path(sides, layout, aligned, monkeypatch):
     """For instance 865 × 768 at the end of GPT-2's embedding. The number of columns must be a multiple of 8."""
     chosen = {}
 
@@ -165,7 +165,7 @@ def test_the_last_of_many_partial_sums_is_read(number):
 
 @pytest.mark.parametrize("rule", [{}, WHITENED, MIXED[1]], ids=str)
 @pytest.mark.parametrize("reason", ["its factors were skipped", "no update saw its gradient"])
-def test_a_block_that_is_left_out_of_a_step_keeps_its_weights_to_the_bit(reason, rule):
+def test_a_skipped_block_keeps_its_weights_bitwise(reason, rule):
     batch = triton_batch(13, 66, ((0, 1, 0, 3),), param=BF16, weight_rounding="compensated", rule=rule)
     was, t = batch.tensors(), batch.tensors()
     finite, ok = torch.tensor([True, False, True], device=DEVICE), None
@@ -182,7 +182,7 @@ def test_a_block_that_is_left_out_of_a_step_keeps_its_weights_to_the_bit(reason,
 
 
 @pytest.mark.parametrize("decoupled", [False, True])
-def test_a_weight_that_is_not_finite_poisons_nothing_without_weight_decay(decoupled):
+def test_a_weight_that_is_not_finite_does_not_spread_without_weight_decay(decoupled):
     batch = triton_batch(13, 8, descent={"weight_decay": 0.0, "decoupled": decoupled})
     t = batch.tensors()
     t.params[0][2, 3] = -torch.inf
@@ -191,7 +191,7 @@ def test_a_weight_that_is_not_finite_poisons_nothing_without_weight_decay(decoup
 
 
 @pytest.mark.parametrize("dtype", FACTOR_DTYPES, ids=str)
-def test_a_number_of_u_that_is_not_finite_counts_as_0(dtype):
+def test_elements_of_u_that_are_not_finite_count_as_0(dtype):
     batch = triton_batch(13, 8, dtype=dtype, descent={"momentum": 0.5, "weight_decay": 0.0})
     t = batch.tensors()
     batch.gather(t)

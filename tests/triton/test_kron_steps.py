@@ -42,7 +42,7 @@ def test_the_same_call_gives_the_same_bits(batch):
     ],
     ids=["ragged", "aligned", "odd rows", "clipped"],
 )
-def test_bf16_is_rounded_as_in_eager_pytorch_to_the_bit(batch, rounding):
+def test_bf16_is_rounded_bitwise_as_in_eager_pytorch(batch, rounding):
     """G and m are 0, so that m' is −γ/4 or −γ/2 times I, and C' = C(1 + 2⁻ⁿ) rounded but once."""
     modes = {"rounding": rounding, "weight_rounding": rounding, "param": BF16, "buffer": BF16, "exact": "rounding"}
     batch = replace(batch, **modes, lr=2.0**-5)
@@ -53,7 +53,7 @@ def test_bf16_is_rounded_as_in_eager_pytorch_to_the_bit(batch, rounding):
     assert not same_bits(actual.params[0], before.params[0])
 
 
-def test_random_bits_are_those_of_the_step():
+def test_random_bits_depend_on_the_step():
     batch = triton_batch(17, 13, param=BF16, rounding="stochastic", weight_rounding="stochastic")
     first, later = batch.tensors(), batch.tensors()
     later.steps += 1
@@ -78,8 +78,8 @@ def test_random_bits_are_those_of_the_step():
         (1e30, "none", "stochastic", ROOT_FREE),
     ],
 )
-def test_a_block_that_is_not_finite_stays_to_the_bit_and_is_counted(bad, clip, rounding, rule):
-    """The square of 1e30 is infinite; that of 1e15 is not, but the norm of its m is. Other blocks step as ever."""
+def test_a_block_that_is_not_finite_is_skipped_and_counted(bad, clip, rounding, rule):
+    """The square of 1e30 is infinite. That of 1e15 is not, but the norm of its m is. Other blocks step as usual."""
     batch = triton_batch(13, 9, ((0, 1, 0, 2), (0, 1, 0, 1)), clip=clip, param=BF16)
     batch = replace(batch, rounding=rounding, weight_rounding=rounding, rule=rule)
     was, clean, t = batch.tensors(), batch.run(), batch.tensors()
@@ -100,7 +100,7 @@ def test_a_block_that_is_not_finite_stays_to_the_bit_and_is_counted(bad, clip, r
 
 
 @pytest.mark.parametrize("side", ["m_c", "m_k"])
-def test_a_block_whose_momentum_is_not_finite_on_one_side_stays_on_both(side):
+def test_a_momentum_that_is_not_finite_keeps_both_factors(side):
     batch = triton_batch(13, 9, STACKED)
     was, t = batch.tensors(), batch.tensors()
     for each in (was, t):
@@ -116,7 +116,7 @@ def test_a_block_whose_momentum_is_not_finite_on_one_side_stays_on_both(side):
 @pytest.mark.parametrize(
     ("rounding", "rule"), [("stochastic", {}), ("compensated", {}), ("nearest", WHITENED)], ids=str
 )
-def test_found_inf_leaves_everything_as_it_is_and_counts_it(rounding, rule):
+def test_found_inf_skips_and_counts_every_block(rounding, rule):
     batch = triton_batch(13, 9, STACKED, param=BF16, rounding=rounding, weight_rounding=rounding, rule=rule)
     was, t = batch.tensors(), replace(batch, found_inf=1.0).run()
     assert_same(t, was, *KEPT)
@@ -127,7 +127,7 @@ def test_found_inf_leaves_everything_as_it_is_and_counts_it(rounding, rule):
 
 
 @pytest.mark.parametrize("rule", [{}, WHITENED], ids=str)
-def test_changing_numbers_never_compile_anything(rule):
+def test_changed_numbers_do_not_recompile(rule):
     batch = triton_batch(16, 8, param=BF16, rounding="stochastic", weight_rounding="stochastic", rule=rule)
     batch.run()
     before = launches.num_compilations()
@@ -142,7 +142,7 @@ def test_changing_numbers_never_compile_anything(rule):
 
 
 @pytest.mark.parametrize("rule", [{}, WHITENED], ids=str)
-def test_what_changes_says_so_to_autograd(rule):
+def test_changed_tensors_get_a_new_version(rule):
     rest = {"rounding": "compensated", "weight_rounding": "compensated", "rule": rule}
     batch = triton_batch(16, 8, STACKED, param=BF16, **rest)
     t = batch.tensors()

@@ -54,7 +54,7 @@ class OutOfMemory(TorchDispatchMode):
 
 @pytest.mark.parametrize(("sides", "clip"), [((13, 9), "row_sum"), ((16, 8), "frobenius")], ids=["padded", "aligned"])
 @pytest.mark.parametrize(("cached", "rule"), [(False, {}), (True, {}), (False, WHITENED)], ids=str)
-def test_without_memory_for_a_workspace_nothing_changes(sides, clip, cached, rule):
+def test_running_out_of_memory_changes_nothing(sides, clip, cached, rule):
     batch = triton_batch(*sides, STACKED, LAYOUTS, param=BF16, rounding="compensated", weight_rounding="compensated")
     batch = replace(batch, clip=clip, rule=rule, lr=torch.tensor(0.05, device=DEVICE, dtype=torch.float64))
     t = batch.tensors()
@@ -83,7 +83,7 @@ def no_tables(monkeypatch):
     forget_tables(monkeypatch)
 
 
-def test_a_gradient_s_new_place_is_seen_and_an_old_one_costs_no_copy(no_tables, monkeypatch):
+def test_a_new_address_of_a_gradient_is_used_and_an_old_one_needs_no_copy(no_tables, monkeypatch):
     copied = note_copies(monkeypatch)
     batch = triton_batch(13, 9, THREE)
     t = batch.tensors()
@@ -102,7 +102,7 @@ def test_a_gradient_s_new_place_is_seen_and_an_old_one_costs_no_copy(no_tables, 
     assert len(copied) == 2 and torch.equal(third, first)
 
 
-def test_tables_do_not_grow_for_ever(no_tables, monkeypatch):
+def test_the_number_of_tables_is_bounded(no_tables, monkeypatch):
     monkeypatch.setattr(tables, "MAX_TABLES", 3)
     batch = triton_batch(5, 4)
     kept = [batch.tensors() for _ in range(6)]
@@ -126,7 +126,7 @@ def test_tables_do_not_grow_for_ever(no_tables, monkeypatch):
         ((16, 8), (0, 1, 0, 1), "far apart", BF16, False),
     ],
 )
-def test_blocks_are_aligned_where_every_row_of_each_begins_on_16_bytes(sides, place, layout, dtype, aligned):
+def test_blocks_are_aligned_if_every_row_starts_at_a_multiple_of_16_bytes(sides, place, layout, dtype, aligned):
     """Kernels rely on it on a GPU; the interpreter does not need it."""
     batch = triton_batch(*sides, (place, place), ("whole" if layout == "far apart" else layout,), grad=dtype)
     grads = batch.tensors().grads
@@ -144,7 +144,7 @@ def test_blocks_are_aligned_where_every_row_of_each_begins_on_16_bytes(sides, pl
 
 
 @pytest.mark.parametrize("layout", ["rows", "columns"])
-def test_strides_of_more_than_2_31_are_followed(layout):
+def test_strides_of_more_than_2_31_are_supported(layout):
     """Rows, or columns, so far apart that only a few pages of the memory between them ever exist."""
     distance = 2**31 + 24
     try:

@@ -55,7 +55,7 @@ CALLS = st.builds(
 @example(triton_call(SHAPES, LAYOUTS, BF16, BF16, BF16, BF16, "stochastic", "stochastic"))
 @example(triton_call(SHAPES, LAYOUTS, BF16, FP32, BF16, FP32, "compensated", "compensated"))
 @settings(max_examples=50, deadline=None)
-def test_a_step_is_the_reference_s_and_leaves_the_memory_around_alone(call):
+def test_step_matches_the_reference_and_writes_nothing_else(call):
     lists, memory = call.tensors()
     before = copied(lists)
     call.run(lists)
@@ -66,7 +66,7 @@ def test_a_step_is_the_reference_s_and_leaves_the_memory_around_alone(call):
 
 @pytest.mark.parametrize("steps", [3, 70000, "each its own"], ids=str)
 @pytest.mark.parametrize("rounding", ROUNDINGS)
-def test_bf16_is_rounded_as_in_eager_pytorch_to_the_bit(rounding, steps):
+def test_bf16_is_rounded_bitwise_as_in_eager_pytorch(rounding, steps):
     if steps == "each its own":
         steps = torch.arange(float(len(SHAPES)))
     shapes = [shape if 0 not in shape else (2,) for shape in SHAPES]  # eager PyTorch has no norm of nothing
@@ -80,7 +80,7 @@ def test_bf16_is_rounded_as_in_eager_pytorch_to_the_bit(rounding, steps):
         assert not torch.equal(call.run()["param"][5], actual["param"][5])
 
 
-def test_fp16_and_fp32_are_exact_where_the_arithmetic_is():
+def test_fp16_and_fp32_steps_with_exact_arithmetic_are_exact():
     for dtype in (FP32, FP16):
         call = triton_call(
             SHAPES[3:], ("whole", "offset by 1"), dtype, FP32, FP32, FP32, "stochastic", "stochastic", exact=True
@@ -96,7 +96,7 @@ def test_strides_do_not_change_the_result(layout, rounding):
     assert_equal(replace(call, layouts=(layout,)).run(), call.run())
 
 
-def test_tensors_that_lie_alike_are_stepped_where_they_are(monkeypatch):
+def test_tensors_with_equal_strides_are_not_copied(monkeypatch):
     written = []
     monkeypatch.setattr(diagonal, "write_back", lambda old, new: written.extend(zip(old, new, strict=True)))
     call = triton_call([(17, 130), (2, 3, 4)], ("transposed",))
@@ -109,8 +109,8 @@ def test_tensors_that_lie_alike_are_stepped_where_they_are(monkeypatch):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30])
 @pytest.mark.parametrize("place", ("first", "middle", "last"))
-def test_a_number_that_is_not_finite_is_left_out_and_counted_once_a_step(bad, place):
-    """1e30 is finite, its square is not."""
+def test_an_element_that_is_not_finite_is_skipped_and_counted_once(bad, place):
+    """1e30 is finite. Its square is not."""
     index = {"first": 0, "middle": CHUNK + 5, "last": 3 * CHUNK + 6}[place]
     call = triton_call([(40,), (3 * CHUNK + 7,), (9,)], param=BF16, weight_rounding="compensated")
     changed = ("param", "square", "buffer", "weight_residual")
@@ -125,14 +125,14 @@ def test_a_number_that_is_not_finite_is_left_out_and_counted_once_a_step(bad, pl
     assert counts(lists) == [0, 3, 2]
 
 
-def test_found_inf_leaves_everything_as_it_is_and_counts_it():
+def test_found_inf_skips_and_counts_every_block():
     call = triton_call([(17, 130), (), (CHUNK,)], ("whole", "offset by 1"), found_inf=1.0)
     lists, before = call.run(), call.tensors()[0]
     assert_equal(lists, {**before, "skipped": [x + 1 for x in before["skipped"]]})
     assert_equal(replace(call, found_inf=0.0).run(), replace(call, found_inf=None).run())
 
 
-def test_no_damping_and_no_curvature_leaves_a_number_out():
+def test_zero_damping_and_zero_curvature_skips_an_element():
     """0/0, as in eager PyTorch."""
     call = triton_call([(CHUNK + 3,)], options={"damping": 0.0})
     lists = call.tensors()[0]
@@ -144,7 +144,7 @@ def test_no_damping_and_no_curvature_leaves_a_number_out():
 
 
 @pytest.mark.parametrize("decoupled", [False, True])
-def test_a_weight_that_is_not_finite_poisons_nothing_without_weight_decay(decoupled):
+def test_a_weight_that_is_not_finite_does_not_spread_without_weight_decay(decoupled):
     call = triton_call([(5,)], options={"weight_decay": 0.0, "decoupled": decoupled})
     lists = call.tensors()[0]
     lists["param"][0][2] = -torch.inf

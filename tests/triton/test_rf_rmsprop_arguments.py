@@ -37,7 +37,7 @@ def test_the_learning_rate_is_a_number_or_a_tensor_on_the_device(monkeypatch):
         assert_equal(replace(call, lr=torch.tensor(0.125, device=DEVICE, dtype=dtype)).run(), expected)
 
 
-def test_a_call_is_one_launch_whatever_the_list(monkeypatch):
+def test_every_list_needs_one_launch(monkeypatch):
     launched = []
     monkeypatch.setattr(module_of("rf_rmsprop"), "launch", lambda *args: launched.append(args[1]))
     sizes = [(n,) for n in range(200)] + [(), (7 * CHUNK + 1,)]
@@ -45,12 +45,12 @@ def test_a_call_is_one_launch_whatever_the_list(monkeypatch):
     assert launched == [199 + 1 + 8]
 
 
-def test_nothing_is_launched_for_nothing():
+def test_an_empty_list_needs_no_launch():
     triton_call([]).run()
     assert counts(triton_call([(0, 3), (0,)]).run()) == [0, 1]
 
 
-def test_changing_numbers_never_compile_anything():
+def test_changed_numbers_do_not_recompile():
     call = triton_call([(5,), (64, 72)])
     call.run()
     before = launches.num_compilations()
@@ -68,7 +68,7 @@ def test_the_same_call_gives_the_same_bits():
     assert_equal(call.run(), call.run())
 
 
-def test_a_tensor_that_took_the_place_of_another_is_seen():
+def test_a_tensor_at_the_address_of_another_is_noticed():
     """Same addresses, other sizes: what stays on the device is known by its content."""
     call = triton_call([(64,)])
     lists = call.run()
@@ -78,7 +78,7 @@ def test_a_tensor_that_took_the_place_of_another_is_seen():
     assert torch.equal(lists["param"][0][40:], beyond)
 
 
-def test_gradients_of_several_dtypes_are_served_together():
+def test_gradients_may_have_several_dtypes():
     call = triton_call([(5,), (70,), (9,)])
     mixed, wide_ones = call.tensors()[0], call.tensors()[0]
     mixed["grad"] = [grad.to(dtype) for grad, dtype in zip(mixed["grad"], (FP32, BF16, FP16), strict=True)]
@@ -89,13 +89,13 @@ def test_gradients_of_several_dtypes_are_served_together():
 
 
 @pytest.mark.parametrize("change", [{"param": torch.float64}, {"square": torch.float64}, {"buffer": FP16}], ids=str)
-def test_dtypes_that_no_kernel_serves_are_an_error(change):
+def test_unsupported_dtypes_are_an_error(change):
     ((name, dtype),) = change.items()
     with pytest.raises(ValueError, match=rf"{name}s of {dtype}: pass tensors of one dtype, torch.float32 or "):
         triton_call(**change).run()
 
 
-def test_what_changes_says_so_to_autograd():
+def test_changed_tensors_get_a_new_version():
     call = triton_call(param=BF16, weight_rounding="compensated")
     lists = call.tensors()[0]
     before = {name: [x._version for x in tensors] for name, tensors in lists.items()}

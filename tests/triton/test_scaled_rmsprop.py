@@ -35,7 +35,7 @@ def assert_step_is_the_reference_s(call: ScaledCall, run: Call | None = None) ->
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
-def test_a_step_of_every_rule_is_the_reference_s(rule):
+def test_steps_of_every_rule_match_the_reference(rule):
     """Of the tensors, the first and the last one get their first gradient."""
     assert_step_is_the_reference_s(scaled_call(SHAPES, LAYOUTS, grad_scale=3.0, rule=rule), dispatched("triton"))
 
@@ -50,7 +50,7 @@ def test_a_step_of_every_rule_is_the_reference_s(rule):
     ],
     ids=str,
 )
-def test_a_step_is_the_reference_s_in_every_dtype(dtypes):
+def test_steps_match_the_reference_in_every_dtype(dtypes):
     options = {"maximize": True, "gamma": 0.0}
     assert_step_is_the_reference_s(scaled_call(SHAPES, LAYOUTS, *dtypes, options, found_inf=0.0, rule=WHITENED))
     options = {"decoupled": True, "damping": 0.0}
@@ -68,7 +68,7 @@ def test_a_program_may_work_on_several_chunks(monkeypatch):
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
-def test_bf16_is_rounded_as_in_eager_pytorch_to_the_bit(rounding):
+def test_bf16_is_rounded_bitwise_as_in_eager_pytorch(rounding):
     """Gradients are 0, so that s decays and the momentum moves the weights, rounded but once."""
     rule = {"direction": "root_free", "momentum_on": "update"}
     call = scaled_call(SHAPES, ("whole",), *(BF16,) * 4, rounding, rounding, exact=True, rule=rule)
@@ -88,7 +88,7 @@ def test_the_same_call_gives_the_same_bits():
 
 @pytest.mark.parametrize("rounding", ["compensated", "stochastic"])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e30])
-def test_a_tensor_with_a_gradient_that_is_not_finite_stays_and_others_step(bad, rounding):
+def test_only_tensors_with_finite_gradients_step(bad, rounding):
     dtypes = BF16, FP32, BF16, BF16, rounding, rounding
     call = scaled_call([3, CHUNK + 4, 5], ("whole",), *dtypes, rule=WHITENED)
     lists, _ = call.tensors()
@@ -101,7 +101,7 @@ def test_a_tensor_with_a_gradient_that_is_not_finite_stays_and_others_step(bad, 
         assert now[name][1] == was[name][1] and now[name][0] != was[name][0], name
 
 
-def test_found_inf_leaves_everything_as_it_is_and_counts_it():
+def test_found_inf_skips_and_counts_every_block():
     call = scaled_call(SHAPES, rule=WHITENED, found_inf=1.0)
     lists, before = call.tensors()[0], call.tensors()[0]
     call.run(lists)
@@ -109,7 +109,7 @@ def test_found_inf_leaves_everything_as_it_is_and_counts_it():
     assert {**bits(lists), "skipped": None} == {**bits(before), "skipped": None}
 
 
-def test_without_a_gradient_the_curvature_waits_and_the_momentum_goes_on():
+def test_zero_gradient_keeps_the_curvature_and_continues_the_momentum():
     call = scaled_call([4, 4, 7], rule=WHITENED)
     lists, _ = call.tensors()
     for grad in lists["grad"]:
@@ -124,7 +124,7 @@ def test_without_a_gradient_the_curvature_waits_and_the_momentum_goes_on():
 # ---- what changes ------------------------------------------------------------------------------------------------
 
 
-def test_numbers_that_change_compile_nothing_and_an_empty_list_is_a_step():
+def test_changed_numbers_do_not_recompile_and_an_empty_list_is_allowed():
     call = scaled_call([CHUNK, 5], ("whole",), BF16, BF16, BF16, BF16, "stochastic", "stochastic", rule=WHITENED)
     call.run()
     before = launches.num_compilations()
@@ -134,7 +134,7 @@ def test_numbers_that_change_compile_nothing_and_an_empty_list_is_a_step():
     assert launches.num_compilations() == before
 
 
-def test_what_changes_says_so_to_autograd():
+def test_changed_tensors_get_a_new_version():
     call = scaled_call([5], ("whole",), BF16, BF16, BF16, BF16, "compensated", "compensated", rule=WHITENED)
     lists, _ = call.tensors()
     before = {name: x._version for name, (x,) in lists.items()}
@@ -142,8 +142,8 @@ def test_what_changes_says_so_to_autograd():
     assert {name for name, (x,) in lists.items() if x._version == before[name]} == {"grad"}
 
 
-def test_random_bits_of_s_are_those_of_its_slot():
-    """s of one tensor, which decays: what is stored are the values that the documented bits give."""
+def test_random_bits_of_s_match_the_documentation():
+    """s of one tensor decays. The stored values are those that the documented bits give."""
     call = scaled_call(
         [64], ("whole",), *(BF16,) * 4, "stochastic", "nearest", exact=True, rule={"momentum_on": "update"}
     )

@@ -1,7 +1,7 @@
-"""Times in units of a reference operation, measured in the same round.
+"""Measure times in units of a reference operation, which is timed in the same round.
 
-A machine that is busy, or another one, slows both alike: what is saved, shown and compared are ratios, whatever unit
-pytest-benchmark writes beside them. `--benchmark-compare-fail=median:10%` therefore means ten per cent of a ratio.
+A busy machine, or another one, slows both alike. What is saved, shown and compared are therefore ratios, whatever unit
+pytest-benchmark writes beside them: `--benchmark-compare-fail=median:10%` means ten per cent of a ratio.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ ROUNDS = 15
 
 
 class Ruler:
-    """A clock whose unit is the time that an operation took last."""
+    """A clock whose unit is the last time of a reference operation."""
 
     def __init__(self) -> None:
         self.unit = 1.0
@@ -35,17 +35,17 @@ RULER = Ruler()
 
 
 def timer() -> float:
-    """The timer of pytest-benchmark in this folder."""
+    """Return the time; pytest-benchmark uses this as its timer in this folder."""
     return RULER.now()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    torch.zeros(7 << 20)  # the C library keeps memory of this size from now on, as in any training
+    torch.zeros(7 << 20)  # from now on the C library keeps memory of this size, as in any training
 
 
 @pytest.fixture
 def in_units_of(benchmark: Any) -> Callable[..., float]:
-    """Benchmark a function in units of another; the median ratio."""
+    """Return a function that benchmarks one call in units of another, and returns the median ratio."""
 
     def measure(reference: Callable[[], Any], run: Callable[[], Any], warmups: int = 3) -> float:
         for _ in range(warmups):

@@ -1,10 +1,10 @@
-"""Steps in units of what bounds them: matrix products for IFShampoo, a copy or fused AdamW for RFRMSProp.
+"""Benchmark steps in units of what bounds them: matrix products for IFShampoo, a copy or fused AdamW for RFRMSProp.
 
     make bench-pytest                                    measures, and saves to .benchmarks/
     make bench-pytest PYTEST_ARGS='--benchmark-compare --benchmark-compare-fail=median:15%'
 
-The limits here are wide: they catch a backend that is not taken and a step that does its work twice. The comparison
-with a run saved before catches the rest.
+The limits here are wide: they catch a backend that is not used, and a step that does its work twice. A comparison with
+an earlier run catches the rest.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SMALL = 500
 
 BF16, FP32 = torch.bfloat16, torch.float32
 PRODUCTS = {"update": 9.0, "other step": 2.0}
-"""Multiplications of an n × n step over those of one product, by kernels.md's count: 18n³ and 4n³ over 2n³."""
+"""Operations of an n × n step over those of one product: 18n³ and 4n³ over 2n³."""
 
 SLACK = 3.0
 

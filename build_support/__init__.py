@@ -1,0 +1,1 @@
+"""Parts of setup.py that need neither setuptools nor PyTorch. They are not installed."""

@@ -1,0 +1,94 @@
+"""The command lines of README.md, CONTRIBUTING.md and docs/: make knows the targets, programs know their options.
+
+Nothing is measured or trained here: a program is stopped when it has read its command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+
+from tests.tools.pages import PAGES, ROOT, commands, name_of
+
+COMMANDS = {command: name_of(page) for page in reversed(PAGES) for command in commands(page)}
+
+
+class CommandLineIsRead(BaseException):
+    """Raised in the place of what a program does after it has read its command line."""
+
+
+def stop_after_parsing(monkeypatch: pytest.MonkeyPatch) -> None:
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_and_stop(parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> NoReturn:
+        parse(parser, *args, **kwargs)
+        raise CommandLineIsRead
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+
+
+def source_of(module: str) -> str | None:
+    """Return the source of a module, of a package that of all its files, or None if it cannot be run."""
+    try:
+        spec = importlib.util.find_spec(module)
+        is_package = spec is not None and spec.submodule_search_locations
+        spec = importlib.util.find_spec(f"{module}.__main__") if is_package else spec
+    except ModuleNotFoundError:  # of the package around it
+        return None
+    if spec is None or spec.origin is None:
+        return None
+    file = Path(spec.origin)
+    return "\n".join(part.read_text("utf-8") for part in (file.parent.glob("*.py") if is_package else [file]))
+
+
+def check_module(module: str, arguments: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that a module can be run with these arguments. A module without a command line takes none."""
+    source = source_of(module)
+    assert source is not None, f"there is no module {module} that can be run"
+    if module.partition(".")[0] not in ("bench", "tests"):
+        return
+    if not re.search(r"argparse|parse_arg|(?<![.\w])parse\(", source):
+        assert not arguments, f"{module} takes no arguments"
+        return
+    stop_after_parsing(monkeypatch)
+    monkeypatch.setattr(sys, "argv", [module, *arguments])
+    with pytest.raises(CommandLineIsRead), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # the module may have been imported before
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def check_make(arguments: Sequence[str]) -> None:
+    done = subprocess.run(["make", "-n", *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: f"{COMMANDS[command]}: {command}")
+def test_a_command_can_be_run(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = shlex.split(command.replace("...", "").replace("…", ""))
+    while re.match(r"[A-Z_]+=", words[0]):
+        del words[0]
+    if words[0] == "make":
+        check_make(words[1:])
+    elif "-m" in words and words[words.index("-m") - 1] in ("python", "python3"):
+        first = words.index("-m") + 1
+        arguments = [word.partition("|")[0] if re.fullmatch(r"[\w|]+", word) else word for word in words[first + 1 :]]
+        check_module(words[first], arguments, monkeypatch)
+    if words[0] in ("python", "python3") and words[1:2] and not words[1].startswith("-"):
+        assert (ROOT / words[1]).exists()
+    if words[0].startswith(".ci/"):
+        assert (ROOT / words[0]).exists()
+
+
+def test_pages_name_commands() -> None:
+    assert len(COMMANDS) >= 40
