@@ -25,7 +25,7 @@ from bench.common.launches import count_launches
 from bench.common.memory import peak_bytes, state_bytes
 from bench.common.optimizers import WHOLE, Entry
 from bench.common.restarts import Spoiled, is_spoiled
-from bench.common.timing import MAX_LEAD, Timing
+from bench.common.timing import Sample, Stopwatch, Timing, host_clock
 from bench.common.workloads import Matrix, Workload
 
 PERIOD = 2
@@ -113,14 +113,12 @@ class Contestant:
     optimizer: Optimizer | None = None
     num_steps: int = 0
     spent: float = 0.0
-    lead: float = 0.0
-    samples: dict[str, list[tuple[float, bool]]] = field(default_factory=lambda: {UPDATE: [], OTHER: []})
-    """µs, and whether the step was queued before the device began with it, by kind of step."""
-
+    samples: dict[str, list[Sample]] = field(default_factory=lambda: {UPDATE: [], OTHER: []})
     peak_bytes: int = 0
 
     def __post_init__(self) -> None:
         self.entry, self.shapes = self.case.entry, self.case.shapes
+        self.stopwatch = Stopwatch(self.clock)
 
     def prepare(self) -> None:
         """Make weights and optimizer, and take the first steps."""
@@ -140,21 +138,16 @@ class Contestant:
 
     def _first_steps(self) -> None:
         self.optimizer = self.entry.make(self.params, self.period, self.case.block)
-        for number in range(2 * self.period):
-            host = self._host_step()
-            if number >= self.period:  # nothing is compiled any more, and the longer kind of step decides
-                self.lead = max(self.lead, min(2 * host + 20.0, MAX_LEAD))
+        leads = []
+        for _ in range(2 * self.period):
+            self.stopwatch.warm_up(self.step)
+            leads.append(self.stopwatch.lead)
+        self.stopwatch.lead = max(leads[self.period :])  # nothing is compiled any more; the longer kind decides
 
     def step(self) -> None:
         assert self.optimizer is not None
         self.optimizer.step()
         self.num_steps += 1
-
-    def _host_step(self) -> float:
-        """Take a step, and return the µs of the host in it."""
-        start = time.perf_counter()
-        self.step()
-        return (time.perf_counter() - start) * 1e6
 
     @property
     def kind(self) -> str:
@@ -166,14 +159,7 @@ class Contestant:
         begin = time.perf_counter()
         kind = self.kind
         self.gradients.refresh(self.shapes, self.num_steps, self.entry.weights)
-        self.clock.synchronize()
-        self.clock.lead(self.lead)
-        start = self.clock.mark()
-        self.step()
-        end = self.clock.mark()
-        queued = not self.clock.reached(start)
-        self.clock.synchronize()
-        self.samples[kind].append((self.clock.elapsed(start, end), queued))
+        self.samples[kind].append(self.stopwatch.time(self.step))
         self.spent += time.perf_counter() - begin
 
     def is_done(self, limits: Limits) -> bool:
@@ -187,34 +173,21 @@ class Contestant:
         samples = self.samples
         if not self.entry.has_period:
             samples = dict.fromkeys(samples, samples[UPDATE] + samples[OTHER])
-        return {kind: _timing(pairs) for kind, pairs in samples.items()}
+        return {kind: Timing.of_samples(found) for kind, found in samples.items()}
 
     def measured(self) -> dict[str, Any]:
         """Return the figures of a row: µs, bytes a weight, launches, and on a GPU the µs of the host."""
         assert self.optimizer is not None
         num_weights = sum(map(prod, self.shapes))
+        host = Stopwatch(host_clock(self.device))
+        on_host = range(self.period if self.device.type == "cuda" else 0)
         return {
             **{kind: timing._asdict() for kind, timing in self.timings().items()},
             "state_bytes": state_bytes(self.optimizer, self.params) / num_weights,
             "peak_bytes": self.peak_bytes / num_weights,
             **{f"launches of {self.kind}": count_launches(self.step, self.device) for _ in range(self.period)},
-            **(self._host_times() if self.device.type == "cuda" else {}),
+            **{f"host of {self.kind}": host.time(self.step).time for _ in on_host},
         }
-
-    def _host_times(self) -> dict[str, float]:
-        times = {}
-        for _ in range(self.period):
-            kind = self.kind
-            self.clock.synchronize()
-            times[f"host of {kind}"] = self._host_step()
-        return times
-
-
-def _timing(samples: Sequence[tuple[float, bool]]) -> Timing:
-    """Return the quantiles of the samples that were queued, or of all if fewer than half were."""
-    kept = [time for time, queued in samples if queued]
-    queued = 2 * len(kept) >= len(samples)
-    return Timing.of(kept if queued else [time for time, _ in samples], queued)
 
 
 def mean_step(measured: dict[str, Any], period: int) -> float:

@@ -117,6 +117,6 @@ def _cycles(
     contestant.prepare()
     for _ in range(cycles * T):
         contestant.sample()
-    updates, others = ([time for time, _ in contestant.samples[kind]] for kind in (UPDATE, OTHER))
+    updates, others = ([sample.time for sample in contestant.samples[kind]] for kind in (UPDATE, OTHER))
     found = [[update, *others[n * (T - 1) : (n + 1) * (T - 1)]] for n, update in enumerate(updates)]
-    return found, all(queued for samples in contestant.samples.values() for _, queued in samples)
+    return found, all(sample.queued for samples in contestant.samples.values() for sample in samples)

@@ -12,7 +12,6 @@ is a copy without its .git, set ROOTFREE_COMMIT to the commit that the record sh
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import re
@@ -27,10 +26,11 @@ from typing import Any
 import torch
 
 from bench.common import roofline
+from bench.common.memory import release
 from bench.common.paths import RESULTS
 from bench.common.record import gpu, provenance, slug
 from bench.common.report import Row, summary, write
-from bench.common.restarts import RESTART, Progress, is_spoiled, supervise
+from bench.common.restarts import RESTART, Progress, is_spoiled, supervise_module
 from bench.common.tensors import random_tensors
 from bench.common.timing import Timer, clock_of
 from bench.kernels import kron, optimizers, rf_rmsprop, symmetric
@@ -91,9 +91,7 @@ def run(case: Case, context: Context) -> list[Row]:
     except Exception as error:  # of any kind: it is recorded, and the other cases are measured
         return [Row(case.table, case.name, error=f"{type(error).__name__}: {error}")]
     finally:
-        gc.collect()
-        if context.device.type == "cuda":
-            torch.cuda.empty_cache()
+        release()
 
 
 def run_all(
@@ -191,12 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps(optimizers.first_steps(make_context(options))))
         return 0
     if options.device == "cuda" and options.worker is None:
-        progress = options.out / ".kernels-progress"
-        command = [sys.executable, "-m", "bench.kernels", *given, "--worker", str(progress)]
-        try:
-            return supervise(command, progress, options.seconds, STALL)
-        finally:
-            progress.unlink(missing_ok=True)
+        return supervise_module("bench.kernels", given, options.seconds, STALL)
     return measure(options, given)
 
 

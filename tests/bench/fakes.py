@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.common import peers
+from bench.common import peers, timing
 from bench.common.optimizers import ENTRIES, Entry
 from bench.compare import contest, plots, scaling, training
 
@@ -52,7 +52,7 @@ class FakeClock:
 def stopped_clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
     """Return the one clock of all modules that time contestants."""
     clock = FakeClock()
-    for module in (contest, scaling, training):
+    for module in (contest, scaling, timing, training):
         monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=clock.seconds))
     return clock
 

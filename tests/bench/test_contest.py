@@ -82,7 +82,7 @@ def test_the_device_sleeps_longer_than_the_host_needs_for_the_longer_kind_of_ste
     assert contest.clock.leads == pytest.approx([2 * 700.0 + 20.0] * 6)
     endless = contest.enter(cost=lambda number: 1e6)
     endless.prepare()
-    assert endless.lead == MAX_LEAD
+    assert endless.stopwatch.lead == MAX_LEAD
 
 
 # ---- turns and limits ----------------------------------------------------------------------------------------------

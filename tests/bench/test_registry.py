@@ -150,7 +150,7 @@ def test_the_recipe_has_its_options_and_blocks_and_period():
 @pytest.mark.parametrize("slow", [False, True])
 def test_muon_of_torch_iterates_in_fp32_only_on_a_cpu_that_multiplies_bf16_slowly(monkeypatch, slow):
     calls = []
-    monkeypatch.setattr(optimizers, "use_fp32", lambda: calls.append("FP32"))
+    monkeypatch.setattr(optimizers, "use_fp32_muon", lambda: calls.append("FP32"))
     monkeypatch.setattr(optimizers, "cpu_matmul_dtype", lambda dtype, device: torch.float32 if slow else dtype)
     ENTRIES["Muon of torch"].make([Parameter(torch.ones(2, 2))], 1, WHOLE)
     assert calls == ["FP32"] * slow and not optimizers.muon_is_fp32(torch.device("cuda"))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from math import inf, log
 
 import pytest
 import torch
 
-from bench.common.gpt import GPT2
+from bench.common.gpt import GPT, GPT2
 from bench.common.optimizers import ENTRIES
 from bench.common.workloads import WORKLOADS, Workload
 from bench.compare import scaling, training
@@ -17,9 +18,9 @@ from bench.compare.settings import TINY
 from bench.compare.training import GPT2_124M, ROWS, SELDOM, SMALL, Trainee, Transformer, batches
 from bench.demo.methods import Together
 from tests.bench.fakes import FakeOptimizer, failing_at, fake_entry, stopped_clock, undisturbed
-from tests.calls.tensors import assert_same_bits
 
 CPU = torch.device("cpu")
+RECIPE = "IFShampoo, recipe"
 LIMITS = Limits(most=1, least=1, seconds=0.0)
 
 
@@ -146,85 +147,70 @@ def test_the_formula_takes_the_steps_of_the_largest_t(clock, monkeypatch):
 
 def test_the_model_is_gpt2_and_its_matrices_are_those_of_the_workload():
     with torch.device("meta"):
-        model = Transformer(GPT2_124M)
-    assert sum(x.numel() for x in model.parameters()) == 124_439_808
-    assert sum(x.numel() for x in model.matrices()) == WORKLOADS["GPT-2 124M"].num_weights
-    assert GPT2_124M.tokens == 32 * 1024
-    with torch.device("meta"):
-        small = Transformer(SMALL)
-    assert sum(x.numel() for x in small.matrices()) == WORKLOADS["small GPT"].num_weights
+        model, small = Transformer(GPT2_124M), Transformer(SMALL)
+    assert sum(x.numel() for x in model.parameters()) == 124_439_808 and GPT2_124M.tokens == 32 * 1024
+    for name, built in (("GPT-2 124M", model), ("small GPT", small)):
+        assert sum(x.numel() for x in built.matrices()) == WORKLOADS[name].num_weights
+        assert Counter(map(id, [*built.matrices(), *built.rest()])) == Counter(map(id, built.parameters()))
 
 
-def test_matrices_and_the_rest_are_all_parameters_each_once():
-    model = Transformer(TINY.task)
-    parts = [*model.matrices(), *model.rest()]
-    assert len(parts) == len({id(x) for x in parts}) == len([*model.parameters()])
-    assert {id(x) for x in parts} == {id(x) for x in model.parameters()}
-    assert not any(x is model.bytes.weight or x is model.places.weight for x in model.matrices())
-
-
-def test_the_loss_begins_at_that_of_guessing_and_no_token_sees_a_later_one():
+def test_the_loss_is_that_of_the_next_token_and_begins_at_that_of_guessing():
     torch.manual_seed(0)
-    model = Transformer(training.Task("tiny", GPT2(1, 8, 50, 6, head_width=4), batch=2))
-    tokens = next(batches(training.Task("tiny", GPT2(1, 8, 50, 6, head_width=4), batch=64), CPU))
-    seen = []
-    model.norm.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    changed = tokens.clone()
-    changed[:, 3] = (changed[:, 3] + 1) % 50
-    losses = model(tokens), model(changed)
-    assert losses[0].item() == pytest.approx(log(50), abs=0.05)
-    guesses = (seen[0] @ model.bytes.weight.T).log_softmax(-1)
+    task = training.Task("tiny", GPT2(1, 8, 50, 6, head_width=4), batch=64)
+    model, tokens = Transformer(task), next(batches(task, CPU))
+    loss, guesses = model(tokens), GPT.forward(model, tokens).log_softmax(-1)
     of_next = [guesses[row, place, tokens[row, place + 1]] for row in range(64) for place in range(5)]
-    torch.testing.assert_close(losses[0], -torch.stack(of_next).mean())
-    assert torch.equal(seen[0][:, :3], seen[1][:, :3]) and not torch.equal(seen[0][:, 3], seen[1][:, 3])
+    torch.testing.assert_close(loss, -torch.stack(of_next).mean())
+    assert loss.item() == pytest.approx(log(50), abs=0.05)
 
 
-def two_parts():
+def test_together_steps_both_parts_and_a_scheduler_reaches_both():
     params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
     parts = torch.optim.SGD(params[:1], lr=0.5), torch.optim.Adam(params[1:], lr=0.25)
+    both = Together(*parts)
     for param in params:
         param.grad = torch.ones(3)
-    return params, parts, Together(*parts)
-
-
-def test_together_steps_both_and_a_scheduler_reaches_the_groups_of_both():
-    params, parts, both = two_parts()
     both.step()
     assert params[0].tolist() == [0.5] * 3 and params[1].tolist() == pytest.approx([0.75] * 3)
-    assert [id(group) for group in both.param_groups] == [id(part.param_groups[0]) for part in parts]
-    schedule = torch.optim.lr_scheduler.LambdaLR(both, lambda step: 0.0)
-    assert [part.param_groups[0]["lr"] for part in parts] == [0.0, 0.0]
-    before = {str(index): param.detach().clone() for index, param in enumerate(params)}
-    both.step(), schedule.step()
-    assert_same_bits({str(index): param.detach() for index, param in enumerate(params)}, before)
     assert {id(param) for param in both.state} >= {id(params[1])}
+    torch.optim.lr_scheduler.LambdaLR(both, lambda step: 0.0)
+    assert [part.param_groups[0]["lr"] for part in parts] == [0.0, 0.0]
     both.zero_grad()
     assert all(param.grad is None for param in params)
 
 
-def test_in_groups_embeddings_and_vectors_take_the_diagonal_step_and_matrices_have_factors():
+@pytest.mark.parametrize(("make", "name"), [(training.in_groups, "IFShampoo"), (training.by_recipe, RECIPE)])
+def test_embeddings_and_vectors_take_the_diagonal_step_and_matrices_have_factors(make, name):
     model = Transformer(TINY.task)
-    optimizer = training.in_groups(ENTRIES["IFShampoo"], model, 2)
+    optimizer = make(ENTRIES[name], model, 2)
     model(next(batches(TINY.task, CPU))).backward()
     optimizer.step()
-    for group, has_factors in zip(optimizer.param_groups, (True, False), strict=True):
-        for param in group["params"]:
-            names = {name for name, x in optimizer.state[param].items() if x.ndim > 1 and x.shape != param.shape}
-            assert bool(names) == has_factors, names
-    assert {id(x) for x in optimizer.param_groups[1]["params"]} == {id(x) for x in model.rest()}
+    matrices, *rest = (group["params"] for group in optimizer.param_groups)
+    others = [param for params in rest for param in params]
+    for params, expected in ((matrices, model.matrices()), (others, model.rest())):
+        assert {id(x) for x in params} == {id(x) for x in expected}
+        for param in params:
+            factors = [x for x in optimizer.state[param].values() if x.ndim > 1 and x.shape != param.shape]
+            assert bool(factors) == (params is matrices)
+    assert {group["precondition_frequency"] for group in optimizer.param_groups} == {2}
 
 
 def test_beside_adamw_theirs_gets_the_matrices_and_adamw_the_rest():
     model = Transformer(TINY.task)
     theirs, adamw = training.beside_adamw(ENTRIES["Muon of torch"], model, 1).parts
     assert isinstance(adamw, torch.optim.AdamW) and isinstance(theirs, torch.optim.Muon)
-    assert [id(x) for x in theirs.param_groups[0]["params"]] == [id(x) for x in model.matrices()]
-    assert [id(x) for x in adamw.param_groups[0]["params"]] == [id(x) for x in model.rest()]
+    for part, params in ((theirs, model.matrices()), (adamw, model.rest())):
+        assert [id(x) for x in part.param_groups[0]["params"]] == [id(x) for x in params]
 
 
-def test_a_row_is_the_mean_of_whole_cycles_after_the_warm_up():
-    trainee = Trainee(TINY.task, CPU, lambda model: torch.optim.SGD(model.parameters(), momentum=0.9))
-    trainee.prepare()
+@pytest.fixture
+def trainee():
+    found = Trainee(TINY.task, CPU, lambda model: torch.optim.SGD(model.parameters(), momentum=0.9))
+    found.prepare()
+    return found
+
+
+def test_a_row_is_the_mean_of_whole_cycles(trainee):
     trainee.steps = [1000.0] + [100.0] * 9
     trainee.in_optimizer = [950.0] + [0.0] * 9
     row = trainee.row()
@@ -234,60 +220,50 @@ def test_a_row_is_the_mean_of_whole_cycles_after_the_warm_up():
     assert row["state_bytes"] == 0
 
 
-def test_what_warms_up_shows_the_memory_and_leaves_no_times(clock):
-    trainee = Trainee(TINY.task, CPU, lambda model: torch.optim.SGD(model.parameters(), momentum=0.9))
-    trainee.prepare()
+def test_the_warm_up_measures_memory_and_leaves_no_times(trainee, clock):
     tokens = next(batches(TINY.task, CPU))
     weights = sum(x.nbytes for x in trainee.model.parameters())
     trainee.warm_up(tokens, clock, 1)
     assert trainee.peak == 0  # no update of any T
-    for number, kept in ((9, 2 * weights), (10, 2 * weights)):
+    for number in (9, 10):
         trainee.peak = 0
         trainee.warm_up(tokens, clock, number)
-        assert trainee.peak > kept + weights  # weights and momentum, gradients, and what the model takes
+        assert trainee.peak > 3 * weights  # weights, momentum and gradients, and the memory of the model
     assert trainee.steps == [] and trainee.in_optimizer == []
 
 
-def fake_rows(monkeypatch, **makers):
-    """Rows of fakes, in place of the real ones: by name, an entry."""
-    for name, entry in makers.items():
-        monkeypatch.setitem(ENTRIES, name, entry)
-    monkeypatch.setattr(training, "ROWS", {name: (name, SELDOM, training.whole) for name in makers})
-    return list(makers.values())
+def fake_rows(monkeypatch, *entries):
+    """Make these entries the only rows."""
+    for entry in entries:
+        monkeypatch.setitem(ENTRIES, entry.name, entry)
+    monkeypatch.setattr(training, "ROWS", {entry.name: (entry.name, SELDOM, training.whole) for entry in entries})
 
 
-def test_training_takes_the_time_of_the_steps_and_records_who_failed(clock, monkeypatch):
-    forward = Transformer.forward
-
-    def slow_forward(self, tokens):
+def test_training_takes_the_time_of_the_steps_and_records_errors(clock, monkeypatch):
+    def slow_forward(self, tokens, forward=Transformer.forward):
         clock.now += 280.0
         return forward(self, tokens)
 
     monkeypatch.setattr(Transformer, "forward", slow_forward)
-    entries = fake_rows(monkeypatch, good=fake_entry("good", clock), bad=fake_entry("bad", clock, cost=failing_at(3)))
-    good, bad = training.measure(TINY.task, clock, CPU, training.names_of(CPU, entries), (1, 2), inf)
+    fake_rows(monkeypatch, fake_entry("good", clock), fake_entry("bad", clock, cost=failing_at(3)))
+    good, bad = training.measure(TINY.task, clock, CPU, ["good", "bad"], (1, 2), inf)
     assert bad == {"optimizer": "bad", "task": "tiny GPT", "error": "RuntimeError: broken in step 3"}
     assert good["in_optimizer"] == pytest.approx((700.0 + 9 * 100.0) / 10)
     assert good["mean"] == pytest.approx(280.0 + 160.0) and good["spread"]["samples"] == 20
     assert good["optimizer_share"] == pytest.approx(160.0 / 440.0)
-
-
-def test_training_that_finds_no_time_says_so_and_who_is_not_chosen_has_no_row(clock, monkeypatch):
-    entries = fake_rows(monkeypatch, good=fake_entry("good", clock), other=fake_entry("other", clock))
-    rows = training.measure(TINY.task, clock, CPU, training.names_of(CPU, entries[:1]), (0, 1), clock.seconds() - 1)
-    assert rows == [
-        {"optimizer": "good", "task": "tiny GPT", "error": "TimeoutError: left out: the run's time was over"}
-    ]
+    (late,) = training.measure(TINY.task, clock, CPU, ["good"], (0, 1), clock.seconds() - 1)
+    assert late["error"] == "TimeoutError: left out: the run's time was over"
 
 
 def test_all_trainees_see_the_same_tokens_and_begin_with_the_same_weights(clock, monkeypatch):
-    entries = fake_rows(monkeypatch, a=fake_entry("a", clock), b=fake_entry("b", clock))
-    trainees = training.contestants(TINY.task, CPU, training.names_of(CPU, entries))
+    fake_rows(monkeypatch, fake_entry("a", clock), fake_entry("b", clock))
+    trainees = training.contestants(TINY.task, CPU, ["a", "b"])
     assert training._train(trainees, TINY.task, clock, CPU, (0, 1), inf) == {}
     first, second = (trainee.optimizer.seen for trainee in trainees.values())
     assert first == second and len(first) == 10
 
 
-def test_the_baseline_and_every_row_name_an_entry_there_is():
+def test_every_row_names_an_entry_and_only_rows_of_chosen_entries_are_trained():
     assert training.BASELINE in ROWS
     assert all(entry in ENTRIES and period in (1, SELDOM) for entry, period, _ in ROWS.values())
+    assert training.names_of(CPU, [ENTRIES[RECIPE], ENTRIES["Muon of Dion, Triton"]]) == [RECIPE]
