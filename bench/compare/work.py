@@ -20,7 +20,7 @@ from bench.compare.contest import UPDATE
 
 def work_of(entry: Entry, workload: Workload, block: int, kind: str) -> tuple[Work, torch.dtype] | None:
     """Return the work of a step of an entry and the dtype of its products, or None if it is not known."""
-    if entry.name.startswith("IFShampoo") and entry.option("direction") != "whitened":
+    if entry.name.startswith("IFShampoo"):
         return _if_shampoo(entry, workload, block, kind)
     if entry.family == "diagonal":
         return _diagonal(entry, workload), torch.float32
