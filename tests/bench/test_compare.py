@@ -15,6 +15,7 @@ import torch
 from bench.common.optimizers import ENTRIES, WHOLE
 from bench.common.peers import PEERS, why_missing
 from bench.common.restarts import RESTART, Progress
+from bench.common.roofline import Roofline
 from bench.common.workloads import WORKLOADS, Workload
 from bench.compare import __main__ as compare
 from bench.compare import contest, scaling, sections, training
@@ -149,6 +150,7 @@ def test_a_peer_that_cannot_be_imported_is_reported_and_stops_nothing(none_here,
 def with_fakes(none_here, monkeypatch):
     """Two optimizers, of which one fails."""
     clock = stopped_clock(monkeypatch)
+    monkeypatch.setattr(sections.roofline, "measure", lambda *args: Roofline(1.0, 1.0, 1.0))  # by that clock: no time
     with in_place_of_all(fake_entry("good", clock, family="Muon"), fake_entry("bad", clock, cost=failing_at(4))):
         yield
 
