@@ -1,4 +1,4 @@
-"""The CUDA kernels of the normalised momentum on the CPU: against the FP64 reference, and blocks that are left out."""
+"""CUDA kernels of the clipped momentum on the CPU: comparison with the FP64 reference, and skipped blocks."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_momentum_and_clip_match_the_reference(cuda, num_blocks, sizes, dtype, c
 @pytest.mark.parametrize("clip", ["frobenius", "none"])
 @pytest.mark.parametrize("shape", [(1,), (17,), (3 * CHUNK + 5,), (2, 3, 5)], ids=str)
 def test_blocks_may_have_any_number_of_axes(cuda, shape, clip):
-    """An example is a diagonal. The norm includes all elements."""
+    """A diagonal, for example, has one axis. The norm includes all elements."""
     momenta, deltas = sides(3, [shape, (7,)])
     old = clones(momenta)
     clips = cuda.clipped_momentum(momenta, deltas, None, 0.5, clip)
@@ -72,7 +72,7 @@ def test_bf16_momentum_is_rounded_to_nearest_with_ties_to_even(cuda):
 @pytest.mark.parametrize("bad", [float("nan"), -float("inf"), 1e38])
 @pytest.mark.parametrize("place", [(0, 0), (66, 66), (40, 5)], ids=str)
 def test_a_block_that_is_not_finite_keeps_all_momenta(cuda, clip, bad, place):
-    """1e38 is finite. Its square and the sum of a row are not."""
+    """1e38 is finite, but its square and the sum of a row with it are not."""
     momenta, deltas = sides(3, [(2, 2), (67, 67)], BF16)
     if bad == 1e38 and clip == "row_sum":
         deltas[1][1, place[0]] = bad

@@ -1,4 +1,4 @@
-"""The CUDA kernels of the normalised momentum on a GPU: against the FP64 reference, and in CUDA graphs."""
+"""CUDA kernels of the clipped momentum on a GPU: comparison with the FP64 reference, and CUDA graphs."""
 
 from __future__ import annotations
 
