@@ -1,4 +1,4 @@
-"""The clipped momentum: value, clips, and blocks that are not finite."""
+"""Clipped momentum in eager PyTorch: momenta, clip factors, and blocks that are not finite."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def symmetric(num_blocks, size, seed, scale=1.0):
 
 
 @pytest.mark.parametrize("clip", CLIPS)
-@pytest.mark.parametrize("scale", [0.01, 10.0], ids=["inside", "clipped"])
+@pytest.mark.parametrize("scale", [0.01, 10.0], ids=["not clipped", "clipped"])
 def test_momentum_and_clip_match_the_reference(clip, scale):
     sides = [(symmetric(3, size, 1, scale), symmetric(3, size, 2, scale)) for size in (6, 4)]
     momenta, deltas = map(list, zip(*sides, strict=True))
@@ -43,7 +43,7 @@ def test_the_row_sum_bounds_the_largest_singular_value_and_lies_below_frobenius_
 def test_a_block_that_is_not_finite_keeps_all_momenta(bad):
     momenta = [symmetric(3, 5, 4), symmetric(3, 2, 5)]
     deltas = [symmetric(3, 5, 6), symmetric(3, 2, 7)]
-    deltas[1][1, 0, 0] = bad  # 1e300 is finite, its square is not
+    deltas[1][1, 0, 0] = bad  # 1e300 is finite, but its square is not
     before = [m.clone() for m in momenta]
     clips = momentum(momenta, deltas, None, 0.5, "frobenius")
     for m, old, factors in zip(momenta, before, clips, strict=True):

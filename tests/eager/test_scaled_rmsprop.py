@@ -72,7 +72,7 @@ def test_chunks_do_not_change_a_step(monkeypatch):
     whole, _ = call.tensors()
     pieces = copied(whole)
     call.run(whole)
-    module = sys.modules["rootfree_kernels.eager.rf_rmsprop"]  # the package has a function of this name
+    module = sys.modules["rootfree_kernels.eager.rf_rmsprop"]  # the package's attribute of this name is a function
     monkeypatch.setattr(module, "CHUNK_ELEMENTS", 55)
     call.run(pieces)
     assert_equal(pieces, whole)
