@@ -1,4 +1,4 @@
-"""Eager PyTorch for matrices without a kernel, where a kernel steps the momentum of the factors."""
+"""Matrix steps in eager PyTorch with a kernel for the momentum of the factors."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_block_that_is_not_finite_keeps_its_factors(found_inf: float | None) -
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 def test_packed_momenta_use_the_kernel(dtype: torch.dtype) -> None:
-    """They are unpacked for it, so results are bitwise equal to those of unpacked momenta."""
+    """Momenta are unpacked for the kernel, so results are bitwise equal with and without packing."""
     some = replace(batch(dtype=dtype), rows=23, cols=18)
     whole, packed = some.tensors(), some.tensors()
     for side in ("c", "k"):
