@@ -30,7 +30,7 @@ from tests.reference.cases import (
 
 
 def scaled_loss_trajectories(shape, C, K, C_mean, K_mean, **changes):
-    """Weights under the summed loss with batch size 1, and under the loss over B with batch size B."""
+    """Return the weights for the summed loss with batch size 1, and for the mean loss with batch size B."""
     rng = np.random.default_rng(1)
     B, weight, gradient = 16, rng.standard_normal(shape), smooth_loss_gradient(rng, *shape)
     zeros = {"m_C": 0 * C, "m_K": 0 * K, "buffer": np.zeros(shape)}
@@ -76,11 +76,11 @@ def test_diagonal_weights_do_not_depend_on_averaging_the_loss_when_s_starts_B_ti
         assert_same(mean, summed)
 
 
-# ---- affine reparametrisation M = E N Fᵀ + O -------------------------------------------------------------------------
+# ---- affine reparametrization M = E N Fᵀ + O -------------------------------------------------------------------------
 
 
 def reparametrised_trajectories(rng, E, F, offset, state, rep_state, **changes):
-    """E N F^T + O after each step on N, and M after each step on M; then both last states."""
+    """Return E N F^T + O after each step on N, M after each step on M, and both last states."""
     shape = offset.shape
     weight, gradient = rng.standard_normal(shape), smooth_loss_gradient(rng, *shape)
     M, state = trajectory(weight, gradient, state, **changes)
@@ -159,7 +159,7 @@ def test_reparametrisation_inside_a_structure_gives_the_same_weights_and_keeps_t
         assert np.abs(factor[outside]).max(initial=0) <= EXACT * np.abs(factor).max()
 
 
-# ---- other factors of the same preconditioner ------------------------------------------------------------------------
+# ---- different factors of one preconditioner -------------------------------------------------------------------------
 
 
 @by_shape
