@@ -1,4 +1,4 @@
-"""The normalised momentum in Triton: against the FP64 reference, and what it does about blocks that are not finite."""
+"""Clipped momentum in Triton: comparison with the FP64 reference, and blocks that are not finite."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_momentum_and_clip_match_the_reference(num_blocks, sizes, dtype, clip, a
 @pytest.mark.parametrize("clip", ["frobenius", "none"])
 @pytest.mark.parametrize("shape", [(1,), (17,), (3 * TILE + 5,), (2, 3, 5)], ids=str)
 def test_blocks_may_have_any_number_of_axes(shape, clip):
-    """An example is a diagonal. The norm includes all elements."""
+    """A diagonal, for example, has one axis. The norm includes all elements."""
     momenta, deltas = triton_sides(3, [shape, (7,)])
     old, given_deltas = clones(momenta), clones(deltas)
     clips = momentum(momenta, deltas, None, 0.5, clip)
@@ -73,7 +73,7 @@ def test_blocks_may_have_any_number_of_axes(shape, clip):
 
 @pytest.mark.parametrize("clip", CLIPS)
 def test_the_norm_of_a_large_block_includes_all_partial_sums(clip, monkeypatch):
-    """At the limit of their number, shares grow."""
+    """If the number of shares reaches its limit, shares become larger."""
     momenta, deltas = triton_sides(2, [(160, 160), (24, 24)])
     expected = call("eager", "clipped_momentum", clones(momenta), clones(deltas), None, 0.5, clip)
     for limit, least in ((MAX_SHARES, MIN_SHARE), (MAX_SHARES, 1), (3, 1)):
@@ -93,14 +93,14 @@ def test_bf16_is_rounded_to_nearest_with_ties_to_even():
     assert torch.equal(momenta[0], deltas[0].bfloat16())
 
 
-# ---- blocks that are left out ------------------------------------------------------------------------------------
+# ---- skipped blocks ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("clip", CLIPS)
 @pytest.mark.parametrize("bad", [float("nan"), -float("inf"), 1e38])
 @pytest.mark.parametrize("place", [(0, 0), (66, 66), (40, 5)], ids=str)
 def test_a_block_that_is_not_finite_keeps_all_momenta(clip, bad, place):
-    """1e38 is finite. Its square and the sum of a row are not."""
+    """1e38 is finite, but its square and the sum of a row with it are not."""
     momenta, deltas = triton_sides(3, [(2, 2), (67, 67)], BF16)
     if bad == 1e38 and clip == "row_sum":
         deltas[1][1, place[0]] = bad

@@ -1,4 +1,4 @@
-"""`scaled_rmsprop` in Triton: against the FP64 reference, and bit by bit against eager PyTorch where it is exact."""
+"""`scaled_rmsprop` in Triton: comparison with the FP64 reference, and with eager PyTorch, bitwise if it is exact."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def assert_step_is_the_reference_s(call: ScaledCall, run: Call | None = None) ->
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_steps_of_every_rule_match_the_reference(rule):
-    """Of the tensors, the first and the last one get their first gradient."""
+    """The first and the last tensor get their first gradient."""
     assert_step_is_the_reference_s(scaled_call(SHAPES, LAYOUTS, grad_scale=3.0, rule=rule), dispatched("triton"))
 
 
@@ -57,9 +57,9 @@ def test_steps_match_the_reference_in_every_dtype(dtypes):
     assert_step_is_the_reference_s(scaled_call(SHAPES[1:], LAYOUTS[1:], *dtypes, options, rule=MIXED[1]))
 
 
-@pytest.mark.skipif(DEVICE.type != "cpu", reason="changes a constant of kernels that may be compiled already")
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="changes a constant of kernels, which a GPU may have compiled already")
 def test_a_program_may_work_on_several_chunks(monkeypatch):
-    """Five chunks and a remainder, or three chunks, in two programs each."""
+    """Each tensor has two programs. One tensor has five chunks and a remainder, the other three chunks."""
     module = module_of("scaled_rmsprop")
     monkeypatch.setattr(module, "MAX_SHARES", 2)
     monkeypatch.setattr(module, "_MAX_SHARES", tl.constexpr(2))
@@ -69,12 +69,12 @@ def test_a_program_may_work_on_several_chunks(monkeypatch):
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_bf16_is_rounded_bitwise_as_in_eager_pytorch(rounding):
-    """Gradients are 0, so that s decays and the momentum moves the weights, rounded but once."""
+    """Gradients are 0, so s decays and the momentum steps the weights. Each result is rounded only once."""
     rule = {"direction": "root_free", "momentum_on": "update"}
     call = scaled_call(SHAPES, ("whole",), *(BF16,) * 4, rounding, rounding, exact=True, rule=rule)
     before, actual, expected = call.tensors()[0], call.run(), call.run(run=through("eager"))
     assert bits(actual) == bits(expected)
-    moved = "buffer" if rounding == "nearest" else "square"  # to nearest, a step of 2^-9 does not move s
+    moved = "buffer" if rounding == "nearest" else "square"  # rounding to nearest drops a change of 2^-9 of s
     assert bits(actual)[moved] != bits(before)[moved]
 
 
@@ -83,7 +83,7 @@ def test_the_same_call_gives_the_same_bits():
     assert bits(call.run()) == bits(call.run())
 
 
-# ---- tensors that are left out -----------------------------------------------------------------------------------
+# ---- skipped tensors ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rounding", ["compensated", "stochastic"])
@@ -121,7 +121,7 @@ def test_zero_gradient_keeps_the_curvature_and_continues_the_momentum():
     assert counts(lists) == counts(before)
 
 
-# ---- what changes ------------------------------------------------------------------------------------------------
+# ---- compilations, versions of tensors and random bits -----------------------------------------------------------
 
 
 def test_changed_numbers_do_not_recompile_and_an_empty_list_is_allowed():
@@ -143,7 +143,7 @@ def test_changed_tensors_get_a_new_version():
 
 
 def test_random_bits_of_s_match_the_documentation():
-    """s of one tensor decays. The stored values are those that the documented bits give."""
+    """s of one tensor decays, and is rounded with the documented random bits."""
     call = scaled_call(
         [64], ("whole",), *(BF16,) * 4, "stochastic", "nearest", exact=True, rule={"momentum_on": "update"}
     )
