@@ -1,4 +1,4 @@
-"""State that users replace, delete or change in hooks takes effect."""
+"""Changes to the state take effect: replaced tensors, deleted state, and changes in hooks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def write(state: dict[str, Any], name: str, value: torch.Tensor) -> None:
 @pytest.mark.parametrize("put", [replace, write])
 @pytest.mark.parametrize("steps_before", [3, 4], ids=["update-next", "no-update-next"])
 def test_a_state_tensor_put_in_place_by_hand_takes_effect(case: Case, put: Any, steps_before: int) -> None:
-    """A new tensor, or new values in the old one. The run continues as if they had been loaded."""
+    """Replace a state tensor, or write to it. The run continues as if the values had been loaded."""
     model, optimizer = case.start()
     train(model, optimizer, range(steps_before))
     name = "factor_c" if case.is_shampoo else "square"

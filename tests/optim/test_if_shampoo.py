@@ -1,4 +1,4 @@
-"""IF-Shampoo against the FP64 reference: whole runs."""
+"""Whole runs of IF-Shampoo, compared with the FP64 reference."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_wide_matrices_match_the_reference():
 
 
 def train(shape, factor_dtype, steps, frequency=1, **options):
-    """Return our weight and that of the reference after some steps with the same random gradients."""
+    """Return the optimizer's weight and the reference's weight after some steps with equal random gradients."""
     rng = np.random.default_rng(1)
     weight = rng.normal(size=shape)
     param = torch.nn.Parameter(torch.tensor(weight).to(torch.promote_types(factor_dtype, torch.float32)))
@@ -106,4 +106,4 @@ def test_stochastic_rounding_is_right_on_average_over_the_training_of_a_factor()
         means[rounding] = optimizer.state[param]["factor_c"][0].diagonal().double().mean().item()
     moved = means["compensated"] - 1.0
     assert moved > 0.05
-    assert means["stochastic"] - 1.0 == pytest.approx(moved, rel=0.05)  # 128 entries of relative error 4e-3/√12
+    assert means["stochastic"] - 1.0 == pytest.approx(moved, rel=0.05)  # 128 elements with relative errors of 4e-3/√12

@@ -1,7 +1,7 @@
-"""Invariances of the method and orders of convergence, of the optimizers themselves in FP64.
+"""Invariances and orders of convergence of the optimizers, in FP64.
 
-The same promises of the reference, and those of the methods that the package does not offer (full matrices, structured
-factors), are in tests/reference.
+tests/reference has the same tests for the reference, and tests for methods that the package does not offer (full
+matrices and structured factors).
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ TARGETS, INPUTS = random(8, P, seed=10), random(8, D, seed=11)
 
 
 def gradient(weight):
-    """Return the gradient of a smooth loss that is not quadratic: the sum of log cosh(W x − y)."""
+    """Return the gradient of the sum of log cosh(W x − y), a smooth loss that is not quadratic."""
     return torch.tanh(INPUTS @ weight.T - TARGETS).T @ INPUTS
 
 
 def run(weight, grad_of, c=None, k=None, steps=6, **options):
-    """Return (weight, state) after some steps with grad_of(weight), from the given factors."""
+    """Return (weight, state) after some steps with gradients grad_of(weight), starting from the given factors."""
     param = torch.nn.Parameter(weight.clone())
     optimizer = IFShampoo([param], factor_dtype=torch.float64, **{"damping": 0.0, **PLAIN, **options})
     rows, cols = param.shape
@@ -70,7 +70,10 @@ def preconditioner(state, side):
 
 
 def scaled_loss_runs(same_start):
-    """Return runs of the summed loss with B = 1, and of the averaged loss with B = 9 and matching start and damping."""
+    """Return final weights for the summed loss with B = 1, and for the averaged loss with B = 9 and matching damping.
+
+    Unless `same_start`, the initial factors match as well.
+    """
     b, weight, c, k = 9.0, random(P, D, seed=1), near_identity(P, 2), near_identity(D, 3)
     root = 1.0 if same_start else b**0.25
     summed, _ = run(weight, gradient, c, k, batch_size=1.0, damping=0.3)
@@ -107,11 +110,11 @@ def test_the_diagonal_step_has_the_same_invariance():
     assert_exact(weights[1], weights[0])
 
 
-# ---- 2. affine reparametrisation
+# ---- 2. affine reparametrization
 
 
 def reparametrised(e, f, o, c, k, **options):
-    """Return M of the original run, and E N Fᵀ + O of the run in N."""
+    """Return M of a run on M, and E N Fᵀ + O of a run on N."""
     inverse_e, inverse_f = torch.linalg.inv(e), torch.linalg.inv(f)
     weight = random(P, D, seed=4)
     original, _ = run(weight, gradient, c, k, **options)
@@ -140,7 +143,7 @@ def test_orthogonal_reparametrisation_is_exact_from_the_identity_with_damping_de
     assert_exact(e @ n @ f.T, original)
 
 
-# ---- 3. inside a structure: the diagonal step
+# ---- 3. structured reparametrization: the diagonal step
 
 
 def test_the_diagonal_step_is_invariant_under_diagonal_reparametrisation():
@@ -218,11 +221,11 @@ def test_without_a_clip_the_eigenvalues_leave_that_range():
     assert step_ratio("none", 0.3, 0).min() < 0
 
 
-# ---- the rates
+# ---- orders of convergence
 
 
 def distance_to_root_free_shampoo(beta2, steps):
-    """Return ‖CCᵀ − S_C⁻¹‖ after the same gradients, without momentum and clip (Claim 10)."""
+    """Return ‖CCᵀ − S_C⁻¹‖ after steps with equal gradients, without momentum and clip (Claim 10)."""
     c, k = (torch.eye(n, dtype=torch.float64)[None] for n in (P, D))
     m_c, m_k = torch.zeros_like(c), torch.zeros_like(k)
     s_c, s_k = np.eye(P), np.eye(D)

@@ -32,11 +32,11 @@ def values(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 class Twins:
-    """Step the same parameters and state by eager PyTorch and by Triton, and compare after each step."""
+    """Step equal parameters and state with eager PyTorch and with Triton, and compare them after each step."""
 
     def __init__(self, tensors: Sequence[Tensor], optimizer: Callable[..., Any], **options: Any) -> None:
         if optimizer is IFShampoo:
-            options["matmul_dtype"] = BF16  # which eager PyTorch would choose for itself on some processors alone
+            options["matmul_dtype"] = BF16  # eager PyTorch's default depends on the CPU
         self.tolerance = one_step(FP32, products=BF16 if optimizer is IFShampoo else None)
         self.params = {name: parameters(tensors) for name in BOTH}
         self.optimizers = {name: optimizer(self.params[name], **{**OPTIONS, **options}) for name in BOTH}
@@ -57,7 +57,7 @@ class Twins:
             self.compare(name, actual[name], value, before.get(name))
 
     def compare(self, name: str, actual: Tensor, expected: Tensor, before: Tensor | None) -> None:
-        """Check that the change agrees within the tolerance, and the value within a rounding to its dtype."""
+        """Check a value. Its error may be the tolerance times the change, plus one rounding to its dtype."""
         assert actual.dtype == expected.dtype and actual.shape == expected.shape
         if not expected.is_floating_point():
             assert torch.equal(actual, expected), name
@@ -68,9 +68,9 @@ class Twins:
         assert error <= allowed, f"{name}: error {error:.1e}, allowed {allowed:.1e}, moved by {moved.norm():.1e}"
 
     def resynchronise(self) -> None:
-        """Copy eager PyTorch's weights and state, so that errors do not add up.
+        """Copy eager PyTorch's weights and state to the other run, so errors do not add up.
 
-        The writes are hidden from autograd, so that products which are kept stay valid.
+        The copies do not change the versions of tensors, so cached products stay valid.
         """
         for source, target in zip(*self.params.values(), strict=True):
             target.data.copy_(source)
@@ -80,7 +80,7 @@ class Twins:
 
 
 SHAPES = [(24, 16), (24, 16), (8, 3, 2, 2), (24,), ()]
-"""Two of one shape, a convolution of 8 × 12, and two that take the diagonal step."""
+"""Two equal shapes, a convolution that is 8 × 12 as a matrix, and two shapes for the diagonal step."""
 
 
 @pytest.mark.parametrize(
@@ -101,9 +101,9 @@ def test_if_shampoo_steps_as_eager_pytorch(dtype: torch.dtype, options: dict[str
         twins.step(step)
 
 
-@pytest.mark.parametrize("options", [{}, {"cache_products": False}], ids=["kept", "not kept"])
+@pytest.mark.parametrize("options", [{}, {"cache_products": False}], ids=["cached products", "no cached products"])
 def test_if_shampoo_steps_as_eager_pytorch_between_updates(options: dict[str, Any]) -> None:
-    """Blocks of 16 × 18 and of 15 × 18."""
+    """The weight has blocks of 16 × 18 and of 15 × 18."""
     twins = Twins(start([(31, 18)]), IFShampoo, precondition_frequency=3, max_preconditioner_dim=20, **options)
     for step in range(5):
         twins.step(step)
@@ -168,7 +168,7 @@ def test_grad_scaler_s_numbers_act_as_in_eager_pytorch(optimizer: Any) -> None:
     assert {int(state["skipped"]) for state in twins.optimizers["triton"].state.values()} == {1}
 
 
-# ---- requests that cannot be served ----------------------------------------------------------------------------------
+# ---- unsupported arguments -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
