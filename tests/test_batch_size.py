@@ -21,7 +21,7 @@ class Keyword(nn.Module):
 
 
 def counted(calls, **options):
-    """Return the group's batch_size in a step after these calls of (size, training)."""
+    """Return the group's batch_size after forward calls with (size, training), and a step."""
     model = Keyword()
     optimizer = RFRMSProp(model.parameters(), batch_size=1)
     with BatchSizeCounter(model, optimizer, **options):

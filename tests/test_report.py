@@ -11,7 +11,7 @@ import torch
 
 def report(**environment):
     command = [sys.executable, "-m", "rootfree_kernels"]
-    compiled = {"TRITON_INTERPRET": "0"}  # as users have it: kernels then run on GPUs alone
+    compiled = {"TRITON_INTERPRET": "0"}  # the default for users: kernels run only on GPUs
     result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **compiled, **environment})
     assert result.returncode == 0, result.stderr
     return result.stdout
