@@ -62,7 +62,7 @@ def test_max_dim_none_does_not_cut():
     ],
     ids=str,
 )
-def test_which_shapes_become_matrices(shape, expected):
+def test_shapes_that_become_matrices(shape, expected):
     assert matrix_shape(shape) == expected
 
 

@@ -98,7 +98,7 @@ def text_of(node: ast.AST) -> str:
     return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
 
 
-def test_messages_that_troubleshooting_quotes_are_those_of_the_source() -> None:
+def test_messages_quoted_in_troubleshooting_are_in_the_source() -> None:
     quoted = [block.text.strip() for block in blocks(DOCS / "troubleshooting.md", "text")]
     assert len(quoted) >= 40
     assert not [message for message in quoted if not is_raised(message)]
@@ -119,7 +119,7 @@ def part_is_raised(part: str) -> bool:
 # ---- docs/a-step.md ------------------------------------------------------------------------------------------------
 
 
-def test_a_step_enters_every_file_from_one_that_the_page_named_before() -> None:
+def test_a_step_enters_every_file_from_a_file_named_earlier_on_the_page() -> None:
     changes = file_changes.changes("eager")
     named = list(dict.fromkeys(re.findall(r"\*\*`([\w/.]+\.py)`\*\*", A_STEP)))
     assert len(named) >= 6

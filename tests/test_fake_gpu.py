@@ -80,7 +80,7 @@ def test_parameters_on_two_devices(cls: Any, capturable: bool, current: int) -> 
 
 
 @pair
-def test_a_device_that_is_not_the_current_one() -> None:
+def test_parameters_on_a_device_that_is_not_current() -> None:
     make(IFShampoo, 1)
     make(RFRMSProp, 1)
 

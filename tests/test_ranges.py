@@ -135,7 +135,7 @@ def test_the_diagonal_optimizers_have_one_phase(attach: Any, monkeypatch: Any) -
     assert nvtx.tree() == [("RFRMSProp.step", [("diagonal step of 5 tensors", leaves("apply"))])]
 
 
-def test_blocks_are_counted_and_not_parameters(attach: Any, monkeypatch: Any) -> None:
+def test_labels_count_blocks_and_not_parameters(attach: Any, monkeypatch: Any) -> None:
     """7 × 5 is split into blocks of 3 × 3, 3 × 2, 2 × 3 and 2 × 2, and 4 × 6 into blocks of 2 × 3."""
     step, nvtx = start(SHAMPOO, "eager", monkeypatch, max_preconditioner_dim=3), attach()
     step()
@@ -159,7 +159,7 @@ def test_a_step_looks_for_a_tool_once_if_none_is_attached(backend: str, attach: 
     assert nvtx.calls == ["push IFShampoo.step"] * 2
 
 
-def test_a_tool_that_counts_no_levels_is_recognised_by_its_injection_library(attach: Any, monkeypatch: Any) -> None:
+def test_a_tool_that_counts_no_levels_is_recognized_by_its_injection_library(attach: Any, monkeypatch: Any) -> None:
     step, nvtx = start(SHAMPOO, "eager", monkeypatch), attach(answers=False, injected=True)
     step()
     assert nvtx.tree() == expected("eager", update=True)

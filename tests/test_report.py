@@ -23,7 +23,7 @@ def test_the_report_names_versions_devices_backends_and_reasons():
         assert word in text
 
 
-def test_the_report_says_what_was_measured_of_products():
+def test_the_report_shows_the_measured_dtype_of_products():
     assert "bfloat16 factors are multiplied in" in report()
     assert "a BF16 product of " in report()
 

@@ -72,7 +72,7 @@ def test_stochastic_rounding_is_unbiased():
 
 
 @given(st.lists(st.floats(-(2.0**120), 2.0**120, width=32), min_size=1, max_size=20))
-def test_a_compensated_pair_is_the_fp32_value_bit_for_bit(values):
+def test_a_compensated_pair_equals_the_fp32_value_bitwise(values):
     x = torch.tensor(values, dtype=torch.float32)
     hi, lo = rnd.split_compensated(x)
     assert torch.equal(rnd.join_compensated(hi, lo).view(torch.int32), x.view(torch.int32))

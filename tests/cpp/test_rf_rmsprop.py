@@ -108,7 +108,7 @@ def test_compensated_pairs_equal_an_fp32_run_bitwise():
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
-def test_fp32_is_rounded_to_16_bits_as_pytorch_does_it(dtype):
+def test_fp32_is_rounded_to_16_bits_as_in_pytorch(dtype):
     values = to_be_rounded(dtype)
     call, lists = rounding_step(dtype, 1.0, values)
     call.run(lists)
@@ -116,7 +116,7 @@ def test_fp32_is_rounded_to_16_bits_as_pytorch_does_it(dtype):
 
 
 @pytest.mark.parametrize(("dtype", "rounding"), [(FP16, "nearest"), *product([BF16], ROUNDINGS)], ids=str)
-def test_every_number_of_16_bits_is_read_and_written_unchanged(dtype, rounding):
+def test_every_16_bit_value_is_read_and_written_unchanged(dtype, rounding):
     """NaNs stay NaNs, but their payload may change."""
     call, lists = rounding_step(dtype, 0.0, torch.ones(2**16))
     call = replace(call, weight_rounding=rounding)

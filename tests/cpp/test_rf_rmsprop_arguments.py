@@ -81,7 +81,7 @@ def test_empty_lists_and_tensors_are_allowed():
 # ---- arguments -------------------------------------------------------------------------------------------------------
 
 
-def test_the_learning_rate_is_a_tensor_of_one_number_of_any_dtype():
+def test_the_learning_rate_is_a_tensor_with_one_element_of_any_dtype():
     call = cpp_call([(17, 130), ()], lr=0.125)
     expected = call.run()
     for lr in (torch.tensor(0.125, dtype=FP64), torch.tensor([0.125]), torch.tensor(0.125, dtype=BF16)):

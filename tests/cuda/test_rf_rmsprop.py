@@ -107,7 +107,7 @@ def test_bf16_is_rounded_bitwise_as_in_eager_pytorch(cuda, rounding, steps):
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
-def test_16_bit_numbers_are_read_exactly_and_rounded_half_to_even(cuda, dtype):
+def test_16_bit_values_are_read_exactly_and_rounded_half_to_even(cuda, dtype):
     """One step sets the weights to −g. Another keeps them, with a learning rate of 0."""
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     every = every[every.isfinite()]

@@ -119,7 +119,7 @@ def test_a_learning_rate_that_changes_on_the_device_is_read_at_every_step(on_gpu
     assert (lists["param"][0] != weight).all()
 
 
-def test_a_tensor_of_more_than_2_31_numbers(on_gpu):
+def test_a_tensor_of_more_than_2_31_elements(on_gpu):
     if torch.cuda.mem_get_info()[0] < 24 << 30:
         pytest.skip("needs 24 GiB of free GPU memory")
     size, end = 2**31 + CHUNK + 3, slice(2**31 - 5, None)

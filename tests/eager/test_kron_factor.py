@@ -56,7 +56,7 @@ def test_blocks_of_a_batch_are_independent():
         assert [torch.equal(x, y) for x, y in zip(*blocks, strict=True)] == [True, False, True], name
 
 
-def test_slices_of_a_batch_give_the_same_numbers(monkeypatch):
+def test_slices_of_a_batch_give_the_same_result(monkeypatch):
     batch = wide_batch(5, 9, 7, FP64)
     whole, sliced = batch.run(), batch.tensors()
     monkeypatch.setattr(common, "CACHE_ELEMENTS", 2 * 9 * 7)

@@ -28,7 +28,7 @@ FUNCTIONS = [name for name in vars(Operators) if not name.startswith("_")]
 
 @pytest.mark.parametrize("backend", WITH_MATRICES, ids=lambda backend: backend.name)
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_a_function_of_a_backend_takes_what_that_of_eager_pytorch_takes(name: str, backend: Backend) -> None:
+def test_functions_of_a_backend_have_the_signatures_of_eager_pytorch(name: str, backend: Backend) -> None:
     part = {CPP: "cpp", EAGER_WITH_CUDA_MOMENTUM: "cuda"}.get(backend)
     if part and (reason := build_record()["left_out"][part]):
         pytest.skip(f"it was not built: {reason}")

@@ -110,7 +110,7 @@ def test_without_a_table_the_order_of_preference_applies(monkeypatch: pytest.Mon
 
 
 @pytest.mark.usefixtures("gpu")
-def test_the_package_s_table_of_the_device_serves_unless_it_is_off(tmp_path: Path, monkeypatch) -> None:
+def test_the_package_s_table_of_the_device_is_used_unless_it_is_off(tmp_path: Path, monkeypatch) -> None:
     path = tmp_path / "nvidia-h100-80gb-hbm3.json"
     path.write_text(json.dumps(table(matrices=[entry("eager", side=1024, blocks=64)])))
     assert matrices(1024, 64) == "eager"
@@ -158,7 +158,7 @@ def test_a_table_of_another_device_is_ignored(use: Use) -> None:
     assert dispatch.describe(CUDA) == f"none: {path} belongs to NVIDIA A100"
 
 
-def test_every_table_that_ships_can_be_read_and_has_its_device_s_name() -> None:
+def test_every_included_table_is_valid_and_named_after_its_device() -> None:
     for path in dispatch.TABLES.glob("*.json"):
         found = dispatch.read(path)
         assert path.stem == dispatch.slug(found.device) and found.date
@@ -198,7 +198,7 @@ def test_an_error_names_file_entry_and_remedy_before_anything_changes(use: Use, 
     assert not optimizer.state and torch.equal(param, torch.ones(3, 3))
 
 
-def test_a_file_that_is_missing_is_an_error_and_off_the_remedy(use: Use, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_file_is_an_error_unless_tables_are_off(use: Use, monkeypatch: pytest.MonkeyPatch) -> None:
     use("").unlink()
     param = nn.Parameter(torch.ones(3))
     optimizer = RFRMSProp([param], **OPTIONS)

@@ -82,7 +82,7 @@ def test_packed_momenta_use_the_kernel(dtype: torch.dtype) -> None:
         assert torch.equal(unpack(getattr(packed, f"m_{side}")), getattr(whole, f"m_{side}"))
 
 
-def test_other_operators_are_those_of_eager_pytorch() -> None:
+def test_other_operators_use_eager_pytorch() -> None:
     some = batch(keeps_products=False)
     ours, eager = some.tensors(), some.tensors()
     for backend, t in ((NAME, ours), ("eager", eager)):

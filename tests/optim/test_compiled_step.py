@@ -144,7 +144,7 @@ def replace_lr(model: Model, optimizer: torch.optim.Optimizer) -> None:
 
 @few
 @pytest.mark.parametrize("change", [halve_state, reload, change_options, clear_state, replace_lr])
-def test_what_a_user_changes_takes_effect(case: Case, change: Any) -> None:
+def test_changes_by_the_user_take_effect(case: Case, change: Any) -> None:
     twins = Twins(case)
     twins.take(range(2))
     twins.both(change)
@@ -168,7 +168,7 @@ def test_a_group_that_is_added_is_compiled_too(case: Case) -> None:
 
 
 @few
-def test_the_scale_of_grad_scaler_stays_an_input(case: Case) -> None:
+def test_the_scale_of_grad_scaler_is_an_input_of_the_graph(case: Case) -> None:
     twins = Twins(case)
 
     def set_scale(scale: float, found_inf: float) -> Any:

@@ -128,13 +128,13 @@ def reparametrised(e, f, o, c, k, **options):
     return original, e @ n @ f.T + o
 
 
-def test_the_method_is_invariant_under_affine_reparametrisation_of_the_weights():
+def test_the_method_is_invariant_under_affine_reparametrization_of_the_weights():
     e, f, o = near_identity(P, 5), near_identity(D, 6), random(P, D, seed=7)
     original, mapped = reparametrised(e, f, o, near_identity(P, 8), near_identity(D, 9))
     assert_exact(mapped, original)
 
 
-def test_orthogonal_reparametrisation_is_exact_from_the_identity_with_damping_decay_and_clip():
+def test_orthogonal_reparametrization_is_exact_from_the_identity_with_damping_decay_and_clip():
     e, f = orthogonal(P, 5), orthogonal(D, 6)
     options = {"damping": 0.2, "weight_decay": 0.1, "beta2": 0.5}
     weight = random(P, D, seed=4)
@@ -146,7 +146,7 @@ def test_orthogonal_reparametrisation_is_exact_from_the_identity_with_damping_de
 # ---- 3. structured reparametrization: the diagonal step
 
 
-def test_the_diagonal_step_is_invariant_under_diagonal_reparametrisation():
+def test_the_diagonal_step_is_invariant_under_diagonal_reparametrization():
     scale = random(7, seed=30).exp()
     grads = [random(7, seed=31 + step) for step in range(6)]
     weights = []
@@ -211,7 +211,7 @@ def step_ratio(clip, beta2, seed, scale=30.0):
 
 @pytest.mark.parametrize("clip", ["frobenius", "row_sum"])
 @pytest.mark.parametrize("beta2", [0.3, 0.99])
-def test_with_a_clip_an_update_keeps_the_eigenvalues_between_1_minus_beta2_and_1_plus_half_of_it(clip, beta2):
+def test_a_clipped_update_keeps_eigenvalues_between_1_minus_beta2_and_1_plus_half_beta2(clip, beta2):
     for seed in range(5):
         ratio = step_ratio(clip, beta2, seed)
         assert ratio.min() >= 1 - beta2 - EXACT and ratio.max() <= 1 + beta2 / 2 + EXACT

@@ -121,7 +121,7 @@ def test_number_of_launches_of_the_recipe(num_layers: int) -> None:
     assert [name for name in notes if name in SCALED] == SCALED
 
 
-def test_changed_numbers_do_not_recompile() -> None:
+def test_changed_values_do_not_recompile() -> None:
     params = parameters(start([(16, 24)], BF16))
     optimizer = IFShampoo(params, **OPTIONS)
     with backend("triton"):
@@ -162,7 +162,7 @@ def test_default_device_does_not_affect_a_step(optimizer: Any, no_tables: None) 
 
 
 @pytest.mark.parametrize(("optimizer", "options"), [(IFShampoo, {}), (RFRMSProp, {}), (IFShampoo, RECIPE)], ids=str)
-def test_autograd_is_told_of_everything_that_a_step_changes(optimizer: Any, options: dict[str, Any]) -> None:
+def test_a_step_increments_the_versions_of_all_changed_tensors(optimizer: Any, options: dict[str, Any]) -> None:
     params = parameters(start([(16, 8), (6,)], BF16))
     optimizer = optimizer(params, **{**OPTIONS, **COMPENSATED, **options})
 

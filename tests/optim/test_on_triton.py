@@ -109,7 +109,7 @@ def test_if_shampoo_steps_as_eager_pytorch_between_updates(options: dict[str, An
         twins.step(step)
 
 
-def test_if_shampoo_steps_as_eager_pytorch_where_gradients_come_and_go() -> None:
+def test_if_shampoo_steps_as_eager_pytorch_if_gradients_are_missing() -> None:
     """Some parameters of a batch are due for an update, some are not, and some have no gradient."""
     twins = Twins(start([(9, 5)] * 3), IFShampoo, precondition_frequency=2)
     for step, present in enumerate([(0, 1), (0, 2), (0, 1, 2), (2,)]):
@@ -130,7 +130,7 @@ def test_a_gradient_that_is_negated_when_it_is_read_has_the_right_sign(optimizer
     assert all(map(torch.equal, *stepped))
 
 
-def test_if_shampoo_steps_as_eager_pytorch_weights_of_any_strides() -> None:
+def test_if_shampoo_steps_weights_of_any_strides_as_eager_pytorch() -> None:
     shapes, layouts = [(8, 3, 2, 2), (4, 3, 2, 2), (9, 5), (7, 5)], [channels_last, permuted, permuted, sliced]
     tensors = [arrange(x) for arrange, x in zip(layouts, start(shapes, BF16), strict=True)]
     twins = Twins(tensors, IFShampoo, **COMPENSATED)
@@ -158,7 +158,7 @@ def test_the_diagonal_optimizers_step_as_eager_pytorch(optimizer: Any, dtype: to
 
 
 @pytest.mark.parametrize("optimizer", [IFShampoo, RFRMSProp])
-def test_grad_scaler_s_numbers_act_as_in_eager_pytorch(optimizer: Any) -> None:
+def test_grad_scaler_has_the_same_effect_as_in_eager_pytorch(optimizer: Any) -> None:
     twins = Twins(start([(9, 5), (6,)], FP16), optimizer)
     for step, overflow in enumerate([0.0, 1.0, 0.0]):
         for each in twins.optimizers.values():

@@ -134,7 +134,7 @@ def test_the_scale_of_the_loss_changes_nothing_in_fp64() -> None:
 
 
 @pytest.mark.parametrize("missing", ["relative_damping", "factor_init", "update_norm"])
-def test_batch_size_is_required_where_it_does_not_cancel(missing: str) -> None:
+def test_batch_size_is_required_unless_it_cancels(missing: str) -> None:
     options = {**RECIPE, missing: PAPER_RULE[missing]}
     with pytest.raises(ValueError, match=r"batch_size=None: .* It cancels only with factor_init='gradient'"):
         IFShampoo([nn.Parameter(torch.zeros(2, 2))], **options)
@@ -255,7 +255,7 @@ def test_the_rule_is_not_changed_after_the_first_step(option: str) -> None:
 
 
 @RULES
-def test_factors_start_at_the_first_update_where_step_0_is_none(rule: dict[str, Any]) -> None:
+def test_factors_start_at_the_first_update_even_after_step_0(rule: dict[str, Any]) -> None:
     weight = nn.Parameter(torch.ones(4, 3, dtype=FP64))
     options = {**rule, "factor_dtype": FP64, "precondition_frequency": lambda step: step == 2}
     optimizer = IFShampoo([weight], lr=0.1, **options)
@@ -271,10 +271,10 @@ def test_factors_start_at_the_first_update_where_step_0_is_none(rule: dict[str, 
 @RULES
 @pytest.mark.parametrize("fused", [False, None], ids=["eager", "best backend"])
 @pytest.mark.parametrize("frequency", [1, 2])
-def test_parameters_without_a_gradient_stay_and_the_others_of_a_batch_step(
+def test_only_parameters_of_a_batch_with_a_gradient_step(
     rule: dict[str, Any], fused: bool | None, frequency: int
 ) -> None:
-    """Each steps as it would alone. Blocks of the 8 × 8 weights and of the 8 × 16 weight have updates of other norms."""
+    """Each steps as it would alone. Updates of the 8 × 8 weights and of blocks of the 8 × 16 weight differ in norm."""
     options = {**rule, "factor_dtype": FP32, "fused": fused, "precondition_frequency": frequency}
     options |= {"max_preconditioner_dim": 8, "weight_decay": 0.1}
     finals = []

@@ -70,7 +70,7 @@ def test_bf16_weights_follow_the_reference(rounding):
         assert_close(actual, expected, torch.bfloat16, "a chain")
 
 
-def test_compensated_bf16_weights_are_fp32_weights_bit_for_bit():
+def test_compensated_bf16_weights_equal_fp32_weights_bitwise():
     generator = torch.Generator().manual_seed(0)
     narrow = torch.nn.Parameter(torch.randn(50, generator=generator).bfloat16())
     wide = torch.nn.Parameter(narrow.detach().float())

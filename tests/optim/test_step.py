@@ -63,7 +63,7 @@ def test_step_counts_the_calls_with_a_gradient(case: Case) -> None:
     assert [state["step"].item() for state in optimizer.state.values()] == [3] * len(SHAPES)
 
 
-def test_gradients_are_left_untouched(case: Case) -> None:
+def test_gradients_do_not_change(case: Case) -> None:
     model, optimizer = trained(case)
     grads = {name: param.grad for name, param in model.named_parameters()}
     copies = {name: grad.clone() for name, grad in grads.items()}
@@ -183,7 +183,7 @@ def test_fused_false_is_eager_pytorch(case: Case, monkeypatch: pytest.MonkeyPatc
     assert_same_bits(not_fused, results(case))
 
 
-def test_fused_true_says_why_it_cannot_be_served(case: Case) -> None:
+def test_fused_true_says_why_no_kernel_can_run(case: Case) -> None:
     """Kernels compute in FP32."""
     model = Model(torch.float64)
     params = list(model.parameters())
@@ -225,7 +225,7 @@ SCHEDULERS = {
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("as_tensor", [False, True], ids=["float", "tensor"])
-def test_schedulers_set_what_the_next_step_uses(case: Case, scheduler: str, as_tensor: bool) -> None:
+def test_schedulers_set_lr_and_momentum_of_the_next_step(case: Case, scheduler: str, as_tensor: bool) -> None:
     """The run equals a run in which lr and momentum are set by hand."""
     model, optimizer = case.start(lr=torch.tensor(0.01) if as_tensor else 0.01)
     original, (group,) = optimizer.param_groups[0]["lr"], optimizer.param_groups

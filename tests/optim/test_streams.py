@@ -135,7 +135,7 @@ def found() -> dict[str, list[str]]:
 
 @pytest.mark.parametrize("second", MAKERS)
 @pytest.mark.parametrize("first", MAKERS)
-def test_another_stream_waits_for_what_is_shared(first: str, second: str, found: dict[str, list[str]]) -> None:
+def test_another_stream_waits_for_shared_tables(first: str, second: str, found: dict[str, list[str]]) -> None:
     assert found[f"{first}, {second}"] == []
 
 

@@ -116,7 +116,7 @@ def test_a_gradient_may_have_another_floating_dtype(case: Case, grad_dtype: torc
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_momentum_is_kept_in_fp32_or_better_unless_told_otherwise(case: Case, dtype: torch.dtype) -> None:
+def test_momentum_is_stored_in_fp32_or_fp64_by_default(case: Case, dtype: torch.dtype) -> None:
     for chosen in (None, torch.bfloat16, torch.float32):
         model = Model(dtype)
         optimizer = case.make(model.parameters(), state_dtype=chosen)

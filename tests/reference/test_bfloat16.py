@@ -40,7 +40,7 @@ def test_round_stochastic_rounds_up_for_the_largest_bits_and_keeps_infinities_an
     assert np.isnan(ref.bfloat16_value(ref.round_stochastic(nans, [0, 0xFFFF, 1]))).all()
 
 
-def test_compensated_pair_equals_the_fp32_number_bitwise():
+def test_compensated_pair_equals_the_fp32_value_bitwise():
     x = all_patterns_near_ties()
     hi, lo = ref.compensated_split(x)
     assert (hi.dtype, lo.dtype) == (np.uint16, np.int16)

@@ -102,7 +102,7 @@ def corresponding_states(rng, E, F, random_matrix):
 
 @by_shape
 @by_clip
-def test_affine_reparametrisation_gives_the_same_weights_from_corresponding_factors(shape, clip):
+def test_affine_reparametrization_gives_the_same_weights_from_corresponding_factors(shape, clip):
     rng = np.random.default_rng(3)
     E, F = well_conditioned(rng, shape[0]), well_conditioned(rng, shape[1])
     offset = rng.standard_normal(shape)
@@ -143,9 +143,7 @@ def test_rotated_weights_take_another_path_under_the_row_sum_clip_whose_norm_dep
     [(diagonal, ref.project_diagonal), (lower_triangular, ref.project_lower_triangular)],
     ids=["diagonal", "lower triangular"],
 )
-def test_reparametrisation_inside_a_structure_gives_the_same_weights_and_keeps_the_structure(
-    shape, random_matrix, project
-):
+def test_structured_reparametrization_gives_the_same_weights_and_keeps_the_structure(shape, random_matrix, project):
     rng = np.random.default_rng(5)
     E, F, offset = random_matrix(rng, shape[0]), random_matrix(rng, shape[1]), rng.standard_normal(shape)
     states = corresponding_states(rng, E, F, random_matrix)

@@ -82,7 +82,7 @@ def test_a_step_changes_none_of_its_arguments():
     ("size", "max_dim", "lengths"),
     [(7, 8, [7]), (8, 8, [8]), (9, 8, [5, 4]), (10, 4, [4, 3, 3]), (11, 4, [4, 4, 3]), (3, 1, [1, 1, 1])],
 )
-def test_a_long_side_is_cut_into_the_fewest_nearly_equal_blocks_the_longer_first(size, max_dim, lengths):
+def test_a_long_side_is_split_into_the_fewest_blocks_of_nearly_equal_length(size, max_dim, lengths):
     slices = ref.block_slices(size, max_dim)
     assert [block.stop - block.start for block in slices] == lengths
     assert [i for block in slices for i in range(block.start, block.stop)] == list(range(size))

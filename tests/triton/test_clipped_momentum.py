@@ -153,7 +153,7 @@ def test_empty_blocks_have_no_norm(shape, clip):
     assert torch.equal(factors, torch.ones((1, shape[0]), device=DEVICE))
 
 
-def test_changed_numbers_do_not_recompile():
+def test_changed_values_do_not_recompile():
     def run(num_blocks, shapes, alpha, found_inf=None):
         momentum(*triton_sides(num_blocks, shapes), found_inf, alpha, "frobenius")
 
@@ -183,7 +183,7 @@ def test_changed_tensors_get_a_new_version():
 
 @pytest.mark.gpu
 @needs_gpu
-def test_a_batch_of_more_than_2_31_numbers():
+def test_a_batch_of_more_than_2_31_elements():
     num_blocks, n = 2**31 // 4096**2 + 1, 4096
     momenta = [torch.zeros((num_blocks, n, n), dtype=BF16, device=DEVICE)]
     deltas = [torch.zeros((num_blocks, n, n), device=DEVICE)]

@@ -127,7 +127,7 @@ def test_found_inf_skips_and_counts_every_block(rounding, rule):
 
 
 @pytest.mark.parametrize("rule", [{}, WHITENED], ids=str)
-def test_changed_numbers_do_not_recompile(rule):
+def test_changed_values_do_not_recompile(rule):
     batch = triton_batch(16, 8, param=BF16, rounding="stochastic", weight_rounding="stochastic", rule=rule)
     batch.run()
     before = launches.num_compilations()

@@ -173,7 +173,7 @@ def test_strides_of_more_than_2_31_are_supported(layout):
 
 @pytest.mark.gpu
 @needs_gpu
-def test_batches_of_more_than_2_31_numbers():
+def test_batches_of_more_than_2_31_elements():
     """Compare the last of 2049 blocks of 1024 × 1024 with a batch that has only this block."""
     size, num_blocks = 1024, 2049
     alone = triton_batch(size, 8, dtype=BF16, grad=BF16).tensors()

@@ -50,7 +50,7 @@ def test_an_empty_list_needs_no_launch():
     assert counts(triton_call([(0, 3), (0,)]).run()) == [0, 1]
 
 
-def test_changed_numbers_do_not_recompile():
+def test_changed_values_do_not_recompile():
     call = triton_call([(5,), (64, 72)])
     call.run()
     before = launches.num_compilations()
@@ -125,7 +125,7 @@ def test_offsets_are_64_bits_and_indices_of_random_bits_wrap_around(monkeypatch)
 
 @pytest.mark.gpu
 @needs_gpu
-def test_a_tensor_of_more_than_2_31_numbers():
+def test_a_tensor_of_more_than_2_31_elements():
     size, end = 2**31 + CHUNK + 3, slice(2**31 - 5, None)
     small = triton_call([(CHUNK + 8,)], ("whole",), BF16, BF16, BF16, BF16, exact=True)
     lists, expected = small.tensors()[0], small.run()

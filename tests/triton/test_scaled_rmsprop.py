@@ -124,7 +124,7 @@ def test_zero_gradient_keeps_the_curvature_and_continues_the_momentum():
 # ---- compilations, versions of tensors and random bits -----------------------------------------------------------
 
 
-def test_changed_numbers_do_not_recompile_and_an_empty_list_is_allowed():
+def test_changed_values_do_not_recompile_and_an_empty_list_is_allowed():
     call = scaled_call([CHUNK, 5], ("whole",), BF16, BF16, BF16, BF16, "stochastic", "stochastic", rule=WHITENED)
     call.run()
     before = launches.num_compilations()
