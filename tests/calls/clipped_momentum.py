@@ -53,9 +53,7 @@ def clips_of(value: np.ndarray, clip: str) -> list[float]:
     return [float(ref.clipped_beta2(block, 1.0, None if clip == "none" else clip)) for block in blocks]
 
 
-def assert_is_the_reference_s(
-    momenta: Sides, deltas: Sides, old: Sides, clips: Tensor, alpha: float, clip: str
-) -> None:
+def assert_matches_reference(momenta: Sides, deltas: Sides, old: Sides, clips: Tensor, alpha: float, clip: str) -> None:
     """Check momenta [L, …] and clip factors [sides, L] against the reference. `old` are the momenta before the call."""
     for m, delta, before, factors in zip(momenta, deltas, old, clips, strict=True):
         value = alpha * fp64(before) + (1 - alpha) * fp64(delta)

@@ -31,7 +31,7 @@ def threads(number: int) -> Iterator[None]:
 
 
 def under_other_instruction_sets(module: str, expression: str) -> dict[str, str]:
-    """Evaluate an expression of a module once under each other instruction set; return {instruction set: value}."""
+    """Evaluate an expression of a module under every instruction set except the current one; return values by set."""
     names = {"DEFAULT": True, "AVX2": torch.cpu._is_avx2_supported(), "AVX512": torch.cpu._is_avx512_supported()}
     here = torch.backends.cpu.get_cpu_capability()
     program = f"import torch, {module} as m; print(torch.backends.cpu.get_cpu_capability(), m.{expression})"

@@ -163,7 +163,7 @@ def assert_equal(actual: Lists, expected: Lists) -> None:
 # ---- expected results --------------------------------------------------------------------------------------------
 
 
-def assert_is_the_reference_s(call: Call, lists: Lists, before: Lists) -> None:
+def assert_matches_reference(call: Call, lists: Lists, before: Lists) -> None:
     """Check `lists` after a step from `before` against the reference, within the tolerance of the stored dtypes."""
     options = {"lr": call.rate, **call.all_options}
     stored = {

@@ -60,7 +60,7 @@ class ScaledCall(Call):
         return lists
 
 
-def assert_is_the_reference_s(call: ScaledCall, lists: Lists, before: Lists, allowed: float | None = None) -> None:
+def assert_matches_reference(call: ScaledCall, lists: Lists, before: Lists, allowed: float | None = None) -> None:
     """Check `lists` after a step from `before` against the reference.
 
     Errors are relative to the norm of a tensor. The default of `allowed` is the tolerance of the stored dtypes.

@@ -132,7 +132,7 @@ def reference_of_products(batch: Batch, t: Tensors) -> list[recipe.RecipeState]:
     return [recipe.recipe_update(*pair, **options, **batch.reference_rule) for pair in pairs]
 
 
-def assert_an_update_is_the_reference_s(batch: Batch, run: Call) -> None:
+def assert_update_matches_reference(batch: Batch, run: Call) -> None:
     """Check an update of a new batch against the reference."""
     t, allowed = batch.tensors(), one_step(batch.dtype, products=batch.matmul)
     states, expected = batch.reference_states(t), batch.reference_update(t)

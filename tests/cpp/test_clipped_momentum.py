@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.calls.clipped_momentum import assert_is_the_reference_s, assert_memory_around_sides_is_untouched, sides
+from tests.calls.clipped_momentum import assert_matches_reference, assert_memory_around_sides_is_untouched, sides
 from tests.calls.cpu import needs_cpp, threads
 from tests.calls.operators import call
 from tests.calls.tensors import BF16, CLIPS, FP32, clones, same_bits
@@ -44,7 +44,7 @@ def test_momentum_and_clip_match_the_reference(num_blocks, sizes, dtype, clip, a
     old, given_deltas = clones(momenta), clones(deltas)
     clips = momentum(momenta, deltas, None, alpha, clip)
     assert clips.dtype == FP32 and clips.shape == (len(sizes), num_blocks)
-    assert_is_the_reference_s(momenta, deltas, old, clips, alpha, clip)
+    assert_matches_reference(momenta, deltas, old, clips, alpha, clip)
     for m, before, delta in zip(momenta, old, given_deltas, strict=True):
         assert torch.equal(m, (before.float() * alpha + delta * (1 - torch.tensor(alpha))).to(dtype))
     wanted = call("eager", "clipped_momentum", old, given_deltas, None, alpha, clip)
@@ -60,7 +60,7 @@ def test_blocks_may_have_any_number_of_axes(shape, clip):
     old = clones(momenta)
     clips = momentum(momenta, deltas, None, 0.5, clip)
     flat_sides = [[x.flatten(1) for x in tensors] for tensors in (momenta, deltas, old)]
-    assert_is_the_reference_s(*flat_sides, clips, 0.5, clip)
+    assert_matches_reference(*flat_sides, clips, 0.5, clip)
 
 
 @pytest.mark.parametrize("clip", CLIPS)

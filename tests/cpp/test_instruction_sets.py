@@ -13,7 +13,7 @@ from tests.calls.operators import call, through
 from tests.calls.rf_rmsprop import bits
 from tests.calls.tensors import BF16, CLIPS, FP16, FP32, ROUNDINGS, drawn
 from tests.cpp.calls import LAYOUTS, cpp_call, scaled_call
-from tests.cpp.kron_batches import HALVED, assert_an_update_is_the_reference_s, steps_of_exact_batches
+from tests.cpp.kron_batches import HALVED, assert_update_matches_reference, steps_of_exact_batches
 from tests.cpp.rounding_cases import every_pattern, rounding_step, to_be_rounded
 
 pytestmark = needs_cpp
@@ -63,7 +63,7 @@ def digest_of_matrices() -> str:
     Large products may use another library under another instruction set, so these are checked against the reference.
     """
     for batch in HALVED:
-        assert_an_update_is_the_reference_s(batch, through("cpp"))
+        assert_update_matches_reference(batch, through("cpp"))
     return sha256(repr(steps_of_exact_batches()).encode()).hexdigest()
 
 

@@ -12,14 +12,14 @@ from tests.calls.operators import through
 from tests.calls.tensors import BF16, CLIPS, FP32, ROUNDINGS, same_bits
 from tests.calls.tolerances import assert_near, one_step, relative_error
 from tests.cpp.calls import cpp_batch
-from tests.cpp.kron_batches import assert_an_update_is_the_reference_s, with_examples
+from tests.cpp.kron_batches import assert_update_matches_reference, with_examples
 
 pytestmark = needs_cpp
 
 
 @with_examples
 def test_factor_update_matches_the_reference(batch, run):
-    assert_an_update_is_the_reference_s(batch, run)
+    assert_update_matches_reference(batch, run)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from rootfree_kernels.rounding import join_compensated, split_compensated
 from tests.calls.cpu import needs_cpp
 from tests.calls.operators import through
-from tests.calls.rf_rmsprop import assert_equal, assert_is_the_reference_s, bits, counts, flat, fp32_step
+from tests.calls.rf_rmsprop import assert_equal, assert_matches_reference, bits, counts, flat, fp32_step
 from tests.calls.tensors import BF16, FP16, FP32, FP64, ROUNDINGS, assert_memory_around_is_untouched, clones, same_bits
 from tests.cpp.calls import CHUNK, LAYOUTS, PIECE, SHAPES, cpp_call
 from tests.cpp.rounding_cases import every_pattern, rounding_step, to_be_rounded
@@ -69,7 +69,7 @@ def test_step_matches_the_reference_and_fp32_arithmetic_bitwise(call):
     before = flat(lists)
     call.run(lists)
     shaped = {name: [x.view(y.shape) for x, y in zip(before[name], lists[name], strict=True)] for name in lists}
-    assert_is_the_reference_s(call, lists, shaped)
+    assert_matches_reference(call, lists, shaped)
     after = flat(lists)
     assert_equal({name: after[name] for name in ("grad", "skipped")}, {n: before[n] for n in ("grad", "skipped")})
     assert_memory_around_is_untouched(memory)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tests.calls.clipped_momentum import assert_is_the_reference_s, assert_memory_around_sides_is_untouched, sides
+from tests.calls.clipped_momentum import assert_matches_reference, assert_memory_around_sides_is_untouched, sides
 from tests.calls.operators import call
 from tests.calls.tensors import BF16, CLIPS, FP32, clones
 from tests.calls.tolerances import one_step
@@ -31,7 +31,7 @@ def test_momentum_and_clip_match_the_reference(cuda, num_blocks, sizes, dtype, c
     momenta, deltas = sides(num_blocks, [(n, n) for n in sizes], dtype, scale, offsets)
     old, given_deltas = clones(momenta), clones(deltas)
     clips = cuda.clipped_momentum(momenta, deltas, None, alpha, clip)
-    assert_is_the_reference_s(momenta, deltas, old, clips, alpha, clip)
+    assert_matches_reference(momenta, deltas, old, clips, alpha, clip)
     assert all(map(torch.equal, deltas, given_deltas))
     assert_memory_around_sides_is_untouched(momenta, deltas)
 
@@ -44,7 +44,7 @@ def test_blocks_may_have_any_number_of_axes(cuda, shape, clip):
     old = clones(momenta)
     clips = cuda.clipped_momentum(momenta, deltas, None, 0.5, clip)
     flat = [[x.flatten(1) for x in tensors] for tensors in (momenta, deltas, old)]
-    assert_is_the_reference_s(*flat, clips, 0.5, clip)
+    assert_matches_reference(*flat, clips, 0.5, clip)
 
 
 @pytest.mark.parametrize("clip", CLIPS)

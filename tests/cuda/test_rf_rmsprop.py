@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from rootfree_kernels.pointer_tables.rf_rmsprop import GRAD_DTYPES, STATE_DTYPES
 from tests.calls.operators import through
-from tests.calls.rf_rmsprop import LISTS, OPTIONS, assert_equal, assert_is_the_reference_s, copied, counts, fp32_step
+from tests.calls.rf_rmsprop import LISTS, OPTIONS, assert_equal, assert_matches_reference, copied, counts, fp32_step
 from tests.calls.rf_rmsprop import Call as cuda_call
 from tests.calls.tensors import BF16, FP16, FP32, ROUNDINGS, assert_memory_around_is_untouched
 from tests.cuda.on_cpu.library import CHUNK
@@ -77,7 +77,7 @@ def test_step_matches_the_reference_and_writes_nothing_else(cuda, call):
     lists, memory = call.tensors()
     before = copied(lists)
     made = cuda.rf_rmsprop(*call.arguments(lists))
-    assert_is_the_reference_s(call, lists, before)
+    assert_matches_reference(call, lists, before)
     assert_equal({name: lists[name] for name in ("grad", "skipped")}, {n: before[n] for n in ("grad", "skipped")})
     assert not made.where.counters.any()
     assert_memory_around_is_untouched(memory)

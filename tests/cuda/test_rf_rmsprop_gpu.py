@@ -10,7 +10,7 @@ import torch
 
 from tests.calls.operators import through
 from tests.calls.rf_rmsprop import Call as cuda_call
-from tests.calls.rf_rmsprop import assert_equal, assert_is_the_reference_s, copied, counts, fp32_step
+from tests.calls.rf_rmsprop import assert_equal, assert_matches_reference, copied, counts, fp32_step
 from tests.calls.tensors import BF16, FP16, FP32, ROUNDINGS
 from tests.cuda.on_cpu.library import CHUNK
 
@@ -34,7 +34,7 @@ def test_step_of_hundreds_of_tensors_matches_the_reference(on_gpu, dtypes, round
     lists = call.tensors()[0]
     before = copied(lists)
     call.run(lists, on_gpu)
-    assert_is_the_reference_s(call, lists, before)
+    assert_matches_reference(call, lists, before)
     assert counts(lists) == counts(before)
 
 

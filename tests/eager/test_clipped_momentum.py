@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.calls.clipped_momentum import assert_is_the_reference_s
+from tests.calls.clipped_momentum import assert_matches_reference
 from tests.calls.operators import dispatched
 from tests.calls.tensors import CLIPS, FP64, clones
 from tests.calls.tolerances import tolerance
@@ -27,7 +27,7 @@ def test_momentum_and_clip_match_the_reference(clip, scale):
     momenta, deltas = map(list, zip(*sides, strict=True))
     old = clones(momenta)
     clips = momentum(momenta, clones(deltas), None, 0.3, clip)
-    assert_is_the_reference_s(momenta, deltas, old, clips, 0.3, clip)
+    assert_matches_reference(momenta, deltas, old, clips, 0.3, clip)
 
 
 def test_the_row_sum_bounds_the_largest_singular_value_and_lies_below_frobenius_times_root_n():

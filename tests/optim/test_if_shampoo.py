@@ -82,7 +82,7 @@ def test_bf16_factors_match_the_reference_over_many_steps(rounding, matmul_dtype
 
 @pytest.mark.parametrize("rounding", ["stochastic", "compensated", "nearest"])
 def test_only_nearest_rounding_stalls_the_diagonal_of_wide_bf16_factors(rounding):
-    """A step changes a diagonal element by β₂/√n = 6e-4. Half a BF16 unit below 1 is 2e-3, so it is rounded away."""
+    """A step changes a diagonal element by β₂/√n = 6e-4. Half a BF16 unit below 1 is 2e-3, so the change is lost."""
     param = torch.nn.Parameter(torch.zeros(256, 256))
     optimizer = IFShampoo([param], batch_size=1, beta2=0.01, rounding=rounding, lr=0.0)
     for step in range(20):

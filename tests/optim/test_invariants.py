@@ -113,7 +113,7 @@ def test_the_diagonal_step_has_the_same_invariance():
 # ---- 2. affine reparametrization
 
 
-def reparametrised(e, f, o, c, k, **options):
+def reparametrized(e, f, o, c, k, **options):
     """Return M of a run on M, and E N Fᵀ + O of a run on N."""
     inverse_e, inverse_f = torch.linalg.inv(e), torch.linalg.inv(f)
     weight = random(P, D, seed=4)
@@ -130,7 +130,7 @@ def reparametrised(e, f, o, c, k, **options):
 
 def test_the_method_is_invariant_under_affine_reparametrization_of_the_weights():
     e, f, o = near_identity(P, 5), near_identity(D, 6), random(P, D, seed=7)
-    original, mapped = reparametrised(e, f, o, near_identity(P, 8), near_identity(D, 9))
+    original, mapped = reparametrized(e, f, o, near_identity(P, 8), near_identity(D, 9))
     assert_exact(mapped, original)
 
 

@@ -83,7 +83,7 @@ def test_the_first_gradient_may_be_non_finite(case: Case, bad: float) -> None:
 BLOCK_ENTRIES = ("curvature", "factor_c", "factor_k", "momentum_c", "momentum_k", "residual_c", "residual_k")
 
 
-def assert_leaves_out_one_block(case: Case, bad: float, steps_before: int) -> None:
+def assert_skips_one_block(case: Case, bad: float, steps_before: int) -> None:
     """Check that the block with the bad element does not change, and that all other blocks step as usual."""
     before, actual, clean, model, optimizer = runs_with_and_without(case, steps_before, "weight", (ROW, COL), bad)
     side = case.options.get("max_preconditioner_dim", 7)
@@ -108,7 +108,7 @@ def assert_leaves_out_one_block(case: Case, bad: float, steps_before: int) -> No
 @NON_FINITE
 @pytest.mark.parametrize("steps_before", [0, 3, 4], ids=["first-step", "update-step", "other-step"])
 def test_a_non_finite_gradient_skips_only_its_block(case: Case, bad: float, steps_before: int) -> None:
-    assert_leaves_out_one_block(case, bad, steps_before)
+    assert_skips_one_block(case, bad, steps_before)
 
 
 @OF_THE_PAPER
@@ -118,19 +118,19 @@ def test_an_overflow_of_the_factors_skips_the_weights_as_well(case: Case, steps_
 
     The recipe is not tested, because the scale of the gradient does not matter there.
     """
-    assert_leaves_out_one_block(case, 1e17, steps_before)
+    assert_skips_one_block(case, 1e17, steps_before)
 
 
 @NON_FINITE
 @pytest.mark.parametrize("steps_before", [0, 3], ids=["first-step", "later"])
 def test_the_diagonal_step_skips_only_elements_that_are_not_finite(case: Case, bad: float, steps_before: int) -> None:
     """The recipe skips the whole tensor, because the norm of an update depends on all elements."""
-    left_out = slice(None) if case.is_recipe else 2
+    skipped = slice(None) if case.is_recipe else 2
     before, actual, clean, model, optimizer = runs_with_and_without(case, steps_before, "bias", 2, bad)
     expected = {name: value.clone() for name, value in clean.items()}
     for name in ("3 weight", "3 square", "3 momentum_buffer", "3 weight_residual"):
         if name in expected:
-            expected[name][left_out] = before[name][left_out]
+            expected[name][skipped] = before[name][skipped]
     if case.is_recipe:
         expected["3 curvature"] = before["3 curvature"]
     expected["3 skipped"] += 1

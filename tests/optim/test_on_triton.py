@@ -42,7 +42,7 @@ class Twins:
         self.optimizers = {name: optimizer(self.params[name], **{**OPTIONS, **options}) for name in BOTH}
 
     def step(self, step: int, present: Iterable[int] | None = None, scale: float = 1.0) -> None:
-        self.resynchronise()
+        self.resynchronize()
         before = values(self.optimizers["eager"])
         for name in BOTH:
             set_gradients(self.params[name], step, scale)
@@ -67,7 +67,7 @@ class Twins:
         error, allowed = (actual.double() - expected.double()).norm(), self.tolerance * moved.norm() + rounding
         assert error <= allowed, f"{name}: error {error:.1e}, allowed {allowed:.1e}, moved by {moved.norm():.1e}"
 
-    def resynchronise(self) -> None:
+    def resynchronize(self) -> None:
         """Copy eager PyTorch's weights and state to the other run, so errors do not add up.
 
         The copies do not change the versions of tensors, so cached products stay valid.

@@ -79,7 +79,7 @@ def test_diagonal_weights_do_not_depend_on_averaging_the_loss_when_s_starts_B_ti
 # ---- affine reparametrization M = E N Fᵀ + O -------------------------------------------------------------------------
 
 
-def reparametrised_trajectories(rng, E, F, offset, state, rep_state, **changes):
+def reparametrized_trajectories(rng, E, F, offset, state, rep_state, **changes):
     """Return E N F^T + O after each step on N, M after each step on M, and both last states."""
     shape = offset.shape
     weight, gradient = rng.standard_normal(shape), smooth_loss_gradient(rng, *shape)
@@ -107,7 +107,7 @@ def test_affine_reparametrization_gives_the_same_weights_from_corresponding_fact
     E, F = well_conditioned(rng, shape[0]), well_conditioned(rng, shape[1])
     offset = rng.standard_normal(shape)
     states = corresponding_states(rng, E, F, well_conditioned)
-    actual, expected, *_ = reparametrised_trajectories(rng, E, F, offset, *states, damping=0, weight_decay=0, clip=clip)
+    actual, expected, *_ = reparametrized_trajectories(rng, E, F, offset, *states, damping=0, weight_decay=0, clip=clip)
     assert_same(actual, expected)
 
 
@@ -115,7 +115,7 @@ def identity_start_trajectories(shape, random_matrix, clip):
     rng = np.random.default_rng(4)
     E, F = random_matrix(rng, shape[0]), random_matrix(rng, shape[1])
     states = ref.KronState.initial(*shape), ref.KronState.initial(*shape)
-    return reparametrised_trajectories(rng, E, F, np.zeros(shape), *states, clip=clip)
+    return reparametrized_trajectories(rng, E, F, np.zeros(shape), *states, clip=clip)
 
 
 @by_shape
@@ -147,7 +147,7 @@ def test_structured_reparametrization_gives_the_same_weights_and_keeps_the_struc
     rng = np.random.default_rng(5)
     E, F, offset = random_matrix(rng, shape[0]), random_matrix(rng, shape[1]), rng.standard_normal(shape)
     states = corresponding_states(rng, E, F, random_matrix)
-    actual, expected, *last = reparametrised_trajectories(
+    actual, expected, *last = reparametrized_trajectories(
         rng, E, F, offset, *states, damping=0, weight_decay=0, project=project
     )
     assert_same(actual, expected)

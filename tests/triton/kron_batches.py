@@ -84,7 +84,7 @@ ODD_ROWS = triton_batch(137, 72, STACKED, rounding="compensated", weight_roundin
 
 
 @contextmanager
-def numbers_per_program(numbers: int) -> Iterator[None]:
+def elements_per_program(numbers: int) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module_of("sizes"), "ELEMENTS_PER_PROGRAM", numbers)
         yield

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.calls.clipped_momentum import (
     Sides,
-    assert_is_the_reference_s,
+    assert_matches_reference,
     assert_memory_around_sides_is_untouched,
     sides,
 )
@@ -57,7 +57,7 @@ def test_momentum_and_clip_match_the_reference(num_blocks, sizes, dtype, clip, a
     old, given_deltas = clones(momenta), clones(deltas)
     clips = momentum(momenta, deltas, None, alpha, clip)
     assert clips.dtype == FP32 and clips.shape == (len(sizes), num_blocks)
-    assert_is_the_reference_s(momenta, given_deltas, old, clips, alpha, clip)
+    assert_matches_reference(momenta, given_deltas, old, clips, alpha, clip)
     assert_memory_around_sides_is_untouched(momenta, deltas)
 
 
@@ -68,7 +68,7 @@ def test_blocks_may_have_any_number_of_axes(shape, clip):
     momenta, deltas = triton_sides(3, [shape, (7,)])
     old, given_deltas = clones(momenta), clones(deltas)
     clips = momentum(momenta, deltas, None, 0.5, clip)
-    assert_is_the_reference_s(momenta, given_deltas, old, clips, 0.5, clip)
+    assert_matches_reference(momenta, given_deltas, old, clips, 0.5, clip)
 
 
 @pytest.mark.parametrize("clip", CLIPS)

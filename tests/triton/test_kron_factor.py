@@ -23,7 +23,7 @@ from tests.triton.kron_batches import (
     LARGE,
     PER_PROGRAM,
     STACKED,
-    numbers_per_program,
+    elements_per_program,
 )
 
 pytestmark = kernel_test
@@ -36,7 +36,7 @@ pytestmark = kernel_test
 def test_factor_update_matches_the_reference(batch, run, numbers):
     t = batch.tensors()
     expected, allowed = batch.reference_update(t), one_step(products=batch.matmul)
-    with numbers_per_program(numbers):
+    with elements_per_program(numbers):
         ok = batch.update(t, run)
     assert ok.all() and ok.shape == (len(expected),)
     for side, name in (("c", "C"), ("k", "K")):
@@ -78,7 +78,7 @@ def test_updates_of_every_rule_match_the_reference(rule):
     batch = triton_batch(13, 16, THREE, dtype=FACTOR_DTYPES[0], rule=rule)
     t = batch.tensors()
     expected = batch.reference_update(t)
-    with numbers_per_program(256):
+    with elements_per_program(256):
         assert batch.update(t).all()
     assert_factors_are(t, expected, one_step(products=batch.matmul))
     if batch.follows_curvature:
@@ -88,7 +88,7 @@ def test_updates_of_every_rule_match_the_reference(rule):
 @pytest.mark.parametrize("rule", [WHITENED, ROOT_FREE], ids=str)
 @pytest.mark.parametrize("seed", [0, 1], ids=["first gradient", "later gradient"])
 def test_bf16_updates_of_wide_blocks_with_the_recipe_match_the_reference(rule, seed):
-    """Blocks have several tiles, so most tiles of C and m in the product C m have different positions."""
+    """Blocks have several tiles, so most steps of the inner product load different tiles of C and m."""
     rest = {"rule": rule, "options": {"damping": 1e-3, "batch_size": 1.0}, "seed": seed}
     batch = triton_batch(136, 70, rounding="compensated", clip="row_sum", **rest)
     t = batch.tensors()

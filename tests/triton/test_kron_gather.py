@@ -24,7 +24,7 @@ from tests.triton.kron_batches import (
     ODD_ROWS,
     PER_PROGRAM,
     STACKED,
-    numbers_per_program,
+    elements_per_program,
 )
 
 pytestmark = kernel_test
@@ -39,7 +39,7 @@ pytestmark = kernel_test
 def test_gather_returns_the_scaled_blocks_bitwise_and_their_squared_norms(batch, run, numbers):
     """Scales are powers of two, so only the conversion to the dtype of G rounds."""
     t = batch.tensors()
-    with numbers_per_program(numbers):
+    with elements_per_program(numbers):
         grad, squares = batch.gather(t, run)
     factor = (-1 if batch.maximize else 1) / (batch.grad_scale or 1)
     expected = torch.stack([(x.float() * factor).to(batch.dtype) for x in batch.blocks(t.grads)])
@@ -63,7 +63,7 @@ def test_many_programs_read_every_element_once():
     """There are 138 programs. 130 of them read eight rows of G, and 133 read a share of C."""
     batch = triton_batch(1040, 8, grad=BF16)
     t = batch.tensors()
-    with numbers_per_program(60):
+    with elements_per_program(60):
         grad, squares = batch.gather(t)
     assert same_bits(grad[0], t.grads[0].to(batch.dtype)) and squares.shape[-1] == 138
     assert squares[:, 0].count_nonzero(1).tolist() == [130, 133, 1]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rootfree_kernels.pointer_tables import rf_rmsprop as diagonal
 from tests.calls.device import kernel_test
 from tests.calls.operators import through
-from tests.calls.rf_rmsprop import assert_equal, assert_is_the_reference_s, copied, counts
+from tests.calls.rf_rmsprop import assert_equal, assert_matches_reference, copied, counts
 from tests.calls.tensors import BF16, FP16, FP32, ROUNDINGS, assert_memory_around_is_untouched
 from tests.triton.calls import CHUNK, LAYOUTS, SHAPES, triton_call
 
@@ -59,7 +59,7 @@ def test_step_matches_the_reference_and_writes_nothing_else(call):
     lists, memory = call.tensors()
     before = copied(lists)
     call.run(lists)
-    assert_is_the_reference_s(call, lists, before)
+    assert_matches_reference(call, lists, before)
     assert_equal({name: lists[name] for name in ("grad", "skipped")}, {n: before[n] for n in ("grad", "skipped")})
     assert_memory_around_is_untouched(memory)
 

@@ -14,7 +14,7 @@ from tests.calls.device import DEVICE, kernel_test, launches, module_of
 from tests.calls.kron import MIXED, ROOT_FREE, WHITENED
 from tests.calls.operators import Call, dispatched, through
 from tests.calls.rf_rmsprop import assert_equal, bits, copied, counts
-from tests.calls.scaled_rmsprop import ScaledCall, assert_is_the_reference_s
+from tests.calls.scaled_rmsprop import ScaledCall, assert_matches_reference
 from tests.calls.tensors import BF16, FP16, FP32, ROUNDINGS, assert_memory_around_is_untouched
 from tests.triton.calls import CHUNK, LAYOUTS
 
@@ -25,11 +25,11 @@ RULES = (WHITENED, ROOT_FREE, *MIXED)
 scaled_call = partial(ScaledCall, backend="triton", device=DEVICE)
 
 
-def assert_step_is_the_reference_s(call: ScaledCall, run: Call | None = None) -> None:
+def assert_step_matches_reference(call: ScaledCall, run: Call | None = None) -> None:
     lists, memory = call.tensors()
     before = copied(lists)
     call.run(lists, run)
-    assert_is_the_reference_s(call, lists, before)
+    assert_matches_reference(call, lists, before)
     assert_equal({name: lists[name] for name in ("grad", "skipped")}, {n: before[n] for n in ("grad", "skipped")})
     assert_memory_around_is_untouched(memory)
 
@@ -37,7 +37,7 @@ def assert_step_is_the_reference_s(call: ScaledCall, run: Call | None = None) ->
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_steps_of_every_rule_match_the_reference(rule):
     """The first and the last tensor get their first gradient."""
-    assert_step_is_the_reference_s(scaled_call(SHAPES, LAYOUTS, grad_scale=3.0, rule=rule), dispatched("triton"))
+    assert_step_matches_reference(scaled_call(SHAPES, LAYOUTS, grad_scale=3.0, rule=rule), dispatched("triton"))
 
 
 @pytest.mark.parametrize(
@@ -52,9 +52,9 @@ def test_steps_of_every_rule_match_the_reference(rule):
 )
 def test_steps_match_the_reference_in_every_dtype(dtypes):
     options = {"maximize": True, "gamma": 0.0}
-    assert_step_is_the_reference_s(scaled_call(SHAPES, LAYOUTS, *dtypes, options, found_inf=0.0, rule=WHITENED))
+    assert_step_matches_reference(scaled_call(SHAPES, LAYOUTS, *dtypes, options, found_inf=0.0, rule=WHITENED))
     options = {"decoupled": True, "damping": 0.0}
-    assert_step_is_the_reference_s(scaled_call(SHAPES[1:], LAYOUTS[1:], *dtypes, options, rule=MIXED[1]))
+    assert_step_matches_reference(scaled_call(SHAPES[1:], LAYOUTS[1:], *dtypes, options, rule=MIXED[1]))
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="changes a constant of kernels, which a GPU may have compiled already")
@@ -64,7 +64,7 @@ def test_a_program_may_work_on_several_chunks(monkeypatch):
     monkeypatch.setattr(module, "MAX_SHARES", 2)
     monkeypatch.setattr(module, "_MAX_SHARES", tl.constexpr(2))
     shapes = [(5 * CHUNK + 13,), (3, CHUNK)]
-    assert_step_is_the_reference_s(scaled_call(shapes, ("whole", "offset by 1"), BF16, BF16, rule=WHITENED))
+    assert_step_matches_reference(scaled_call(shapes, ("whole", "offset by 1"), BF16, BF16, rule=WHITENED))
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
@@ -116,7 +116,7 @@ def test_zero_gradient_keeps_the_curvature_and_continues_the_momentum():
         grad.zero_()
     before = copied(lists)
     call.run(lists)
-    assert_is_the_reference_s(call, lists, before)
+    assert_matches_reference(call, lists, before)
     assert_equal({n: lists[n] for n in ("square", "curvature")}, {n: before[n] for n in ("square", "curvature")})
     assert counts(lists) == counts(before)
 
