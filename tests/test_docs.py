@@ -30,7 +30,7 @@ def exists(name: str) -> bool:
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_files_that_a_page_names_exist(page: Path) -> None:
     named = re.findall(r"`([\w/.-]+(?:\.py|\.cpp|\.cu|/))`", page.read_text(encoding="utf-8"))
-    siblings = {"products.py", "clipped_momentum.py", "common.py", "rounding.py"}  # of eager/kron_factor.py
+    siblings = {"products.py", "clipped_momentum.py", "common.py", "rounding.py"}  # files beside eager/kron_factor.py
     missing = [name for name in named if not exists(name) and name not in siblings]
     assert not missing
 

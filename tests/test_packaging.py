@@ -162,7 +162,7 @@ def test_metadata_has_the_version_and_a_description_without_relative_links(wheel
     assert str(metadata.version) == rootfree_kernels.__version__
     assert metadata.description_content_type == "text/markdown"
     assert metadata.description and check_dist.relative_links(metadata.description) == []
-    assert check_dist.relative_links((ROOT / "README.md").read_text(encoding="utf-8"))  # the check finds them
+    assert check_dist.relative_links((ROOT / "README.md").read_text(encoding="utf-8"))  # the check finds links
 
 
 def test_version_of_a_build_can_name_the_torch_that_it_needs() -> None:

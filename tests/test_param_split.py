@@ -9,7 +9,7 @@ from rootfree_kernels import RFRMSProp, split_params
 
 
 class Tied(nn.Module):
-    """A language model with one head that shares the embedding's weight, and a second head."""
+    """A language model with two heads. One shares the weight of the embedding."""
 
     def __init__(self):
         super().__init__()

@@ -18,7 +18,7 @@ if DEVICE.type == "cpu":
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from rootfree_kernels import triton_kernels  # noqa: E402  after the above
+from rootfree_kernels import triton_kernels  # noqa: E402  must follow the statements above
 from rootfree_kernels.triton_kernels import launch as launches  # noqa: E402
 from rootfree_kernels.triton_kernels import operators as triton_operators  # noqa: E402
 from rootfree_kernels.triton_kernels import with_bmm as triton_with_bmm  # noqa: E402

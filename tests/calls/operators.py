@@ -34,7 +34,7 @@ def flat_arguments(stem: str, *args: Any) -> list[Any]:
     flat: list[Any] = []
     for argument in args:
         flat += argument if isinstance(argument, tuple) else [argument]
-    if stem == "kron_step":  # the schema has the fields of a preconditioner in two places
+    if stem == "kron_step":  # the schema separates the fields of a preconditioner
         (weights, (factor_c, factor_k, cached, ok), gathered, lr, draws, found_inf, options) = args
         flat = [*weights, factor_c, factor_k, *gathered, lr, ok, *draws, found_inf, cached, *options]
     return flat

@@ -152,13 +152,13 @@ def block_slices(size, max_dim):
 
 
 def _matrix_blocks(shape, max_dim):
-    """{(i, j): (row slice, column slice)} of a weight viewed as shape[0] x (the product of the rest)."""
+    """Return {(i, j): (row slice, column slice)} of a weight viewed as shape[0] x (product of the other sizes)."""
     rows, columns = block_slices(shape[0], max_dim), block_slices(int(np.prod(shape[1:])), max_dim)
     return {(i, j): (row, column) for i, row in enumerate(rows) for j, column in enumerate(columns)}
 
 
 def initial_blocked_states(shape, *, max_dim):
-    """{(i, j): KronState.initial} for every block of a weight of ``shape``."""
+    """Return {(i, j): KronState.initial} for every block of a weight of ``shape``."""
     return {
         index: KronState.initial(row.stop - row.start, column.stop - column.start)
         for index, (row, column) in _matrix_blocks(shape, max_dim).items()
@@ -179,7 +179,7 @@ def blocked_kron_step(weight, grad, states, *, max_dim, **step_arguments):
 
 def growing_interval_updates(step, max_interval):
     """Return whether min(max(floor(log_4(step + 1)), 1), max_interval) divides ``step``. Steps count from 0."""
-    floor_log4 = ((step + 1).bit_length() - 1) // 2  # in integers: a rounded logarithm may miss a power of four
+    floor_log4 = ((step + 1).bit_length() - 1) // 2  # exact; a rounded logarithm may miss a power of four
     return step % min(max(floor_log4, 1), max_interval) == 0
 
 
@@ -210,7 +210,7 @@ def inverse_free_full_update(S_inv, g, *, batch_size, beta2, gamma):
 
 
 def factored_full_update(A, g, *, batch_size, beta2, gamma):
-    """A <- A exp(-(beta2/2) (A^T H A - gamma I)),  H = B g g^T,  S^-1 = A A^T;  exp is exact, by eigh."""
+    """A <- A exp(-(beta2/2) (A^T H A - gamma I)),  H = B g g^T,  S^-1 = A A^T;  exp is computed by eigh."""
     projected = A.T @ g
     values, vectors = np.linalg.eigh(batch_size * np.outer(projected, projected) - gamma * np.eye(len(g)))
     return A @ (vectors * np.exp(-beta2 / 2 * values)) @ vectors.T

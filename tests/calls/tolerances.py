@@ -31,7 +31,7 @@ TOLERANCES = {
     (torch.float32, "an element"): 1e-6,  # a few roundings of 6e-8; also for a sum of squares, whose errors cancel
     (torch.bfloat16, "an element"): 2.0**-8,  # one rounding to nearest
 }
-"""Relative Frobenius errors, unless the key says otherwise, by dtype and kind of computation."""
+"""Relative Frobenius errors by dtype and kind of computation. "an element" is relative to the element."""
 
 
 def tolerance(kind: str, *dtypes: torch.dtype) -> float:

@@ -3,7 +3,7 @@
 Kernels compute nothing on the fake GPU, so tests that compare values fail. The plugin reports these failures as
 expected failures. A test fails if it raises another exception or makes an error that a GPU would report:
 
-- a launch with a tensor, directly or in a table, that was freed or is on another device than the stream,
+- a launch with freed memory or with a tensor on another device, as an argument or in a table,
 - a launch with too many threads or too much shared memory,
 - a synchronization or a copy from pageable memory during the capture of a CUDA graph.
 """

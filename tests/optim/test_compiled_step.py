@@ -149,7 +149,7 @@ def test_changes_by_the_user_take_effect(case: Case, change: Any) -> None:
     twins.take(range(2))
     twins.both(change)
     twins.take(range(2, 4))
-    # The compiler first makes changed floats inputs of the graph. Operators need constants, so it compiles once more.
+    # The compiler first treats changed floats as inputs. Operators need constants, so it compiles once more.
     assert twins.compilations() == {replace_lr: 1, change_options: 3}.get(change, 2)
 
 

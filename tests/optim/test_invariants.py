@@ -230,7 +230,7 @@ def distance_to_root_free_shampoo(beta2, steps):
     m_c, m_k = torch.zeros_like(c), torch.zeros_like(k)
     s_c, s_k = np.eye(P), np.eye(D)
     for step in range(steps):
-        grad = random(1, P, D, seed=100 + step * 64 // steps)  # a function of the time step·β₂
+        grad = random(1, P, D, seed=100 + step * 64 // steps)  # depends only on the time step·β₂
         dispatched("eager")(
             "kron_factor",
             *(c, k, m_c, m_k, None, None, None, None, None, grad),

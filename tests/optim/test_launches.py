@@ -98,7 +98,7 @@ def test_clipping_by_row_sums_adds_one_launch() -> None:
     params = parameters(start([(16, 24)] * 2, FP32))
     optimizer = IFShampoo(params, **{**OPTIONS, "lr": torch.tensor(0.01, device=DEVICE)}, clip="row_sum")
     set_gradients(params, 0)
-    for _ in range(3):  # the first ones make tables and constants
+    for _ in range(3):  # the first steps create tables and constants
         with backend("triton"), noted_work() as notes:
             optimizer.step()
     by_row_sums = [*UPDATE]
@@ -112,7 +112,7 @@ def test_number_of_launches_of_the_recipe(num_layers: int) -> None:
     options = {**OPTIONS, **RECIPE, "lr": torch.tensor(0.01, device=DEVICE)}
     optimizer = IFShampoo(params, **options)
     set_gradients(params, 0)
-    for _ in range(3):  # the first ones make tables and constants
+    for _ in range(3):  # the first steps create tables and constants
         with backend("triton"), noted_work() as notes:
             optimizer.step()
     matrices = [*GATHER, *WHITENED_UPDATE, *STEP_IN_PARTS]

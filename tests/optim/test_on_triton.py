@@ -110,7 +110,7 @@ def test_if_shampoo_steps_as_eager_pytorch_between_updates(options: dict[str, An
 
 
 def test_if_shampoo_steps_as_eager_pytorch_if_gradients_are_missing() -> None:
-    """Some parameters of a batch are due for an update, some are not, and some have no gradient."""
+    """In one batch, some parameters need an update, some do not, and some have no gradient."""
     twins = Twins(start([(9, 5)] * 3), IFShampoo, precondition_frequency=2)
     for step, present in enumerate([(0, 1), (0, 2), (0, 1, 2), (2,)]):
         twins.step(step, present)

@@ -1,4 +1,4 @@
-"""`packed_momentum=True`: the same steps in less memory, with m_C and m_K stored as triangles."""
+"""`packed_momentum=True`: equal steps with less memory. m_C and m_K are stored as triangles."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ class Batch:
     rows: int = 7
     cols: int = 5
     tiles: tuple[tuple[int, int, int, int], ...] = ((0, 1, 0, 1), (0, 2, 5, 2))
-    dtype: torch.dtype = FP32  # of factors
+    dtype: torch.dtype = FP32  # dtype of the factors
     matmul: torch.dtype = FP32
     grad: torch.dtype = FP32
     param: torch.dtype = FP32
