@@ -1,4 +1,4 @@
-"""Configuration of pytest, and fixtures that several folders use."""
+"""Configuration of pytest, and shared fixtures."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: its kernels run on the CPU, slowly
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # run Triton kernels in its interpreter; set before its import
 
 pytest.register_assert_rewrite(*(f"tests.{name}" for name in ("calls", "cpp", "cuda", "eager", "optim", "reference")))
 
-from tests.calls.optimizers import CASES, Case  # noqa: E402  after both of the above
+from tests.calls.optimizers import CASES, Case  # noqa: E402  must come after the two statements above
 
 
 @pytest.fixture(params=CASES, ids=lambda case: case.name)

@@ -1,7 +1,7 @@
 """All functions of the package are annotated, except Triton's kernels.
 
-mypy demands annotations in rootfree_kernels only. In triton_kernels it cannot, because Triton gives the annotations of
-a kernel's parameters a meaning of its own; this test does.
+mypy checks this only for rootfree_kernels. It cannot check triton_kernels, because annotations of a kernel's parameters
+have another meaning for Triton. This test checks both.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ KERNEL_DECORATORS = {"kernel", "triton.jit"}
 
 
 def missing_annotations(source: str) -> list[str]:
-    """Return the parameters without an annotation, and "return", of all functions but kernels, as "function: name"."""
+    """Return missing annotations of all functions except kernels, as "function: parameter" or "function: return"."""
     found = []
     for function, is_method in functions(ast.parse(source)):
         decorators = {ast.unparse(decorator) for decorator in function.decorator_list}

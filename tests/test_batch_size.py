@@ -21,7 +21,7 @@ class Keyword(nn.Module):
 
 
 def counted(calls, **options):
-    """Return the group's batch_size in a step after these calls of (size, training)."""
+    """Return the group's batch_size after forward calls with (size, training), and a step."""
     model = Keyword()
     optimizer = RFRMSProp(model.parameters(), batch_size=1)
     with BatchSizeCounter(model, optimizer, **options):
@@ -44,7 +44,7 @@ def test_a_step_without_a_counted_call_keeps_the_batch_size():
     assert counted([(9, False)]) == 1
 
 
-def test_the_world_size_multiplies_and_terms_may_be_counted_otherwise():
+def test_the_world_size_multiplies_and_terms_may_be_counted_by_a_function():
     assert counted([(7, True)], world_size=4) == 28
     assert counted([(7, True)], count_terms=lambda args, kwargs: kwargs["inputs"].numel()) == 28
 
@@ -66,7 +66,7 @@ def test_forward_calls_inside_a_closure_are_counted_and_those_without_gradients_
     assert optimizer.param_groups[0]["batch_size"] == 16
 
 
-def test_the_count_starts_anew_after_every_step_and_ends_with_remove():
+def test_the_count_is_reset_after_every_step_and_ends_with_remove():
     model = nn.Linear(3, 2)
     optimizer = RFRMSProp(model.parameters(), batch_size=1)
     counter = BatchSizeCounter(model, optimizer)

@@ -1,4 +1,4 @@
-"""Cutting parameters into blocks."""
+"""Splitting parameters into blocks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_blocks_cover_a_side_and_have_similar_sizes(size, max_dim):
     assert [run.start for run in runs] == [0, *(run.stop for run in runs[:-1])] and runs[-1].stop == size
     sizes = [run.size for run in runs]
     assert max(sizes) <= max_dim
-    assert 2 * min(sizes) >= max(sizes) - 1  # 3 in blocks of at most 2: 2 and 1
+    assert 2 * min(sizes) >= max(sizes) - 1  # for example, 3 with max_dim 2 gives 2 and 1
 
 
 @pytest.mark.parametrize(
@@ -62,13 +62,13 @@ def test_max_dim_none_does_not_cut():
     ],
     ids=str,
 )
-def test_which_shapes_become_matrices(shape, expected):
+def test_shapes_that_become_matrices(shape, expected):
     assert matrix_shape(shape) == expected
 
 
 @given(st.integers(2, 23), st.integers(2, 23), st.integers(1, 9))
 def test_the_blocks_of_all_tiles_are_views_that_cover_the_matrix_once(rows, cols, max_dim):
-    matrix = torch.zeros(rows, cols).t().contiguous().t()  # column-major: any strides will do
+    matrix = torch.zeros(rows, cols).t().contiguous().t()  # column-major, to test other strides
     for tile in tiles(matrix.shape, max_dim):
         views = block_views(matrix, tile)
         assert len(views) == tile.num_blocks

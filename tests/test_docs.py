@@ -1,4 +1,4 @@
-"""README.md, CONTRIBUTING.md and docs/: what they name exists, and docs/a-step.md follows the way of a step."""
+"""README.md, CONTRIBUTING.md and docs/: named files and links exist, and docs/a-step.md follows a real step."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ SITE = re.compile(r"https://rootfree-kernels\.readthedocs\.io(?:/en/[\w.]+)?(?:/
 
 
 def exists(name: str) -> bool:
-    """Return whether a file or a folder of that name is in the tree; names may leave out the package."""
-    if name.startswith(("runs/", "build/", ".")):  # written by commands
+    """Return whether a file or a folder is in the tree. Names may be relative to the package or to some folders."""
+    if name.startswith(("runs/", "build/", ".")):  # created by commands
         return True
     places = ("", "rootfree_kernels", "rootfree_kernels/optim", "rootfree_kernels/native", "csrc", "bench", "tests")
     return any((ROOT / place / name).exists() for place in places)
@@ -30,7 +30,7 @@ def exists(name: str) -> bool:
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_files_that_a_page_names_exist(page: Path) -> None:
     named = re.findall(r"`([\w/.-]+(?:\.py|\.cpp|\.cu|/))`", page.read_text(encoding="utf-8"))
-    siblings = {"products.py", "clipped_momentum.py", "common.py", "rounding.py"}  # of eager/kron_factor.py
+    siblings = {"products.py", "clipped_momentum.py", "common.py", "rounding.py"}  # files beside eager/kron_factor.py
     missing = [name for name in named if not exists(name) and name not in siblings]
     assert not missing
 
@@ -55,7 +55,7 @@ def broken_links(page: Path) -> Iterator[str]:
             yield link
 
 
-# ---- the reference -------------------------------------------------------------------------------------------------
+# ---- API reference -------------------------------------------------------------------------------------------------
 
 
 def test_every_public_name_has_a_page() -> None:
@@ -86,7 +86,7 @@ def test_every_environment_variable_is_documented() -> None:
 
 @cache
 def strings_of_the_source() -> list[str]:
-    """Return all strings of the package and of setup.py, f-strings with "…" for what they insert."""
+    """Return all strings of the package and of setup.py. In f-strings, "…" replaces inserted values."""
     files = [*ROOT.glob("rootfree_kernels/**/*.py"), *ROOT.glob("triton_kernels/*.py"), ROOT / "setup.py"]
     nodes = (node for file in files for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
     return [text for node in nodes if (text := text_of(node))]
@@ -98,20 +98,20 @@ def text_of(node: ast.AST) -> str:
     return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
 
 
-def test_messages_that_troubleshooting_quotes_are_those_of_the_source() -> None:
+def test_messages_quoted_in_troubleshooting_are_in_the_source() -> None:
     quoted = [block.text.strip() for block in blocks(DOCS / "troubleshooting.md", "text")]
     assert len(quoted) >= 40
     assert not [message for message in quoted if not is_raised(message)]
 
 
 def is_raised(message: str) -> bool:
-    """Return whether each part of a message, between the "…", is in a string of the source."""
+    """Return whether each part of a message, separated by "…", is in a string of the source."""
     parts = [part.strip(" .:") for part in message.split("…")]
     return any(len(part) > 10 for part in parts) and all(part_is_raised(part) for part in parts)
 
 
 def part_is_raised(part: str) -> bool:
-    """Return whether a part of a message is in a string of the source. Names of options are put before them."""
+    """Return whether a part of a message is in a string of the source. A prefix with an option's name is ignored."""
     part = re.sub(r"^\w*=$", "", part.removeprefix("lr=").removeprefix("batch_size="))
     return any(part in text for text in strings_of_the_source())
 
@@ -119,7 +119,7 @@ def part_is_raised(part: str) -> bool:
 # ---- docs/a-step.md ------------------------------------------------------------------------------------------------
 
 
-def test_a_step_enters_every_file_from_one_that_the_page_named_before() -> None:
+def test_a_step_enters_every_file_from_a_file_named_earlier_on_the_page() -> None:
     changes = file_changes.changes("eager")
     named = list(dict.fromkeys(re.findall(r"\*\*`([\w/.]+\.py)`\*\*", A_STEP)))
     assert len(named) >= 6

@@ -1,4 +1,4 @@
-"""The Python blocks of README.md and docs/ run as they stand. Those that make an optimizer train."""
+"""The Python blocks of README.md and docs/ run unchanged. Optimizers that they create train a model."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from torch import nn
 from tests.tools.pages import DOCS, PAGES, ROOT, Block, blocks, name_of
 
 STEPS = 96
-ALONE = {DOCS / "trainers.md"}  # each block stands for itself, and needs other packages
+ALONE = {DOCS / "trainers.md"}  # each block runs alone and needs other packages
 
 
 class Unit(NamedTuple):
-    """Blocks that are run one after the other, in the same namespace."""
+    """Blocks that run one after the other in one namespace."""
 
     page: Path
     blocks: list[Block]
 
     @property
     def packages(self) -> set[str]:
-        """The packages that the blocks import."""
+        """Return the packages that the blocks import."""
         nodes = [node for block in self.blocks for node in ast.walk(ast.parse(block.text))]
         plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
         from_ = {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
@@ -48,7 +48,7 @@ def units() -> list[Unit]:
 
 
 class Task:
-    """What the pages take for granted: `model`, `loader`, `loss_fn` and `device`."""
+    """Define the variables that pages assume: `model`, `loader`, `loss_fn` and `device`."""
 
     def __init__(self) -> None:
         torch.manual_seed(0)
@@ -67,7 +67,7 @@ class Task:
         return nn.functional.cross_entropy(self.model(self.inputs), self.targets)
 
     def run(self, block: Block) -> None:
-        """Run a block. If it makes an optimizer of the model, check that this optimizer trains."""
+        """Run a block. If it creates an optimizer of the model, check that this optimizer trains."""
         optimizer = self.names.get("optimizer")
         if "optimizer = " in block.text:
             self.model.load_state_dict(self._first)
@@ -95,7 +95,7 @@ class Task:
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Compute in one thread: on a busy machine threads wait for each other far longer than these steps take."""
+    """Use one thread. On a busy machine, threads would wait for each other longer than these steps take."""
     number = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -113,7 +113,7 @@ def test_blocks_run(unit: Unit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     for block in unit.blocks:
         task.run(block)
     history = getattr(getattr(task.names.get("trainer"), "state", None), "log_history", [])
-    losses = [entry["loss"] for entry in history if "loss" in entry]  # of transformers
+    losses = [entry["loss"] for entry in history if "loss" in entry]  # the log of transformers
     assert losses[-1:] <= losses[:1]
 
 

@@ -1,6 +1,6 @@
-"""The command lines of README.md, CONTRIBUTING.md and docs/: make knows the targets, programs know their options.
+"""The command lines of README.md, CONTRIBUTING.md and docs/: make targets, programs and their options exist.
 
-Nothing is measured or trained here: a program is stopped when it has read its command line.
+Programs are stopped after they parsed their command line, so nothing is measured or trained.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ COMMANDS = {command: name_of(page) for page in reversed(PAGES) for command in co
 
 
 class CommandLineIsRead(BaseException):
-    """Raised in the place of what a program does after it has read its command line."""
+    """Raised after a program parsed its command line, to stop it."""
 
 
 def stop_after_parsing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,12 +39,12 @@ def stop_after_parsing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def source_of(module: str) -> str | None:
-    """Return the source of a module, of a package that of all its files, or None if it cannot be run."""
+    """Return the source of a module, or of all files of a package. Return None if it cannot be run."""
     try:
         spec = importlib.util.find_spec(module)
         is_package = spec is not None and spec.submodule_search_locations
         spec = importlib.util.find_spec(f"{module}.__main__") if is_package else spec
-    except ModuleNotFoundError:  # of the package around it
+    except ModuleNotFoundError:  # the parent package is missing
         return None
     if spec is None or spec.origin is None:
         return None
@@ -53,7 +53,7 @@ def source_of(module: str) -> str | None:
 
 
 def check_module(module: str, arguments: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check that a module can be run with these arguments. A module without a command line takes none."""
+    """Check that a module can be run with these arguments. A module that does not parse arguments must get none."""
     source = source_of(module)
     assert source is not None, f"there is no module {module} that can be run"
     if module.partition(".")[0] not in ("bench", "tests"):

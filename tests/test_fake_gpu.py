@@ -1,4 +1,4 @@
-"""Tests on the fake GPU (`make fake-gpu`), which computes nothing: devices, launches and host syncs."""
+"""Tests on the fake GPU (`make fake-gpu`): devices, launches and host syncs. Its kernels compute nothing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pair = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two fake 
 
 
 def make(cls: Any, *devices: int, **options: Any) -> torch.optim.Optimizer:
-    """Return an optimizer with the same parameters on each device, after two steps."""
+    """Return an optimizer after two steps. It has the same parameters on each device."""
     params = [torch.nn.Parameter(torch.ones(s, device=f"cuda:{device}")) for device in devices for s in SHAPES]
     for param in params:
         param.grad = torch.ones_like(param)
@@ -71,7 +71,7 @@ def test_a_step_of_vectors_is_one_launch(fake: Any) -> None:
 @pytest.mark.parametrize("capturable", [False, True], ids=["", "capturable"])
 @pytest.mark.parametrize("cls", [IFShampoo, RFRMSProp])
 def test_parameters_on_two_devices(cls: Any, capturable: bool, current: int) -> None:
-    """The current device has no effect and does not change. The plugin checks tensors and streams of launches."""
+    """The current device has no effect and does not change. The plugin checks the tensors and streams of launches."""
     with torch.cuda.device(current):
         optimizer = make(cls, 0, 1, capturable=capturable)
         assert torch.cuda.current_device() == current
@@ -80,16 +80,16 @@ def test_parameters_on_two_devices(cls: Any, capturable: bool, current: int) -> 
 
 
 @pair
-def test_a_device_that_is_not_the_current_one() -> None:
+def test_parameters_on_a_device_that_is_not_current() -> None:
     make(IFShampoo, 1)
     make(RFRMSProp, 1)
 
 
-# ---- the fake GPU itself finds errors ------------------------------------------------------------------------------
+# ---- the fake GPU reports errors -----------------------------------------------------------------------------------
 
 
 def launch(fake: Any, stream: int, threads: int = 32) -> None:
-    """Launch a kernel without PyTorch, as the extension does."""
+    """Launch a kernel directly, as the extension does."""
     sizes = ctypes.c_uint * 3
     fake.library.fake_gpu_launch(sizes(1, 1, 1), sizes(threads, 1, 1), 0, ctypes.c_void_p(stream))
 
@@ -125,7 +125,7 @@ def test_a_table_that_names_another_device_s_memory_is_noticed(fake: Any) -> Non
 
 
 def test_a_table_that_names_freed_memory_is_noticed(fake: Any) -> None:
-    address = torch.ones(1 << 22, device="cuda").data_ptr()  # so large that the table does not take its place
+    address = torch.ones(1 << 22, device="cuda").data_ptr()  # so large that the table does not reuse this memory
     fake.check_launch(named("kernel"), (torch.tensor([address, 4], device="cuda"),))
     assert fake.wrong_launches.pop() == "a table of kernel on device 0 names freed memory"
 

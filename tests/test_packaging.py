@@ -33,7 +33,7 @@ WHEEL_CONTAINS = (
     # build_wheel adds a-device.json to its copy of the tree
     *("ops/dispatch_tables/README.md", "ops/dispatch_tables/a-device.json"),
 )
-CHANGED = ("PYTHONPATH", "ROOTFREE_BUILD", "ROOTFREE_LOCAL_VERSION")  # environment variables that are not passed on
+CHANGED = ("PYTHONPATH", "ROOTFREE_BUILD", "ROOTFREE_LOCAL_VERSION")  # variables that commands do not inherit
 
 
 def compiler_works() -> bool:
@@ -49,7 +49,7 @@ needs_compiler = pytest.mark.skipif(not compiler_works(), reason="no working C++
 
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> str:
-    """Run a command in another folder than the repository. Return its output, or show it if the command fails."""
+    """Run a command in a folder and return its output. If the command fails, raise with the output."""
     inherited = {name: value for name, value in os.environ.items() if name not in CHANGED}
     environment = {**inherited, **environment}
     result = subprocess.run(
@@ -60,7 +60,7 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> str:
 
 
 def copy_tree(tree: Path) -> Path:
-    """Copy the source tree without the files that builds left in it."""
+    """Copy the source tree without build products."""
     tree.mkdir()
     for name in SOURCES:
         if (ROOT / name).is_dir():
@@ -71,7 +71,7 @@ def copy_tree(tree: Path) -> Path:
 
 
 def build_wheel(folder: Path, **environment: str) -> Path:
-    """Build a wheel from a copy of the source tree, which has no files of earlier builds."""
+    """Build a wheel from a copy of the source tree without build products."""
     tree, wheels = copy_tree(folder / "tree"), folder / "wheels"
     (tree / "rootfree_kernels/ops/dispatch_tables/a-device.json").write_text("{}")
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
@@ -162,7 +162,7 @@ def test_metadata_has_the_version_and_a_description_without_relative_links(wheel
     assert str(metadata.version) == rootfree_kernels.__version__
     assert metadata.description_content_type == "text/markdown"
     assert metadata.description and check_dist.relative_links(metadata.description) == []
-    assert check_dist.relative_links((ROOT / "README.md").read_text(encoding="utf-8"))  # the check finds them
+    assert check_dist.relative_links((ROOT / "README.md").read_text(encoding="utf-8"))  # the check finds links
 
 
 def test_version_of_a_build_can_name_the_torch_that_it_needs() -> None:
@@ -178,7 +178,7 @@ def test_triton_kernels_is_imported_from_inside_the_package(installed: Path, tmp
 
 
 def test_no_top_level_triton_kernels_after_install(installed: Path, tmp_path: Path) -> None:
-    """Neither this wheel nor the installation that runs these tests has a top-level triton_kernels."""
+    """Neither this wheel nor the installation under test has a top-level triton_kernels."""
     program = "import rootfree_kernels, importlib.util as u; print(u.find_spec('triton_kernels'))"
     output = run(sys.executable, "-c", program, cwd=tmp_path, PYTHONPATH=str(installed))
     assert output.splitlines()[-1] == "None"
@@ -247,7 +247,7 @@ def script(path: Path, text: str) -> Path:
 
 @pytest.fixture
 def toolkit(tmp_path: Path) -> Path:
-    """A CUDA toolkit: a folder with headers and an nvcc that prints where it is."""
+    """Create a fake CUDA toolkit: a folder with a header, and an nvcc that prints its location."""
     home = tmp_path / "cuda"
     script(home / "bin/nvcc", f'echo "#\\$ _HERE_={home}/bin" >&2')
     (home / "include").mkdir()
@@ -255,7 +255,7 @@ def toolkit(tmp_path: Path) -> Path:
     return home
 
 
-@pytest.mark.skipif(os.name == "nt", reason="scripts stand in for nvcc")
+@pytest.mark.skipif(os.name == "nt", reason="uses shell scripts instead of nvcc")
 def test_find_toolkit_asks_an_nvcc_that_is_a_script(toolkit: Path, tmp_path: Path) -> None:
     wrapper = script(tmp_path / "local/bin/nvcc", f'exec {toolkit}/bin/nvcc "$@"').parent
     silent = script(tmp_path / "broken/bin/nvcc", "exit 1").parent

@@ -55,7 +55,7 @@ def test_format_matches_the_examples_of_lapack(rows: list[str]) -> None:
 
 @pytest.mark.parametrize("size", [2, 5, 8])
 def test_an_almost_symmetric_matrix_becomes_exactly_symmetric(size: int) -> None:
-    """Both elements of a pair get one of the two values."""
+    """Both elements of a symmetric pair get the value of one of them."""
     matrices = gradients([(2, size, size)], 0, FP32)[0]
     packed = torch.empty(2, *packed_shape(size))
     pack(matrices, packed)

@@ -9,7 +9,7 @@ from rootfree_kernels import RFRMSProp, split_params
 
 
 class Tied(nn.Module):
-    """A language model with one head that shares the embedding's weight, and a second head."""
+    """A language model with two heads. One shares the weight of the embedding."""
 
     def __init__(self):
         super().__init__()
@@ -54,7 +54,7 @@ def test_a_named_module_counts_as_a_head_and_an_unknown_one_is_refused():
         split_params(Tied(), heads=["nothing"])
 
 
-def test_the_groups_go_straight_into_an_optimizer():
+def test_the_groups_can_be_passed_to_an_optimizer():
     split = split_params(Tied())
     groups = split.groups(vectors={"weight_decay": 0.0}, matrices={"lr": 0.5})
     optimizer = RFRMSProp(groups, batch_size=1, weight_decay=0.1)

@@ -118,5 +118,5 @@ def test_relative_links_become_absolute(markdown: str, expected: str) -> None:
     "markdown",
     ["[a](https://b.org/c.png)", "[a](mailto:a@b.org)", "`a[0](b)`", "``a`[0](b)``", "```python\na[0](b)\n```\n"],
 )
-def test_absolute_links_and_code_stay(markdown: str) -> None:
+def test_absolute_links_and_code_do_not_change(markdown: str) -> None:
     assert with_absolute_links(markdown, "v1.0") == markdown

@@ -1,4 +1,4 @@
-"""Ranges for profilers: names, order and nesting. Without a profiler there are none."""
+"""Ranges for profilers: names, order and nesting. Without a profiler, there are no ranges."""
 
 from __future__ import annotations
 
@@ -34,7 +34,10 @@ Tree = list[tuple[str, "Tree"]]
 
 
 class FakeNVTX:
-    """Record the ranges of every thread. Return levels as a tool that counts them does, or -2 without a tool."""
+    """Record the ranges of every thread.
+
+    Like NVTX, functions return the level of the range if a tool `answers`, and -2 otherwise.
+    """
 
     def __init__(self, answers: bool) -> None:
         self.answers, self.calls = answers, []
@@ -79,7 +82,7 @@ def device_of(backend: str) -> str:
 
 
 def start(case: Case, backend: str, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Callable[[], None]:
-    """Return a function that takes the next step of a run after two steps, the first of which was an update."""
+    """Take two steps, the first with an update. Return a function that takes the next step."""
     monkeypatch.setenv("ROOTFREE_BACKEND", backend)
     model = Model().to(device_of(backend))
     optimizer = case.make(model.parameters(), **changes)
@@ -102,7 +105,7 @@ def leaves(*names: str) -> Tree:
 
 
 def weights(backend: str, inside: bool) -> Tree:
-    """Return the phases of `kron_step`. The C++ operator marks those `inside` only for PyTorch's profilers."""
+    """Return the phases of `kron_step`. The C++ operator marks inner phases only for PyTorch's profilers."""
     phases = leaves("precondition", "apply")
     return [("precondition and apply", phases if inside else [])] if backend == "cpp" else phases
 
@@ -132,8 +135,8 @@ def test_the_diagonal_optimizers_have_one_phase(attach: Any, monkeypatch: Any) -
     assert nvtx.tree() == [("RFRMSProp.step", [("diagonal step of 5 tensors", leaves("apply"))])]
 
 
-def test_blocks_are_counted_and_not_parameters(attach: Any, monkeypatch: Any) -> None:
-    """7 × 5 is cut into blocks of 3 × 3, 3 × 2, 2 × 3 and 2 × 2, and 4 × 6 into 2 × 3."""
+def test_labels_count_blocks_and_not_parameters(attach: Any, monkeypatch: Any) -> None:
+    """7 × 5 is split into blocks of 3 × 3, 3 × 2, 2 × 3 and 2 × 2, and 4 × 6 into blocks of 2 × 3."""
     step, nvtx = start(SHAMPOO, "eager", monkeypatch, max_preconditioner_dim=3), attach()
     step()
     ((_, batches),) = nvtx.tree()
@@ -156,20 +159,20 @@ def test_a_step_looks_for_a_tool_once_if_none_is_attached(backend: str, attach: 
     assert nvtx.calls == ["push IFShampoo.step"] * 2
 
 
-def test_a_tool_that_counts_no_levels_is_recognised_by_its_injection_library(attach: Any, monkeypatch: Any) -> None:
+def test_a_tool_that_counts_no_levels_is_recognized_by_its_injection_library(attach: Any, monkeypatch: Any) -> None:
     step, nvtx = start(SHAMPOO, "eager", monkeypatch), attach(answers=False, injected=True)
     step()
     assert nvtx.tree() == expected("eager", update=True)
 
 
 def test_nvtx_is_not_called_if_pytorch_lacks_it() -> None:
-    """Its functions would raise."""
+    """Calls of its functions would raise."""
     has_nvtx = bool(torch.version.cuda) and hasattr(torch._C, "_nvtx")
     assert (ranges._nvtx is not None) == has_nvtx
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.version.cuda or not torch.cuda.is_available(), reason="needs a GPU of NVIDIA")
+@pytest.mark.skipif(not torch.version.cuda or not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.skipif(ranges._injected, reason="a profiler is attached")
 def test_nvtx_says_that_no_tool_is_attached() -> None:
     assert torch.cuda.nvtx.range_push("nobody") == -2
@@ -179,7 +182,7 @@ def test_nvtx_says_that_no_tool_is_attached() -> None:
 
 
 def fails(*args: Any, **options: Any) -> Any:
-    """An operator that raises inside of a range."""
+    """Replace an operator. Open a range and raise inside it."""
     ranges.phase("half way")
     raise FloatingPointError("on purpose")
 
@@ -209,7 +212,7 @@ def test_a_step_that_raises_leaves_no_range_open(attach: Any, monkeypatch: Any) 
 
 
 def test_every_thread_has_its_own_ranges(attach: Any, monkeypatch: Any) -> None:
-    """Two threads take turns from batch to batch."""
+    """Two threads wait for each other at every batch, so their ranges overlap in time."""
     steps = [start(SHAMPOO, "eager", monkeypatch) for _ in range(2)]
     nvtx, turn, trees = attach(), threading.Barrier(2, timeout=60), []
     stand_in(monkeypatch, "eager", kron_gather=waiting(turn))
@@ -238,7 +241,7 @@ def waiting(turn: threading.Barrier) -> Callable[..., Any]:
 
 def test_an_operator_called_by_itself_has_no_ranges(attach: Any, monkeypatch: Any) -> None:
     step, nvtx = start(SHAMPOO, "eager", monkeypatch), attach()
-    step()  # somebody listens
+    step()  # detects the tool
     nvtx.calls.clear()
     ranges.phase("apply"), ranges.batch("a batch"), ranges.end_batch()
     assert nvtx.calls == []
@@ -248,7 +251,7 @@ def test_an_operator_called_by_itself_has_no_ranges(attach: Any, monkeypatch: An
 
 
 def tree_of(profiler: profile) -> Tree:
-    """Return the ranges of `record_function` and C++ in this thread, without those of torch.optim."""
+    """Return the ranges of this thread from `record_function` and C++, without torch.optim's own ranges."""
     events = [event for event in profiler.events() if event.is_user_annotation and "#" not in event.name]
     events.sort(key=lambda event: (event.time_range.start, -event.time_range.end))
     tree: Tree = []
@@ -270,14 +273,14 @@ def profiled(run: Callable[[], Any]) -> Tree:
 @every_backend
 def test_the_profiler_has_every_step_batch_and_phase(backend: str, monkeypatch: Any) -> None:
     step = start(SHAMPOO, backend, monkeypatch)
-    with threads(1):  # of several, the profiler sees the slices that the calling one has
+    with threads(1):  # the profiler sees only slices of the calling thread
         for update in (True, False):
             assert profiled(step) == expected(backend, update, inside=True)
 
 
 @every_backend
 def test_a_range_lies_within_an_operator_or_around_it(backend: str, monkeypatch: Any) -> None:
-    """Otherwise a trace could not be displayed, because the profiler has its own ranges around operators."""
+    """The profiler has its own ranges around operators. A trace cannot display ranges that overlap them partly."""
     step = start(SHAMPOO, backend, monkeypatch)
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         step()
@@ -286,13 +289,13 @@ def test_a_range_lies_within_an_operator_or_around_it(backend: str, monkeypatch:
     for start_time, negative_end, name in spans:
         while around and start_time >= around[-1][0]:
             around.pop()
-        assert not around or -negative_end <= around[-1][0], f"{name} goes on behind the end of {around[-1][1]}"
+        assert not around or -negative_end <= around[-1][0], f"{name} ends after its outer range {around[-1][1]}"
         around.append((-negative_end, name))
     assert any("rootfree::kron_step" in name for *_, name in spans)
 
 
 def test_profilers_of_pytorch_have_priority_over_nvtx(attach: Any, monkeypatch: Any) -> None:
-    """Otherwise `torch.autograd.profiler.emit_nvtx`, one of them, would report every range to NVTX twice."""
+    """One of them is `torch.autograd.profiler.emit_nvtx`, which would otherwise report every range to NVTX twice."""
     step, nvtx = start(SHAMPOO, "eager", monkeypatch), attach()
     assert profiled(step) == expected("eager", update=True)
     assert nvtx.calls == []
@@ -316,7 +319,7 @@ def test_the_profiler_s_ranges_are_closed_when_an_exception_passes(monkeypatch: 
 
 @pytest.mark.parametrize("case", [Case("IFShampoo", IFShampoo), RMSPROP], ids=lambda case: case.name)
 def test_a_compiled_step_has_no_ranges_and_is_compiled_once(case: Case, attach: Any, monkeypatch: Any) -> None:
-    """It stays one graph, even if a profiler is attached to other steps before, between and during tracing."""
+    """It is one graph, even if a profiler is attached before, between and during calls."""
     torch._dynamo.reset()
     other, nvtx = start(case, "eager", monkeypatch), attach()
     model, optimizer = case.start(capturable=True, lr=torch.tensor(0.01))

@@ -11,7 +11,7 @@ import torch
 
 def report(**environment):
     command = [sys.executable, "-m", "rootfree_kernels"]
-    compiled = {"TRITON_INTERPRET": "0"}  # as users have it: kernels then run on GPUs alone
+    compiled = {"TRITON_INTERPRET": "0"}  # the default for users: kernels run only on GPUs
     result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **compiled, **environment})
     assert result.returncode == 0, result.stderr
     return result.stdout
@@ -23,7 +23,7 @@ def test_the_report_names_versions_devices_backends_and_reasons():
         assert word in text
 
 
-def test_the_report_says_what_was_measured_of_products():
+def test_the_report_shows_the_measured_dtype_of_products():
     assert "bfloat16 factors are multiplied in" in report()
     assert "a BF16 product of " in report()
 

@@ -1,4 +1,4 @@
-"""The three rounding modes, and the random bits, which must be the same for every backend."""
+"""The three rounding modes, and the random bits, which must be equal in all backends."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
 
 def mix(x: int) -> int:
-    """`mix` of the documentation, with Python integers."""
+    """Compute `mix` of the documentation with Python integers."""
     x ^= x >> 16
     x = x * 0x7FEB352D & 0xFFFFFFFF
     x ^= x >> 15
@@ -51,9 +51,9 @@ def test_bits_are_uniform_and_do_not_repeat_from_step_to_step():
     seeds = torch.tensor([7], dtype=torch.int32)
     first, second = (rnd.BlockBits(seeds, torch.tensor([t]), 0, 1 << 18)()[0].double() for t in (0.0, 1.0))
     counts = torch.histc(first, 256, 0, 65536)
-    assert ((counts - 1024) ** 2 / 1024).sum() < 400  # chi-square, 255 degrees of freedom: p ≈ 1e-8
+    assert ((counts - 1024) ** 2 / 1024).sum() < 400  # chi-square with 255 degrees of freedom: p ≈ 1e-8
     for x, y in ((first, second), (first[:-1], first[1:]), (first[::2], first[1::2])):
-        assert abs(torch.corrcoef(torch.stack([x, y]))[0, 1]) < 0.015  # 5 standard errors or more
+        assert abs(torch.corrcoef(torch.stack([x, y]))[0, 1]) < 0.015  # at least 5 standard errors
 
 
 @given(st.lists(finite, min_size=1, max_size=20), st.integers(0, 65535))
@@ -65,14 +65,14 @@ def test_stochastic_rounding_adds_bits_below_the_mantissa_and_truncates(values, 
 
 
 def test_stochastic_rounding_is_unbiased():
-    x = torch.full((1 << 18,), -1.0013)  # a third of a BF16 unit beyond −1
+    x = torch.full((1 << 18,), -1.0013)  # −1 minus a third of a BF16 unit
     draw = rnd.BlockBits(torch.tensor([1], dtype=torch.int32), torch.tensor([5.0]), 0, x.numel())()[0]
     mean = rnd.round_stochastic(x, draw).double().mean().item()
     assert mean == pytest.approx(-1.0013, abs=5 * 2**-7 / 2 / 512)  # 5 standard errors
 
 
 @given(st.lists(st.floats(-(2.0**120), 2.0**120, width=32), min_size=1, max_size=20))
-def test_a_compensated_pair_is_the_fp32_value_bit_for_bit(values):
+def test_a_compensated_pair_equals_the_fp32_value_bitwise(values):
     x = torch.tensor(values, dtype=torch.float32)
     hi, lo = rnd.split_compensated(x)
     assert torch.equal(rnd.join_compensated(hi, lo).view(torch.int32), x.view(torch.int32))

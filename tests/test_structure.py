@@ -1,4 +1,4 @@
-"""Structure of the source: short signatures, no import cycles, few changes between files during a step."""
+"""Structure of the source: short signatures, no import cycles, and few changes between files during a step."""
 
 from __future__ import annotations
 

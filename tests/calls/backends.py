@@ -1,4 +1,4 @@
-"""Stand-ins for backends, and the kernels that a step launches."""
+"""Replacements for functions of backends, and a record of launched kernels."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.calls.operators import flat_arguments
 
 
 def idle_functions() -> dict[str, Callable[..., Any]]:
-    """Return the functions of a backend that do nothing but return tensors that were made before."""
+    """Return functions of a backend that compute nothing and return cached tensors."""
     outputs: dict[Any, Any] = {}
 
     def kron_gather(*args: Any) -> Gathered:
@@ -29,7 +29,7 @@ def idle_functions() -> dict[str, Callable[..., Any]]:
         if shape not in outputs:
             outputs[shape] = torch.zeros(shape, dtype=torch.bfloat16), torch.zeros(3, blocks, 1)
         grad, squares = outputs[shape]
-        return Gathered(grad.detach(), squares.detach())  # the results of an operator are new tensors
+        return Gathered(grad.detach(), squares.detach())  # an operator must return new tensors
 
     def kron_factor(*args: Any) -> Tensor:
         num_blocks = len(flat_arguments("kron_factor", *args)[0])
@@ -52,7 +52,7 @@ def idle_functions() -> dict[str, Callable[..., Any]]:
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, name: str, **functions: Any) -> None:
-    """Put these functions in the place of a backend's; it keeps its others."""
+    """Replace these functions of a backend; keep its other functions."""
     backend = named(name)
     monkeypatch.setitem(vars(backend), "operators", SimpleNamespace(**{**vars(backend.operators), **functions}))
 
@@ -63,14 +63,14 @@ def functions_of(name: str, *stems: str) -> dict[str, Callable[..., Any]]:
 
 
 def forget_import(monkeypatch: pytest.MonkeyPatch, backend: Backend) -> None:
-    """Let a backend import its module anew, now and after the test."""
+    """Make a backend import its module again, both now and after the test."""
     for name in ("import_problem", "operators"):
         monkeypatch.setitem(vars(backend), name, None)
         del vars(backend)[name]
 
 
 def modules_that_launch() -> list[Any]:
-    """Return the modules of Triton kernels, in each of which `launch` starts them."""
+    """Return the modules of Triton kernels that start kernels with `launch`."""
     from rootfree_kernels import triton_kernels
 
     found = [x for name, x in [*sys.modules.items()] if name.startswith(f"{triton_kernels.__name__}.")]
@@ -79,7 +79,7 @@ def modules_that_launch() -> list[Any]:
 
 @contextmanager
 def noted_launches() -> Iterator[list[str]]:
-    """Note the names of Triton kernels that are launched, and "bmm" for each `torch.bmm`, in order."""
+    """Record the names of launched Triton kernels, and "bmm" for each `torch.bmm`, in order."""
     names: list[str] = []
 
     def noted(function: Callable[..., Any], name_of: Callable[..., str]) -> Callable[..., Any]:

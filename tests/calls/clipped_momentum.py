@@ -1,4 +1,4 @@
-"""Calls of `clipped_momentum`: the sides of a batch, on any device, and what must come of them."""
+"""Inputs for `clipped_momentum` on any device, and checks of its results."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def sides(
 ) -> tuple[Sides, Sides]:
     """Return momenta and deltas with blocks of these shapes.
 
-    `offsets` are the numbers of elements that momenta and deltas begin behind an address of 16 bytes.
+    `offsets` shift the start of momenta and of deltas, in elements, from an address that is a multiple of 16 bytes.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -41,22 +41,20 @@ def sides(
 
 
 def assert_memory_around_sides_is_untouched(*lists: Sides) -> None:
-    """Check the memory around tensors that `sides` made."""
+    """Check that the memory around tensors from `sides` did not change."""
     for x in (x for tensors in lists for x in tensors):
         size = x.storage_offset() + x.numel() + MARGIN
         assert_memory_around_is_untouched([(x, x.as_strided((size,), (1,), 0))])
 
 
 def clips_of(value: np.ndarray, clip: str) -> list[float]:
-    """Return the reference's clips of blocks [L, …]."""
+    """Return the clip factors of blocks [L, …] from the reference."""
     blocks = value if value.ndim == 3 else value.reshape(len(value), 1, -1)
     return [float(ref.clipped_beta2(block, 1.0, None if clip == "none" else clip)) for block in blocks]
 
 
-def assert_is_the_reference_s(
-    momenta: Sides, deltas: Sides, old: Sides, clips: Tensor, alpha: float, clip: str
-) -> None:
-    """Check the momenta [L, …] that were made from `old`, and the clips [sides, L]."""
+def assert_matches_reference(momenta: Sides, deltas: Sides, old: Sides, clips: Tensor, alpha: float, clip: str) -> None:
+    """Check momenta [L, …] and clip factors [sides, L] against the reference. `old` are the momenta before the call."""
     for m, delta, before, factors in zip(momenta, deltas, old, clips, strict=True):
         value = alpha * fp64(before) + (1 - alpha) * fp64(delta)
         wide = torch.promote_types(m.dtype, FP32)

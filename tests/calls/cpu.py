@@ -1,4 +1,4 @@
-"""Helpers for tests of the C++ kernels: whether they were built, threads and instruction sets."""
+"""Helpers for tests of the C++ kernels: a skip mark, numbers of threads and instruction sets."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 LEFT_OUT = build_record()["left_out"]["cpp"]
 needs_cpp = pytest.mark.skipif(bool(LEFT_OUT), reason=f"the extension was not built: {LEFT_OUT}")
-"""A mark. An extension that was built and is broken is an error."""
+"""Skip a test if the extension was not built. An extension that was built but does not load is an error."""
 
 
 @contextmanager
 def threads(number: int) -> Iterator[None]:
-    """Let PyTorch use so many threads."""
+    """Set the number of PyTorch's threads inside a `with` block."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     yield
@@ -31,11 +31,11 @@ def threads(number: int) -> Iterator[None]:
 
 
 def under_other_instruction_sets(module: str, expression: str) -> dict[str, str]:
-    """Return the values of an expression of a module where PyTorch is told to use other instruction sets, by set."""
+    """Evaluate an expression of a module under every instruction set except the current one; return values by set."""
     names = {"DEFAULT": True, "AVX2": torch.cpu._is_avx2_supported(), "AVX512": torch.cpu._is_avx512_supported()}
     here = torch.backends.cpu.get_cpu_capability()
     program = f"import torch, {module} as m; print(torch.backends.cpu.get_cpu_capability(), m.{expression})"
-    # The repository comes last: before it on the path there may be another build of the package.
+    # The repository comes last, so that a build of the package in PYTHONPATH has precedence.
     path = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT)])
     runs = []
     for name in [name for name, is_there in names.items() if is_there and name != here]:

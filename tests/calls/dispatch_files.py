@@ -1,4 +1,4 @@
-"""Dispatch tables for tests, and files with them."""
+"""Dispatch tables for tests, and files that contain them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def table(device: str = GPU, **operations: Any) -> dict[str, Any]:
 
 
 def user_of_tables(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Use:
-    """A function that puts a table, or anything, into a file that ROOTFREE_DISPATCH names."""
+    """Return a function that writes a dispatch table, or any other value, to the file in ROOTFREE_DISPATCH."""
 
     def use(value: Any = None, **operations: Any) -> Path:
         dispatch.read.cache_clear()

@@ -1,4 +1,4 @@
-"""CUDA graphs."""
+"""Capture of CUDA graphs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def captured(step: Callable[[], Any], warmups: int) -> torch.cuda.CUDAGraph:
-    """Return a CUDA graph of `step`, which runs `warmups` times before, in a stream of its own."""
+    """Run `step` `warmups` times in a side stream, then capture it and return the CUDA graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -1,4 +1,4 @@
-"""Batches for the operators of IF-Shampoo: their tensors on any device, calls, and what must come of them."""
+"""Batches for the operators of IF-Shampoo: tensors on any device, calls, and results of the reference."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ ROUNDING_OPTIONS = {"batch_size": 1.0, "beta2": 2.0**-6, "riemannian_momentum": 
 ROUNDING_DESCENT = {"momentum": 0.5, "weight_decay": 2.0**-7}
 
 ONE = ((0, 1, 0, 1),)
-"""Places of a tensor that is one block: first row, blocks down, first column, blocks across."""
+"""One tensor with one block: (first row, blocks down, first column, blocks across)."""
 TWO = ((3, 1, 5, 2),)
-"""Two blocks side by side in one tensor, which begins with rows and columns of no block."""
+"""One tensor with two blocks side by side. Its first rows and columns belong to no block."""
 FIVE = ((8, 2, 16, 2), (0, 1, 0, 1))
-"""Four blocks of one tensor, and another tensor that is one block."""
+"""One tensor with four blocks, and another with one block."""
 THREE = ((0, 1, 0, 1), (1, 1, 0, 1), (0, 1, 8, 1))
-"""Three tensors of one block each."""
+"""Three tensors with one block each."""
 PLACES = (ONE, TWO, FIVE, THREE)
 
 STATE = ("c", "k", "m_c", "m_k", "lo_c", "lo_k")
 KEPT = (*STATE, "curvature", "params", "buffers", "residuals")
 
 RULE = {**recipe.PAPER, "scales": False}
-"""The paper's rule. `scales` says whether the updates have norms of their own."""
+"""The paper's rule. `scales` says whether updates are scaled to given norms."""
 WHITENED = {
     "direction": "whitened",
     "relative_damping": True,
@@ -61,10 +61,10 @@ MIXED = (
 class Tensors(SimpleNamespace):
     """The tensors of a batch, by name.
 
-    `grads`, `params`, `buffers` and `residuals` are lists. C and K are `c` and `k`, their momenta `m_c` and `m_k`,
-    their residuals `lo_c` and `lo_k` (or None), products that are kept `p_c` and `p_k` (or None). `skipped`, `seeds`
-    and `steps` have an element for each block. A run adds `ok`, `grad` and `squares`. `memory` has what lies around
-    the tensors of each list.
+    `grads`, `params`, `buffers` and `residuals` are lists. `c` and `k` are the factors, `m_c` and `m_k` their momenta,
+    `lo_c` and `lo_k` their residuals or None, `p_c` and `p_k` their cached products or None. `skipped`, `seeds` and
+    `steps` have one element for each block. A run adds `ok`, `grad` and `squares`. `memory` maps the name of a list to
+    the memory that contains its tensors.
     """
 
     def named(self) -> dict[str, Tensor]:
@@ -75,12 +75,12 @@ class Tensors(SimpleNamespace):
         return {name: x.clone(memory_format=torch.contiguous_format) for name, x in self.named().items()}
 
     def bytes(self, *names: str) -> dict[str, bytes]:
-        """Return the bits of the tensors of these names, or of all."""
+        """Return the bytes of the tensors with these names, or of all tensors."""
         chosen = {name: x for name, x in self.named().items() if not names or name.split()[0] in names}
         return {name: x.contiguous().view(-1).view(torch.uint8).cpu().numpy().tobytes() for name, x in chosen.items()}
 
     def factor(self, side: str) -> np.ndarray:
-        """Return C or K in FP64, those of compensated pairs exactly."""
+        """Return C or K in FP64. Compensated pairs are joined exactly."""
         value, residual = getattr(self, side), getattr(self, f"lo_{side}")
         return fp64(value if residual is None else join_compensated(value, residual))
 
@@ -91,14 +91,14 @@ class Tensors(SimpleNamespace):
 
 @dataclass
 class Batch:
-    """The arguments of IF-Shampoo's operators. Every run has new tensors."""
+    """Arguments of IF-Shampoo's operators. Every run creates new tensors."""
 
     rows: int = 17
     cols: int = 13
     places: tuple = ONE
-    """Places of the blocks of each tensor, as in ONE."""
+    """Position of the blocks in each tensor, in the format of ONE."""
     layouts: tuple[str, ...] = ("whole",)
-    """Layouts (see `laid_out`) of gradients, buffers, weights and residuals, in turns."""
+    """Memory layouts (see `laid_out`). Gradients, buffers, weights and residuals use them in rotation."""
     dtype: torch.dtype = FP32
     """The dtype of the factors."""
     matmul: torch.dtype = FP32
@@ -112,13 +112,13 @@ class Batch:
     options: dict = field(default_factory=dict)
     descent: dict = field(default_factory=dict)
     rule: dict = field(default_factory=dict)
-    """What differs from RULE."""
+    """Changes to RULE."""
     lr: Any = 0.05
     grad_scale: float | None = None
     found_inf: float | None = None
     exact: str = ""
-    """"products" makes all products exact: G has small whole numbers, C and K are permutations times powers of two.
-    "rounding" makes every result exact before it is rounded, once: G and the momenta are 0."""
+    """With "products", all products are exact: G has small integers, C and K are permutations times powers of two.
+    With "rounding", every result is exact before its only rounding: G and the momenta are 0."""
     keeps_products: bool = True
     seed: int = 0
     backend: str = "eager"
@@ -161,7 +161,7 @@ class Batch:
         return None if self.clip == "none" else self.clip
 
     def blocks(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Return the blocks of a list of matrices, tensor by tensor and each row by row."""
+        """Return the blocks of a list of matrices: tensor by tensor, and in row-major order in each tensor."""
         found = []
         for x, (row, down, col, across) in zip(tensors, self.places, strict=True):
             for i in range(row, row + down * self.rows, self.rows):
@@ -175,7 +175,7 @@ class Batch:
             return (drawn(shape, generator) * 2).floor()
         if self.exact == "rounding":
             return torch.randint(128, 256, shape, generator=generator) / 128
-        return drawn(shape, generator) * (scale * 0.75**0.5)  # of deviation `scale`
+        return drawn(shape, generator) * (scale * 0.75**0.5)  # standard deviation `scale`
 
     def tensors(self) -> Tensors:
         generator = torch.Generator().manual_seed(self.seed)
@@ -199,7 +199,7 @@ class Batch:
         known = torch.tensor([(0.0, 0.7, 0.2)[(block + self.seed) % 3] for block in range(count)], dtype=wide)
         t.curvature = known.to(self.device) if self.follows_curvature else None
         wide = FP64 if FP64 in (self.matmul, self.param, self.buffer) else FP32
-        norms = 0.5 + torch.arange(count).to(wide) % 4 / 2  # `linspace` depends on the instruction set
+        norms = 0.5 + torch.arange(count).to(wide) % 4 / 2  # `linspace` rounds differently by instruction set
         t.update_norms = norms.to(self.device) if self.all_rule["scales"] else None
         return t
 
@@ -209,7 +209,7 @@ class Batch:
         t.memory[name] = [around for _, around in places]
 
     def make_side(self, t: Tensors, side: str, shape: tuple[int, int, int], generator: torch.Generator) -> None:
-        """Make a factor, its momentum, its residual and the product that is kept."""
+        """Create a factor with its momentum, residual and cached product."""
         count, size, _ = shape
         factor = self.draw(shape, generator, scale=0.3 / size**0.5)
         m = self.draw(shape, generator, scale=0.2 / size**0.5)
@@ -220,7 +220,7 @@ class Batch:
             m = torch.zeros(shape)
         else:
             factor = torch.eye(size) + factor
-        if self.is_whitened:  # symmetric, in any of these ways
+        if self.is_whitened:  # whitened factors are symmetric
             factor = torch.diag_embed(factor.abs().amax(-1)) if self.exact else (factor + factor.mT) / 2
         setattr(t, side, factor.to(self.device, self.dtype))
         setattr(t, f"m_{side}", (m + m.mT).to(self.device, self.dtype))
@@ -238,14 +238,14 @@ class Batch:
     # ---- calls ---------------------------------------------------------------------------------------------------
 
     def gather(self, t: Tensors, run: Call | None = None) -> tuple[Tensor, Tensor]:
-        """Gather G and its sums into `t`, and return them."""
+        """Gather G and its sums of squares, store both in `t` and return them."""
         factors = [t.c, t.k] if self.all_options["damping"] and not self.is_whitened else []
         arguments = (self.tiles, *self.sides, factors, self.scalar(self.grad_scale), self.matmul, self.maximize)
         t.grad, t.squares = (run or through(self.backend))("kron_gather", t.grads, *arguments)
         return t.grad, t.squares
 
     def update(self, t: Tensors, run: Call | None = None) -> Tensor:
-        """Gather, and update the factors; return ok [L]."""
+        """Gather the gradients, update the factors and return ok [L]."""
         run = run or through(self.backend)
         self.gather(t, run)
         names = (*STATE, "p_c", "p_k", "curvature", "grad", "squares", "seeds", "steps")
@@ -256,11 +256,11 @@ class Batch:
         return t.ok
 
     def make_products(self, t: Tensors, run: Call | None = None) -> list[Tensor]:
-        """Return CCᵀ and KKᵀ as the backend makes them outside of an update."""
+        """Return CCᵀ and KKᵀ from `kron_products`, which a resumed run uses to recompute cached products."""
         return [*(run or through(self.backend))("kron_products", t.c, t.k, self.matmul)]
 
     def step(self, t: Tensors, ok: Tensor | None, cached: bool, run: Call | None = None) -> None:
-        """Step the weights by the gradient that was gathered last. `cached` is ignored in the whitened direction."""
+        """Step the weights with the last gathered gradient. The whitened direction ignores `cached`."""
         lr = self.lr if isinstance(self.lr, Tensor) else torch.tensor(self.lr, dtype=FP64)
         factors = (t.p_c, t.p_k) if cached and not self.is_whitened else (t.c, t.k)
         descent, rule = self.all_descent, self.all_rule
@@ -274,7 +274,7 @@ class Batch:
         )
 
     def run(self, t: Tensors | None = None, run: Call | None = None) -> Tensors:
-        """Return the tensors after an update and a step."""
+        """Run an update and a step, and return the tensors."""
         t = t or self.tensors()
         self.update(t, run)
         self.step(t, t.ok, self.keeps_products, run)
@@ -293,11 +293,11 @@ class Batch:
 
     @property
     def reference_rule(self) -> dict[str, Any]:
-        """The options of the rule that an update of the factors knows."""
+        """The options of the rule that affect the update of the factors."""
         return {name: self.all_rule[name] for name in ("direction", "relative_damping", "factor_init")}
 
     def reference_update(self, t: Tensors) -> list[Any]:
-        """Return the states after an update."""
+        """Return the states of the reference after an update."""
         pairs = zip(self.reference_states(t), self.reference_grads(t), strict=True)
         if not self.rule:
             return [ref.kron_update(*pair, clip=self.reference_clip, **self.all_options) for pair in pairs]
@@ -305,9 +305,9 @@ class Batch:
         return [recipe.recipe_update(*pair, **options) for pair in pairs]
 
     def reference_step(self, t: Tensors) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Return the weights and the momentum buffers after a step without an update.
+        """Return the reference's weights and momentum buffers after a step without an update.
 
-        Products read the BF16 half of a compensated factor.
+        Products read only the BF16 half of a compensated factor.
         """
         found = []
         weights = map(fp64, self.blocks(t.weights()))
@@ -325,7 +325,7 @@ class Batch:
 
 
 def assert_same(actual: Tensors, expected: Tensors, *names: str) -> None:
-    """Check that tensors of these names agree bit by bit."""
+    """Check that the tensors with these names are bitwise equal."""
     x, y = actual.named(), expected.named()
     compared = [name for name in y if name.split()[0] in names]
     differ = [name for name in compared if not same_bits(x[name], y[name])]
@@ -333,7 +333,7 @@ def assert_same(actual: Tensors, expected: Tensors, *names: str) -> None:
 
 
 def assert_memory_around_blocks_is_untouched(batch: Batch, t: Tensors) -> None:
-    """Check that everything beside the elements of the blocks has the value that it was made with."""
+    """Check that memory outside the blocks still has its initial values."""
     was = batch.tensors()
     for name, memories in t.memory.items():
         around = [torch.ones_like(x, dtype=torch.bool) for x in memories]

@@ -1,8 +1,8 @@
-"""Calls of operators, by the Python function of a backend or by the dispatcher.
+"""Calls of operators, either through the Python functions of a backend or through PyTorch's dispatcher.
 
-Every test calls operators through this module, with flat lists of arguments: those of the schemas of
-`torch.ops.rootfree`, without the name of the backend. Only `call` and `flat_arguments` know what the functions of
-backends take.
+All tests call operators through this module. They pass flat lists of arguments in the order of the schemas of
+`torch.ops.rootfree`, without the name of the backend. Only `call` and `flat_arguments` know the signatures of the
+backends' functions.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Call = Callable[..., Any]
 """A function (stem, *flat arguments) that runs an operator."""
 
 STEMS = ("rf_rmsprop", "scaled_rmsprop", "clipped_momentum", "kron_gather", "kron_factor", "kron_step")
-"""The operators of `torch.ops.rootfree`. Beside them, backends have `kron_products`."""
+"""The operators of `torch.ops.rootfree`. Backends also have `kron_products`, which is not an operator."""
 
 
 def call(backend: str, stem: str, *flat: Any) -> Any:
@@ -30,18 +30,18 @@ def call(backend: str, stem: str, *flat: Any) -> Any:
 
 
 def flat_arguments(stem: str, *args: Any) -> list[Any]:
-    """Return the flat list of the arguments that a function of a backend got."""
+    """Return the arguments of a backend's function as the flat list of the operator's schema."""
     flat: list[Any] = []
     for argument in args:
         flat += argument if isinstance(argument, tuple) else [argument]
-    if stem == "kron_step":  # the schema has the fields of a preconditioner in two places
+    if stem == "kron_step":  # the schema separates the fields of a preconditioner
         (weights, (factor_c, factor_k, cached, ok), gathered, lr, draws, found_inf, options) = args
         flat = [*weights, factor_c, factor_k, *gathered, lr, ok, *draws, found_inf, cached, *options]
     return flat
 
 
 def operator(stem: str) -> Any:
-    """Return an operator as PyTorch's dispatcher has it; the name of the backend is its last argument."""
+    """Return an operator of PyTorch's dispatcher. Its last argument is the name of the backend."""
     return getattr(torch.ops.rootfree, stem).default
 
 
@@ -51,7 +51,7 @@ def through(backend: str) -> Call:
 
 
 def dispatched(backend: str) -> Call:
-    """Return a function that calls operators by the dispatcher, and what is no operator as `through` does."""
+    """Return a function that calls operators through the dispatcher, and other functions directly."""
 
     def run(stem: str, *flat: Any) -> Any:
         return operator(stem)(*flat, backend) if stem in STEMS else call(backend, stem, *flat)

@@ -1,4 +1,4 @@
-"""Optimizers under test, a small model with parameters of every kind, and snapshots of a run."""
+"""Optimizers to test, a small model with parameters of every kind, and snapshots of a run."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from rootfree_kernels import RECIPE, IFShampoo, RFAdaGrad, RFRMSProp
 
 SHAPES = {"weight": (7, 5), "twin": (7, 5), "conv": (4, 3, 1, 2), "bias": (6,), "scale": ()}
-"""One of every kind, two of one shape.
+"""Shapes of parameters of every kind. Two of them are equal.
 
-The blocks are so small (fewer than 400 multiplications a product) that PyTorch multiplies them in the same way however
-many share a batch, so that results may be compared bit by bit.
+The blocks are small: a product has fewer than 400 multiplications. PyTorch then computes a product in the same way for
+every batch size, so results can be compared bitwise.
 """
 
 OPTIONS = {"lr": 0.01, "batch_size": 4, "damping": 0.05, "weight_decay": 0.1}
@@ -52,7 +52,7 @@ CASES = [
     Case("RFAdaGrad", RFAdaGrad),
     Case("IFShampoo", IFShampoo),
     Case(
-        "IFShampoo-T3-tiles",  # 7 × 5 falls into blocks of 3 × 3, 3 × 2, 2 × 3 and 2 × 2, the last two shapes twice
+        "IFShampoo-T3-tiles",  # 7 × 5 is split into blocks of 3 × 3, 3 × 2, 2 × 3 and 2 × 2, the last two twice
         IFShampoo,
         {"precondition_frequency": 3, "max_preconditioner_dim": 3, "factor_dtype": torch.float32},
     ),
@@ -67,13 +67,13 @@ CASES = [
 
 
 def gradients(shapes: Iterable[tuple[int, ...]], step: int, dtype: torch.dtype) -> list[Tensor]:
-    """Return random numbers that depend on the step and on nothing else."""
+    """Return random gradients. Only the step determines the random values."""
     generator = torch.Generator().manual_seed(step)
     return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
 
 
 class Model(nn.Module):
-    """Parameters of every kind; the gradients of its loss at a step are `gradients` of that step."""
+    """Model with parameters of every kind. The gradients of its loss at a step equal `gradients` of that step."""
 
     def __init__(self, dtype: torch.dtype = torch.float32, seed: int = -1) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ def train(model: Model, optimizer: torch.optim.Optimizer, steps: Iterable[int]) 
 
 
 def snapshot(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return copies of every weight and every tensor of its state, by readable names."""
+    """Return copies of all weights and their state tensors, by readable names."""
     copies = {}
     params = [param for group in optimizer.param_groups for param in group["params"]]
     for index, param in enumerate(params):
@@ -105,5 +105,5 @@ def snapshot(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def params_only(shot: Mapping[str, Tensor], *indices: int) -> dict[str, Tensor]:
-    """Return the entries of some parameters of a snapshot."""
+    """Return the entries of a snapshot that belong to these parameters."""
     return {name: value for name, value in shot.items() if int(name.split()[0]) in indices}

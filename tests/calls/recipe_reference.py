@@ -1,7 +1,7 @@
-"""The formulas of the recipe in NumPy float64, one matrix or tensor at a time, to test other implementations against.
+"""Reference implementation of the recipe in NumPy float64, for one matrix or tensor at a time.
 
-Symbols are those of `tests.calls.reference`. q is the mean curvature of a block or a tensor, 0 until its first gradient
-that is not 0. With the options of the paper's rule, every function here does what its counterpart there does.
+`tests.calls.reference` defines the symbols. q is the mean curvature of a block or a tensor. It is 0 until the first
+nonzero gradient. With the options of the paper's rule, every function equals its counterpart in that module.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PAPER = {
 
 @dataclass
 class RecipeState(ref.KronState):
-    """As `KronState`, with q (``curvature``). ``buffer`` holds M if gradients are averaged."""
+    """`KronState` with q (``curvature``). ``buffer`` holds M if gradients are averaged."""
 
     curvature: np.ndarray
 
@@ -35,18 +35,18 @@ class RecipeState(ref.KronState):
 
 @dataclass
 class ScaledState(ref.DiagonalState):
-    """As `DiagonalState`, with q (``curvature``)."""
+    """`DiagonalState` with q (``curvature``)."""
 
     curvature: np.ndarray
 
 
 def new_curvature(q: float, mean_square: float) -> float:
-    """q <- 0.95 q + 0.05 B mean(G^2), or B mean(G^2) at the first gradient that is not 0."""
+    """q <- 0.95 q + 0.05 B mean(G^2), or B mean(G^2) at the first nonzero gradient."""
     return mean_square if q == 0 else 0.95 * q + 0.05 * mean_square
 
 
 def recipe_deltas(C: Any, K: Any, grad: Any, damping: float, options: dict[str, Any]) -> tuple[Any, Any]:
-    """The root-free Deltas of the paper; or, for the whitened direction,
+    """Return the root-free Deltas of the paper, or for the whitened direction:
     Delta_C = 1/2 [ (B/d) A A^T + sqrt(lambda) (tr K / d) C - gamma I ]
     Delta_K = 1/2 [ (B/p) A^T A + sqrt(lambda) (tr C / p) K - gamma I ]
     """
@@ -71,7 +71,7 @@ def moved(factor: Any, m: Any, options: dict[str, Any]) -> Any:
 
 
 def recipe_update(state: RecipeState, grad: Any, **options: Any) -> RecipeState:
-    """One update of the factors. ``options``: those of `reference.kron_update`, and the first three of PAPER."""
+    """Update the factors. ``options`` are the options of `reference.kron_update` and the first three of PAPER."""
     options = {**PAPER, **options}
     grad = np.asarray(grad, np.float64)
     follows = options["relative_damping"] or options["factor_init"] == "gradient"
@@ -104,13 +104,13 @@ def scaled(update: Any, norm: float | None) -> Any:
 
 
 def averaged(grad: Any, buffer: Any, momentum: float, nesterov: bool) -> tuple[Any, Any]:
-    """M <- alpha1 M + (1 - alpha1) G. Returns (what is preconditioned, M)."""
+    """M <- alpha1 M + (1 - alpha1) G. Returns (the gradient to precondition, M)."""
     buffer = momentum * buffer + (1 - momentum) * grad
     return ((1 - momentum) * grad + momentum * buffer if nesterov else buffer), buffer
 
 
 def descended(weight: Any, grad: Any, buffer: Any, precondition: Any, norm: float | None, o: dict[str, Any]) -> Any:
-    """The step of the weights along precondition(gradient or its average). Returns (W, buffer)."""
+    """Step the weights along precondition(gradient or its average). Returns (W, buffer)."""
     if o["momentum_on"] == "gradient":
         average, buffer = averaged(grad, buffer, o["momentum"], o["nesterov"])
         update = scaled(precondition(average), norm)
@@ -122,7 +122,7 @@ def descended(weight: Any, grad: Any, buffer: Any, precondition: Any, norm: floa
 def recipe_step(
     weight: Any, grad: Any, state: RecipeState, *, update: bool = True, norm: float | None = None, **options: Any
 ) -> tuple[Any, RecipeState]:
-    """One step of one p x d block, the factors first where ``update`` is true. ``norm`` is that of U."""
+    """Step one p x d block. If ``update``, update its factors first. ``norm`` is the norm of the scaled U."""
     o = {**PAPER, "decoupled": False, "maximize": False, **options}
     weight, grad = np.asarray(weight, np.float64), (-1 if o["maximize"] else 1) * np.asarray(grad, np.float64)
     if update:
@@ -135,9 +135,9 @@ def recipe_step(
 def scaled_diagonal_step(
     weight: Any, grad: Any, state: ScaledState, *, norm: float | None = None, **options: Any
 ) -> tuple[Any, ScaledState]:
-    """s <- (1 - beta2 gamma) s + beta2 B g^2;  U = g / (s + lambda), or g / (sqrt(s) + sqrt(lambda));  W as above.
-    For relative damping q <- (1 - beta2 gamma) q + beta2 B mean(g^2), and s and q stay where the gradient is 0. 0/0
-    counts as 0.
+    """s <- (1 - beta2 gamma) s + beta2 B g^2;  U = g / (s + lambda), or g / (sqrt(s) + sqrt(lambda));  W as in
+    ``descended``. For relative damping q <- (1 - beta2 gamma) q + beta2 B mean(g^2), and a zero gradient changes
+    neither s nor q. 0/0 counts as 0.
     """
     o = {**PAPER, "decoupled": False, "maximize": False, **options}
     weight, grad = np.asarray(weight, np.float64), (-1 if o["maximize"] else 1) * np.asarray(grad, np.float64)

@@ -1,7 +1,7 @@
-"""The optimizers' formulas in NumPy float64, one matrix at a time, to test other implementations against.
+"""Reference implementation of the optimizers in NumPy float64, for one matrix at a time.
 
 W weight, G gradient: p x d. C (p x p), K (d x d): factors of S^-1 = (C C^T) kron (K K^T). m_C, m_K: their
-momentum. B ``batch_size``: how many terms the loss is the mean of. gamma: 1 moving average, 0 sum.
+momentum. B ``batch_size``: number of terms that the loss averages. gamma: 1 for a moving average, 0 for a sum.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -10,7 +10,7 @@ import numpy as np
 
 
 class _Float64State:
-    """Makes every field a float64 copy."""
+    """Store a float64 copy of every field."""
 
     def __post_init__(self):
         for field in fields(self):
@@ -19,7 +19,7 @@ class _Float64State:
 
 @dataclass
 class DiagonalState(_Float64State):
-    """s (``square``) and the momentum ``buffer``, both of the weight's shape."""
+    """s (``square``) and the momentum ``buffer``. Both have the weight's shape."""
 
     square: np.ndarray
     buffer: np.ndarray
@@ -47,7 +47,7 @@ class KronState(_Float64State):
 
 
 def _descend(weight, direction, buffer, *, lr, momentum, weight_decay, decoupled=False):
-    """buf <- momentum buf + U + kappa W;  W <- W - lr buf.  Returns (W, buf). Decoupled instead:
+    """buf <- momentum buf + U + kappa W;  W <- W - lr buf.  Returns (W, buf). If decoupled:
     W <- (1 - lr kappa) W;  buf <- momentum buf + U;  W <- W - lr buf.
     """
     if decoupled:
@@ -60,7 +60,7 @@ def _descend(weight, direction, buffer, *, lr, momentum, weight_decay, decoupled
 
 def diagonal_step(weight, grad, state, *, batch_size, beta2, gamma, damping, maximize=False, **descent):
     """RF-RMSProp, RF-AdaGrad: s <- (1 - beta2 gamma) s + beta2 B g^2;  U = g / (s + lambda);  buf and W by
-    ``_descend``, with its keywords. weight, grad: any one shape. Returns (new weight, new DiagonalState).
+    ``_descend``, which gets ``descent``. weight, grad: equal shapes. Returns (new weight, new DiagonalState).
     """
     weight, grad = np.asarray(weight, np.float64), (-1 if maximize else 1) * np.asarray(grad, np.float64)
     square = (1 - beta2 * gamma) * state.square + beta2 * batch_size * grad**2
@@ -91,7 +91,7 @@ def project_lower_triangular(S):
 
 
 def clipped_beta2(m, beta2, clip):
-    """beta2 / max(1, norm of m), the norm Frobenius', the largest absolute row sum, or none."""
+    """beta2 / max(1, norm of m). The norm is Frobenius or the largest absolute row sum. None does not clip."""
     if clip is None:
         return beta2
     norms = {"frobenius": np.sqrt(np.sum(m**2)), "row_sum": np.abs(m).sum(axis=1).max()}
@@ -99,7 +99,7 @@ def clipped_beta2(m, beta2, clip):
 
 
 def kron_update(state, grad, *, batch_size, beta2, riemannian_momentum, damping, gamma, clip, project=None):
-    """IF-Shampoo's factors, both from the old ones:
+    """Update the factors of IF-Shampoo, both from their old values:
     m_C <- alpha2 m_C + (1 - alpha2) Pi(Delta_C);  C <- C - clipped(beta2) C m_C;  m_K and K likewise.
     grad: p x d. ``project`` is Pi, the same for both sides; None keeps dense factors. Returns a KronState.
     """
@@ -119,7 +119,7 @@ def kron_precondition(state, grad):
 
 
 def kron_step(weight, grad, state, *, update, maximize=False, lr, momentum, weight_decay, decoupled=False, **factor):
-    """One IF-Shampoo step of one p x d block: the factors first where ``update`` is true, then U, buf and W.
+    """Step one p x d block with IF-Shampoo: the factors if ``update``, then U, buf and W.
     ``factor`` holds the keywords of ``kron_update``. Returns (new weight, new KronState).
     """
     weight, grad = np.asarray(weight, np.float64), (-1 if maximize else 1) * np.asarray(grad, np.float64)
@@ -131,9 +131,13 @@ def kron_step(weight, grad, state, *, update, maximize=False, lr, momentum, weig
 
 
 def block_slices(size, max_dim):
-    """range(size) in slices of at most ``max_dim``. From max_dim 128 on, and where size > max_dim: equal slices of a
-    multiple of 16, as few as possible if that comes out even; else the longest multiple of 16 above max_dim / 2 that
-    leaves no rest or one of at least half its length. Else lengths that differ by at most one, the longer first.
+    """Split range(size) into slices of at most ``max_dim``.
+
+    The first rule that applies gives the lengths. The first two need max_dim >= 128 and size > max_dim.
+    1. As few slices as possible, all of one length that is a multiple of 16.
+    2. Slices of one length, and one slice for the remainder. The length is the largest multiple of 16 above max_dim / 2
+       whose remainder is 0 or at least half the length.
+    3. As few slices as possible, whose lengths differ by at most one. Longer slices come first.
     """
     count = -(-size // max_dim)
     lengths = [size // count + (i < size % count) for i in range(count)]
@@ -148,13 +152,13 @@ def block_slices(size, max_dim):
 
 
 def _matrix_blocks(shape, max_dim):
-    """{(i, j): (row slice, column slice)} of a weight viewed as shape[0] x (the product of the rest)."""
+    """Return {(i, j): (row slice, column slice)} of a weight viewed as shape[0] x (product of the other sizes)."""
     rows, columns = block_slices(shape[0], max_dim), block_slices(int(np.prod(shape[1:])), max_dim)
     return {(i, j): (row, column) for i, row in enumerate(rows) for j, column in enumerate(columns)}
 
 
 def initial_blocked_states(shape, *, max_dim):
-    """{(i, j): KronState.initial} for every block of a weight of ``shape``."""
+    """Return {(i, j): KronState.initial} for every block of a weight of ``shape``."""
     return {
         index: KronState.initial(row.stop - row.start, column.stop - column.start)
         for index, (row, column) in _matrix_blocks(shape, max_dim).items()
@@ -162,8 +166,8 @@ def initial_blocked_states(shape, *, max_dim):
 
 
 def blocked_kron_step(weight, grad, states, *, max_dim, **step_arguments):
-    """``kron_step`` on every block by itself. weight, grad: two or more axes; states: {(i, j): KronState}.
-    ``step_arguments`` are those of ``kron_step``. Returns (new weight, new states).
+    """Apply ``kron_step`` to every block. weight, grad: two or more axes; states: {(i, j): KronState}.
+    ``step_arguments`` are the other arguments of ``kron_step``. Returns (new weight, new states).
     """
     shape = np.shape(weight)
     weight, grad = np.array(weight, dtype=np.float64).reshape(shape[0], -1), np.reshape(grad, (shape[0], -1))
@@ -174,8 +178,8 @@ def blocked_kron_step(weight, grad, states, *, max_dim, **step_arguments):
 
 
 def growing_interval_updates(step, max_interval):
-    """Whether min(max(floor(log_4(step + 1)), 1), max_interval) divides ``step``, counted from 0."""
-    floor_log4 = ((step + 1).bit_length() - 1) // 2  # in integers: a rounded logarithm may miss a power of four
+    """Return whether min(max(floor(log_4(step + 1)), 1), max_interval) divides ``step``. Steps count from 0."""
+    floor_log4 = ((step + 1).bit_length() - 1) // 2  # exact; a rounded logarithm may miss a power of four
     return step % min(max(floor_log4, 1), max_interval) == 0
 
 
@@ -197,7 +201,7 @@ def full_matrix_update(S, g, *, batch_size, beta2, gamma):
 
 def inverse_free_full_update(S_inv, g, *, batch_size, beta2, gamma):
     """S^-1 <- (1 + beta2 gamma) S^-1 - beta2 P + (beta2^2 / 2) (P S P - 2 gamma P + gamma^2 S^-1),
-    where P = S^-1 H S^-1, P S P = S^-1 H S^-1 H S^-1 and H = B g g^T: nothing is inverted.
+    where P = S^-1 H S^-1, P S P = S^-1 H S^-1 H S^-1 and H = B g g^T. It needs no inverse.
     """
     H = batch_size * np.outer(g, g)
     P = S_inv @ H @ S_inv
@@ -206,27 +210,27 @@ def inverse_free_full_update(S_inv, g, *, batch_size, beta2, gamma):
 
 
 def factored_full_update(A, g, *, batch_size, beta2, gamma):
-    """A <- A exp(-(beta2/2) (A^T H A - gamma I)),  H = B g g^T,  S^-1 = A A^T;  exp is exact, by eigh."""
+    """A <- A exp(-(beta2/2) (A^T H A - gamma I)),  H = B g g^T,  S^-1 = A A^T;  exp is computed by eigh."""
     projected = A.T @ g
     values, vectors = np.linalg.eigh(batch_size * np.outer(projected, projected) - gamma * np.eye(len(g)))
     return A @ (vectors * np.exp(-beta2 / 2 * values)) @ vectors.T
 
 
-# BF16 on bit patterns: uint32 holds an fp32 number, uint16 a BF16 number
+# BF16 rounding on bit patterns: a uint32 holds an fp32 value, a uint16 a BF16 value
 
 
 def float32_bits(x):
-    """The fp32 bit patterns of x, uint32."""
+    """Return the fp32 bit patterns of x as uint32."""
     return np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
 
 
 def bfloat16_value(bits):
-    """The numbers that BF16 bit patterns (uint16) stand for, float32."""
+    """Return the values of BF16 bit patterns (uint16) as float32."""
     return (np.asarray(bits, dtype=np.uint32) << np.uint32(16)).view(np.float32)
 
 
 def _truncate(bits, x):
-    """The upper halves of ``bits``, uint16; the quiet NaN where x, the unrounded pattern, is a NaN."""
+    """Return the upper halves of ``bits`` as uint16, or the quiet NaN if x, the unrounded pattern, is a NaN."""
     is_nan = (x & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
     return np.where(is_nan, np.uint16(0x7FC0), (bits >> np.uint32(16)).astype(np.uint16))
 
@@ -249,5 +253,5 @@ def compensated_split(x):
 
 
 def compensated_join(hi, lo):
-    """(hi, lo) -> the fp32 bits (uint32) that ``compensated_split`` took apart."""
+    """(hi, lo) -> fp32 bits (uint32), the inverse of ``compensated_split``."""
     return (hi.astype(np.uint32) << np.uint32(16)) + lo.astype(np.int32).view(np.uint32)

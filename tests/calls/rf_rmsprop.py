@@ -1,4 +1,4 @@
-"""Calls of `rf_rmsprop`: their tensors on any device and in any layout, what must come of them, and comparison."""
+"""Calls of `rf_rmsprop`: tensors on any device and in any layout, expected results, and comparison."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ Lists = dict[str, list[Tensor]]
 
 @dataclass
 class Call:
-    """A call of `rf_rmsprop`. Every run has new tensors."""
+    """A call of `rf_rmsprop`. Every run creates new tensors."""
 
     shapes: list[Any] = field(default_factory=lambda: [(64, 72), (5,)])
     """Shapes of the tensors; a number n stands for (n,)."""
     layouts: tuple[str, ...] = ("whole",)
-    """Layouts (see `laid_out`), which take turns over the tensors."""
+    """Memory layouts (see `laid_out`). The tensors use them in rotation."""
     param: torch.dtype = FP32
     grad: torch.dtype = FP32
     square: torch.dtype = FP32
@@ -49,11 +49,11 @@ class Call:
     found_inf: float | None = None
     seed: int = 0
     exact: bool = False
-    """Whether all arithmetic is exact in FP32, in any order and fused or not: rounding alone decides the result."""
+    """Whether all FP32 arithmetic is exact in any order, fused or not. Only the rounding of results then matters."""
     alike: bool = True
-    """Whether the tensors of an index have one layout in all lists; otherwise layouts take turns over the lists too."""
+    """Whether the i-th tensors of all lists share one layout. Otherwise layouts differ between the lists too."""
     apart: str = ""
-    """The list whose tensors begin one element later."""
+    """Name of the list whose tensors start one element later in memory."""
     backend: str = "eager"
     device: Any = "cpu"
 
@@ -81,12 +81,12 @@ class Call:
         return value.abs() + 0.5 if name == "square" else value
 
     def placed(self, name: str, index: int, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Return a tensor of the value in its layout, and the memory around it."""
+        """Copy `value` to its layout; return the copy and the memory around it."""
         layout = self.layouts[(index + (0 if self.alike else LISTS.index(name))) % len(self.layouts)]
         return laid_out(value, layout, self.device, shift=int(name == self.apart))
 
     def tensors(self) -> tuple[Lists, list[tuple[Tensor, Tensor]]]:
-        """Return {"param": [n tensors], …}, and every tensor with the memory around it."""
+        """Return {"param": [n tensors], …}, and pairs of each tensor and the memory around it."""
         generator = torch.Generator().manual_seed(self.seed)
         lists: Lists = {}
         memory = []
@@ -105,7 +105,7 @@ class Call:
         return lists, memory
 
     def arguments(self, lists: Lists) -> tuple[Any, ...]:
-        """Return the flat list of arguments."""
+        """Return the flat arguments of the operator."""
         n = len(self.shapes)
         seeds = (torch.arange(n) * 0x1234567 - 3).to(self.device, torch.int32)
         steps = self.steps if isinstance(self.steps, Tensor) else torch.full((n,), float(self.steps))
@@ -120,14 +120,14 @@ class Call:
         )
 
     def run(self, lists: Lists | None = None, run: Run | None = None) -> Lists:
-        """Return the tensors after a step by the call's backend, or by another one."""
+        """Run a step with the call's backend, or with `run`, and return the tensors."""
         lists = lists or self.tensors()[0]
         (run or through(self.backend))("rf_rmsprop", *self.arguments(lists))
         return lists
 
 
 def values(lists: Lists, name: str) -> list[np.ndarray]:
-    """Return the values of a list in FP64, those of compensated pairs exactly."""
+    """Return the values of a list in FP64. Compensated pairs are joined exactly."""
     found, residuals = lists[name], lists.get({"param": "weight_residual"}.get(name, f"{name}_residual"), [])
     if residuals:
         found = [rnd.join_compensated(hi, lo) for hi, lo in zip(found, residuals, strict=True)]
@@ -144,7 +144,7 @@ def copied(lists: Lists) -> Lists:
 
 
 def flat(lists: Lists) -> Lists:
-    """Return copies, every tensor as a vector of its elements in row-major order."""
+    """Return copies of all tensors, flattened in row-major order."""
     return {name: [x.reshape(-1).clone() for x in tensors] for name, tensors in lists.items()}
 
 
@@ -153,18 +153,18 @@ def bits(lists: Lists) -> dict[str, list[bytes]]:
 
 
 def assert_equal(actual: Lists, expected: Lists) -> None:
-    """Check that two runs agree in every element; zeros may have either sign."""
+    """Check that all elements of two runs are equal. Zeros may differ in sign."""
     for name in expected:
         for index, (x, y) in enumerate(zip(actual[name], expected[name], strict=True)):
-            x, y = x.cpu(), y.cpu()  # compared by the host, which the fake GPU leaves to it
+            x, y = x.cpu(), y.cpu()  # compare on the host: the fake GPU computes nothing
             assert x.equal(y), f"{name}[{index}] of {tuple(x.shape)} differs in {(x != y).sum().item()} elements"
 
 
-# ---- what must come of a call ------------------------------------------------------------------------------------
+# ---- expected results --------------------------------------------------------------------------------------------
 
 
-def assert_is_the_reference_s(call: Call, lists: Lists, before: Lists) -> None:
-    """Check that `lists` are the reference's after a step from `before`, within the tolerance of their storage."""
+def assert_matches_reference(call: Call, lists: Lists, before: Lists) -> None:
+    """Check `lists` after a step from `before` against the reference, within the tolerance of the stored dtypes."""
     options = {"lr": call.rate, **call.all_options}
     stored = {
         "param": FP32 if lists["weight_residual"] else call.param,
@@ -179,12 +179,12 @@ def assert_is_the_reference_s(call: Call, lists: Lists, before: Lists) -> None:
         for name, expected in (("param", weight), ("square", state.square), ("buffer", state.buffer)):
             error, norm = np.linalg.norm(new[name][index] - expected), np.linalg.norm(expected)
             allowed = tolerance("one step", stored[name]) * norm
-            cancelled = 2e-6 * size**0.5  # roundings of the terms, which are of the order of 1
+            cancelled = 2e-6 * size**0.5  # rounding errors of terms, which have magnitude 1
             assert error <= allowed + cancelled, f"{name}[{index}] of {size} elements"
 
 
 def fp32_values(call: Call, grad: Tensor, s: Tensor, m: Tensor, w: Tensor) -> tuple[Tensor, ...]:
-    """Return the new s, m and weights, in FP32, operation by operation, and which elements step."""
+    """Return new s, m and weights, computed in FP32 without fused operations, and the mask of stepped elements."""
     options = call.all_options
     kappa, lr = options["weight_decay"], torch.tensor(call.rate)
     g = grad * (torch.tensor(-1.0 if options["maximize"] else 1.0) / (call.grad_scale or 1.0))
@@ -201,7 +201,7 @@ def fp32_values(call: Call, grad: Tensor, s: Tensor, m: Tensor, w: Tensor) -> tu
 
 
 def fp32_step(call: Call, lists: Lists) -> Lists:
-    """Step `lists` in FP32 arithmetic without fused operations, as `call` says; return them."""
+    """Step `lists` in place in FP32 without fused operations, with the options of `call`; return them."""
     seeds, steps = call.arguments(lists)[8:10]
     square_bits = rnd.RaggedBits(seeds, steps, rnd.SLOT_SQUARE, call.sizes)().split(call.sizes)
     weight_bits = rnd.RaggedBits(seeds, steps, rnd.SLOT_WEIGHT, call.sizes)().split(call.sizes)

@@ -1,4 +1,4 @@
-"""Calls of `scaled_rmsprop`: as those of `rf_rmsprop`, with the rule, mean curvatures and norms of updates."""
+"""Calls of `scaled_rmsprop`: calls of `rf_rmsprop` with a rule, mean curvatures and norms of updates."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from tests.calls.tolerances import tolerance
 
 @dataclass
 class ScaledCall(Call):
-    """A call of `scaled_rmsprop`. Every run has new tensors."""
+    """A call of `scaled_rmsprop`. Every run creates new tensors."""
 
     rule: dict[str, Any] = field(default_factory=dict)
-    """What differs from `tests.calls.kron.RULE`."""
+    """Changes to `tests.calls.kron.RULE`."""
 
     @property
     def all_rule(self) -> dict[str, Any]:
@@ -60,10 +60,10 @@ class ScaledCall(Call):
         return lists
 
 
-def assert_is_the_reference_s(call: ScaledCall, lists: Lists, before: Lists, allowed: float | None = None) -> None:
-    """Check that `lists` are the reference's after a step from `before`.
+def assert_matches_reference(call: ScaledCall, lists: Lists, before: Lists, allowed: float | None = None) -> None:
+    """Check `lists` after a step from `before` against the reference.
 
-    Errors are relative to the norm of a tensor, within `allowed` or else the tolerance of its storage.
+    Errors are relative to the norm of a tensor. The default of `allowed` is the tolerance of the stored dtypes.
     """
     rule = {name: value for name, value in call.all_rule.items() if name != "scales"}
     options = {"lr": call.rate, **call.all_options, **rule}
@@ -86,6 +86,6 @@ def assert_is_the_reference_s(call: ScaledCall, lists: Lists, before: Lists, all
         for name, value in expected.items():
             norm, size = np.linalg.norm(value), np.size(value)
             bound = (coarse if allowed is None else allowed) * norm
-            cancelled = (2e-6 if allowed is None else allowed) * size**0.5  # the terms are of the order of 1
+            cancelled = (2e-6 if allowed is None else allowed) * size**0.5  # the terms have magnitude 1
             error = np.linalg.norm(new[name][index] - value)
             assert error <= bound + cancelled, f"{name}[{index}] of {size} elements: {error:.1e}"

@@ -1,4 +1,4 @@
-"""New memory that is full of NaN, so that an element that is read before it is written shows."""
+"""Fill new memory with NaN, so that tests detect reads of unwritten elements."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MAKERS = (
     *((Tensor, name) for name in ("new_empty", "new_empty_strided")),
 )
 LARGE = 1 << 30
-"""Tensors of as many elements are left as they are: some tests touch a few pages of them."""
+"""Tensors with at least this many elements are not filled: tests use only a few pages of them."""
 
 
 def filled(made: Tensor) -> Tensor:
@@ -29,10 +29,11 @@ def filled(made: Tensor) -> Tensor:
 
 @contextmanager
 def new_memory_is_nan() -> Iterator[None]:
-    """Fill what PyTorch hands out uninitialized.
+    """Fill new uninitialized tensors with NaN inside a `with` block.
 
-    `torch.empty` and its likes are replaced in Python. The extension calls them in C++, where PyTorch itself fills them
-    as long as deterministic algorithms are asked for: on a CPU, where that changes nothing else of what is tested.
+    In Python, `torch.empty` and similar functions are replaced. In C++, PyTorch fills new memory itself if
+    deterministic algorithms are enabled. They are enabled only without a GPU, where they do not affect the tests in any
+    other way.
     """
     with pytest.MonkeyPatch.context() as patch:
         for owner, name in MAKERS:

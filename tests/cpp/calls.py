@@ -1,4 +1,4 @@
-"""Calls of the C++ kernels: sizes at which they change what they do, and their backend."""
+"""Calls of the C++ kernels, and sizes around which they switch between code paths."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from functools import partial
 from tests.calls import kron, rf_rmsprop, scaled_rmsprop
 
 PIECE, CHUNK = 512, 1 << 14
-"""Elements that a kernel works on at a time; elements that a thread takes at a time, or a share of a block has."""
+"""PIECE: number of elements that a kernel processes at once. CHUNK: elements per task of a thread, or per share of a
+block."""
 
 SHAPES = [
     *[(), (0,), (1,), (3, 0, 2), (13,), (PIECE - 1,), (PIECE,), (PIECE + 1,), (1031,)],

@@ -65,7 +65,7 @@ BATCHES = st.builds(
 CALLS = st.sampled_from([through("cpp"), dispatched("cpp")])
 SOME = settings(max_examples=60, deadline=None)
 
-HALVED = [  # symmetric products of more than 256 rows in FP32, and of more than 384 in BF16, are taken in halves
+HALVED = [  # symmetric products with more than 256 rows in FP32, or 384 in BF16, are computed in two halves
     cpp_batch(389, 5, PLACES[1], ("transposed",), clip="row_sum"),
     cpp_batch(3, 521, layouts=("transposed", "every other"), param=BF16, weight_rounding="compensated"),
     cpp_batch(257, 256, options={"damping": 0.0}),
@@ -75,7 +75,7 @@ HALVED = [  # symmetric products of more than 256 rows in FP32, and of more than
     cpp_batch(7, 389, dtype=BF16, matmul=FP32, rounding="compensated", rule=WHITENED),
     cpp_batch(257, 70, dtype=BF16, matmul=BF16, rounding="stochastic", rule=ROOT_FREE),
 ]
-MANY = cpp_batch(64, 64, ((0, 9, 0, 9),), ("wide rows",), grad=BF16)  # more blocks than are worked on at a time
+MANY = cpp_batch(64, 64, ((0, 9, 0, 9),), ("wide rows",), grad=BF16)  # more blocks than are processed at once
 
 
 def with_examples(test: Any) -> Any:
@@ -105,7 +105,7 @@ EXACT += [replace(batch, rows=389, cols=50, places=ONE) for batch in (*EXACT[:2]
 
 
 def steps_of_exact_batches() -> list[dict[str, bytes]]:
-    """Return all bits after steps whose products are exact, so that no library's order of summation shows."""
+    """Return the bytes of all tensors after steps with exact products, whose order of summation has no effect."""
     results = []
     for batch in EXACT:
         t = replace(batch, keeps_products=False).tensors()
@@ -117,9 +117,9 @@ def steps_of_exact_batches() -> list[dict[str, bytes]]:
 
 
 def reference_of_products(batch: Batch, t: Tensors) -> list[recipe.RecipeState]:
-    """Return the states after an update from the factors that products read.
+    """Return the reference's states after an update that starts from the factors that products read.
 
-    These are the BF16 halves of compensated pairs, and starts as they are stored.
+    Products read the BF16 halves of compensated pairs, and initial factors after they were rounded for storage.
     """
     states = batch.reference_states(Tensors(**{**vars(t), "lo_c": None, "lo_k": None}))
     options, grads = {"clip": batch.reference_clip, **batch.all_options}, batch.reference_grads(t)
@@ -132,8 +132,8 @@ def reference_of_products(batch: Batch, t: Tensors) -> list[recipe.RecipeState]:
     return [recipe.recipe_update(*pair, **options, **batch.reference_rule) for pair in pairs]
 
 
-def assert_an_update_is_the_reference_s(batch: Batch, run: Call) -> None:
-    """Run an update of a new batch, and check it."""
+def assert_update_matches_reference(batch: Batch, run: Call) -> None:
+    """Check an update of a new batch against the reference."""
     t, allowed = batch.tensors(), one_step(batch.dtype, products=batch.matmul)
     states, expected = batch.reference_states(t), batch.reference_update(t)
     of_products = reference_of_products(batch, t)

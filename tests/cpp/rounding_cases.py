@@ -1,4 +1,4 @@
-"""FP32 numbers whose rounding to 16 bits is to be tested, and calls of `rf_rmsprop` that round them."""
+"""FP32 values to test rounding to 16 bits, and calls of `rf_rmsprop` that round them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ def every_pattern(dtype: torch.dtype) -> Tensor:
 
 
 def to_be_rounded(dtype: torch.dtype) -> Tensor:
-    """Return finite FP32 numbers: all of a dtype, midpoints of neighbours, numbers beside those, and random ones."""
+    """Return finite FP32 values to round to `dtype`.
+
+    These are all values of `dtype`, the midpoints of neighbours, the FP32 values next to them, and random values.
+    """
     every = every_pattern(dtype)
     every = every[every.isfinite()].double().sort().values
     ties = ((every[1:] + every[:-1]) / 2).float()
@@ -27,7 +30,7 @@ def to_be_rounded(dtype: torch.dtype) -> Tensor:
 
 
 def rounding_step(dtype: torch.dtype, lr: float, gradient: Tensor) -> tuple[Call, Lists]:
-    """Return a call that steps weights of 0 to −`lr` · gradient; where `lr` is 0 weights keep their values."""
+    """Return a call that steps weights from 0 to −`lr` · gradient. If `lr` is 0, weights keep their values."""
     call = cpp_call([len(gradient)], param=dtype, options=dict.fromkeys(OPTIONS, 0.0), lr=lr)
     lists = call.tensors()[0]
     lists["param"][0].zero_()

@@ -1,5 +1,7 @@
-"""The normalised momentum in C++: against the FP64 reference and eager PyTorch, and what it does about blocks that are
-not finite. That the instruction set changes no bit is tested in test_instruction_sets.py."""
+"""Clipped momentum in C++: comparison with the FP64 reference and eager PyTorch, and blocks that are not finite.
+
+test_instruction_sets.py tests that results do not depend on the instruction set.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.calls.clipped_momentum import assert_is_the_reference_s, assert_memory_around_sides_is_untouched, sides
+from tests.calls.clipped_momentum import assert_matches_reference, assert_memory_around_sides_is_untouched, sides
 from tests.calls.cpu import needs_cpp, threads
 from tests.calls.operators import call
 from tests.calls.tensors import BF16, CLIPS, FP32, clones, same_bits
@@ -42,7 +44,7 @@ def test_momentum_and_clip_match_the_reference(num_blocks, sizes, dtype, clip, a
     old, given_deltas = clones(momenta), clones(deltas)
     clips = momentum(momenta, deltas, None, alpha, clip)
     assert clips.dtype == FP32 and clips.shape == (len(sizes), num_blocks)
-    assert_is_the_reference_s(momenta, deltas, old, clips, alpha, clip)
+    assert_matches_reference(momenta, deltas, old, clips, alpha, clip)
     for m, before, delta in zip(momenta, old, given_deltas, strict=True):
         assert torch.equal(m, (before.float() * alpha + delta * (1 - torch.tensor(alpha))).to(dtype))
     wanted = call("eager", "clipped_momentum", old, given_deltas, None, alpha, clip)
@@ -53,19 +55,19 @@ def test_momentum_and_clip_match_the_reference(num_blocks, sizes, dtype, clip, a
 @pytest.mark.parametrize("clip", ["frobenius", "none"])
 @pytest.mark.parametrize("shape", [(1,), (17,), (3 * CHUNK + 5,), (2, 3, 5)], ids=str)
 def test_blocks_may_have_any_number_of_axes(shape, clip):
-    """An example is a diagonal. The norm includes all elements."""
+    """A diagonal, for example, has one axis. The norm includes all elements."""
     momenta, deltas = sides(3, [shape, (7,)])
     old = clones(momenta)
     clips = momentum(momenta, deltas, None, 0.5, clip)
     flat_sides = [[x.flatten(1) for x in tensors] for tensors in (momenta, deltas, old)]
-    assert_is_the_reference_s(*flat_sides, clips, 0.5, clip)
+    assert_matches_reference(*flat_sides, clips, 0.5, clip)
 
 
 @pytest.mark.parametrize("clip", CLIPS)
 @pytest.mark.parametrize("bad", [float("nan"), -float("inf"), 1e38])
 @pytest.mark.parametrize("place", [(0, 0), (129, 129), (40, 5)], ids=str)
 def test_a_block_that_is_not_finite_keeps_all_momenta(clip, bad, place):
-    """1e38 is finite. Its square and the sum of a row are not."""
+    """1e38 is finite, but its square and the sum of a row with it are not."""
     for side in (0, 1):
         momenta, deltas = sides(3, [(130, 130), (130, 130)], BF16)
         if bad == 1e38 and clip == "row_sum":

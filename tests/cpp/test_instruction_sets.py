@@ -1,4 +1,4 @@
-"""Every instruction set gives bitwise the same results."""
+"""Results are bitwise equal under every instruction set."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from tests.calls.operators import call, through
 from tests.calls.rf_rmsprop import bits
 from tests.calls.tensors import BF16, CLIPS, FP16, FP32, ROUNDINGS, drawn
 from tests.cpp.calls import LAYOUTS, cpp_call, scaled_call
-from tests.cpp.kron_batches import HALVED, assert_an_update_is_the_reference_s, steps_of_exact_batches
+from tests.cpp.kron_batches import HALVED, assert_update_matches_reference, steps_of_exact_batches
 from tests.cpp.rounding_cases import every_pattern, rounding_step, to_be_rounded
 
 pytestmark = needs_cpp
 
 
 def digest_of_elements() -> str:
-    """Return a digest of steps of every dtype and mode, of conversions of 16-bit numbers, and of momenta."""
+    """Return a digest of steps in every dtype and mode, of conversions of 16-bit values, and of clipped momenta."""
     results = []
     for param, square, buffer in product([FP32, BF16, FP16], [FP32, BF16], [FP32, BF16]):
         for number, modes in enumerate(product(ROUNDINGS, ROUNDINGS)):
@@ -58,12 +58,12 @@ def test_result_does_not_depend_on_the_instruction_set():
 
 
 def digest_of_matrices() -> str:
-    """Return a digest of steps of matrices whose products are exact.
+    """Return a digest of matrix steps with exact products.
 
-    Under another instruction set another library may take large products, which must be right as well.
+    Large products may use another library under another instruction set, so these are checked against the reference.
     """
     for batch in HALVED:
-        assert_an_update_is_the_reference_s(batch, through("cpp"))
+        assert_update_matches_reference(batch, through("cpp"))
     return sha256(repr(steps_of_exact_batches()).encode()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""`kron_factor` in C++: against the FP64 reference and eager PyTorch, and bit by bit where arithmetic is exact."""
+"""`kron_factor` in C++: comparison with the FP64 reference and eager PyTorch, bitwise if arithmetic is exact."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from tests.calls.operators import through
 from tests.calls.tensors import BF16, CLIPS, FP32, ROUNDINGS, same_bits
 from tests.calls.tolerances import assert_near, one_step, relative_error
 from tests.cpp.calls import cpp_batch
-from tests.cpp.kron_batches import assert_an_update_is_the_reference_s, with_examples
+from tests.cpp.kron_batches import assert_update_matches_reference, with_examples
 
 pytestmark = needs_cpp
 
 
 @with_examples
 def test_factor_update_matches_the_reference(batch, run):
-    assert_an_update_is_the_reference_s(batch, run)
+    assert_update_matches_reference(batch, run)
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ def test_factor_update_matches_the_reference(batch, run):
 )
 @pytest.mark.parametrize("matmul", [FP32, BF16], ids=str)
 def test_factor_changes_match_the_reference_and_eager_pytorch(clip, norm, matmul):
-    """Compare C′ − C. The FP32 value of a compensated pair shows every step."""
+    """Compare C′ − C. Compensated pairs hold FP32 values, so small changes are visible."""
     small = {"gamma": 0.0, "batch_size": 0.01, "damping": 0.0, "riemannian_momentum": 0.1}
     numbers = small if norm == "" and clip == "frobenius" else {"riemannian_momentum": 0.1}
     batch = cpp_batch(136, 70, dtype=BF16, matmul=matmul, rounding="compensated", clip=clip, options=numbers)
@@ -38,13 +38,13 @@ def test_factor_changes_match_the_reference_and_eager_pytorch(clip, norm, matmul
         old, m = getattr(state, name), getattr(expected, f"m_{name}")
         assert clip == "none" or (ref.clipped_beta2(m, 1.0, clip) < 1) == (norm == "above 1")
         assert_near(t.factor(side) - old, [getattr(expected, name) - old], one_step(products=BF16))
-        if matmul == FP32:  # m is rounded once, so that few numbers differ from those of eager PyTorch
+        if matmul == FP32:  # m is rounded once, so few elements differ from eager PyTorch
             assert (getattr(t, f"m_{side}") != getattr(other, f"m_{side}")).float().mean() < 0.01
             assert relative_error(torch.tensor(t.factor(side) - old), other.factor(side) - old) < 1e-3
 
 
 def with_symmetric_residuals(t: Tensors) -> Tensors:
-    """Return tensors whose factors are symmetric with their residuals."""
+    """Make the residuals of the factors symmetric; return `t`."""
     for residual in (t.lo_c, t.lo_k):
         if residual is not None:
             residual.copy_(residual.tril() + residual.tril(-1).mT)
@@ -55,7 +55,7 @@ def with_symmetric_residuals(t: Tensors) -> Tensors:
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("direction", ["root_free", "whitened"])
 def test_factors_are_rounded_bitwise_as_in_eager_pytorch(direction, rounding, sides):
-    """G and m are 0, so m′ is −γ/2 times I, and C′ = C(1 + 2⁻⁹) is rounded once."""
+    """G and m are 0, so m′ = −γ/2 · I. Then C′ = C(1 + 2⁻⁹) is rounded only once."""
     numbers = {"beta2": 2.0**-8, "riemannian_momentum": 0.0, "damping": 0.0}
     batch = cpp_batch(*sides, PLACES[2], dtype=BF16, matmul=BF16, rounding=rounding, clip="none", options=numbers)
     batch.rule = {"direction": direction}
@@ -81,7 +81,7 @@ def test_a_momentum_that_is_not_finite_keeps_both_factors(side, bad, clip):
     batch = cpp_batch(37, 34, ((0, 2, 0, 1),), clip=clip)
     was, t = batch.tensors(), batch.tensors()
     for each in (was, t):
-        getattr(each, side)[0, 33, 1] = getattr(each, side)[0, 1, 33] = bad  # apart from the diagonal tiles
+        getattr(each, side)[0, 33, 1] = getattr(each, side)[0, 1, 33] = bad  # outside the diagonal tiles
     batch.run(t)
     assert t.ok.tolist() == [False, True] and t.skipped.tolist() == [1, 1]
     for name in ("c", "k", "m_c", "m_k", "params", "buffers"):
@@ -110,7 +110,7 @@ def test_zero_gradient_keeps_factors_and_overflow_is_not_ok(rounding, rule):
     batch = cpp_batch(37, 18, ((0, 5, 0, 1),), dtype=BF16, matmul=BF16, rounding=rounding, rule=rule)
     t, was = batch.tensors(), batch.tensors()
     gradients = batch.blocks(t.grads)
-    for block in (1, 3):  # the latter has not started yet
+    for block in (1, 3):  # block 3 has had no nonzero gradient yet
         gradients[block].zero_()
     gradients[2][0, 0] = 1e30
     assert batch.update(t).tolist() == [True, True, False, True, True]
@@ -124,7 +124,7 @@ def test_zero_gradient_keeps_factors_and_overflow_is_not_ok(rounding, rule):
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 @pytest.mark.parametrize("found_inf", [None, 1.0])
 def test_a_block_starts_at_its_first_gradient_as_in_eager_pytorch(found_inf, dtype, rounding):
-    """With β₂ = 0 the factors keep their initial value (q(1 + λ))^(−1/4)·I."""
+    """With β₂ = 0, factors keep their initial value (q(1 + λ))^(−1/4)·I."""
     batch = cpp_batch(37, 18, ((0, 4, 0, 1),), dtype=dtype, rounding=rounding, options={"beta2": 0.0}, rule=ROOT_FREE)
     batch.found_inf = found_inf
     t, other, was = batch.tensors(), batch.tensors(), batch.tensors()
@@ -143,7 +143,7 @@ def test_a_block_starts_at_its_first_gradient_as_in_eager_pytorch(found_inf, dty
 
 
 def test_factors_with_gaps_are_an_error():
-    """Kernels would read them as if they were contiguous."""
+    """Kernels assume contiguous factors."""
     batch = torch.eye(5).expand(2, 5, 5).contiguous()
     with pytest.raises(ValueError, match="not contiguous: pass a contiguous tensor"):
         torch.ops.rootfree_native.kron_factor(

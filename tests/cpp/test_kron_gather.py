@@ -1,4 +1,4 @@
-"""`kron_gather` in C++: bitwise comparison of blocks of gradients, and sums of their squares."""
+"""`kron_gather` in C++: bitwise comparison of gathered blocks, and sums of their squares."""
 
 from __future__ import annotations
 

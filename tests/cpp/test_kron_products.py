@@ -1,4 +1,4 @@
-"""CCᵀ and KKᵀ in C++, and products by several threads."""
+"""CCᵀ and KKᵀ in C++, and products with several threads."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KEEP_PRODUCTS = [batch for batch in (*HALVED[:2], *HALVED[3:]) if not batch.is_w
 
 @pytest.mark.parametrize("batch", [cpp_batch(70, 65), *KEEP_PRODUCTS, replace(MANY, dtype=BF16)], ids=str)
 def test_recomputed_products_are_bitwise_equal_to_those_of_an_update(batch):
-    """A resumed run therefore continues with the same numbers."""
+    """A resumed run recomputes products, so it continues bitwise."""
     batch = replace(batch, keeps_products=True)
     t = batch.tensors()
     batch.update(t)

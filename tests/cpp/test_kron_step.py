@@ -1,4 +1,4 @@
-"""`kron_step` in C++: against the FP64 reference and eager PyTorch, and blocks that are left out."""
+"""`kron_step` in C++: comparison with the FP64 reference and eager PyTorch, and skipped blocks."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_step_of_the_weights_matches_the_reference(batch, run):
 
 @pytest.mark.parametrize("batch", EXACT, ids=str)
 def test_weights_are_rounded_bitwise_as_in_eager_pytorch(batch):
-    """Without decay, fusion does not change rounding. Norms are left out, because they are not exact."""
+    """Without weight decay, fused operations round equally. `scales` is off, because norms are not exact."""
     batch = replace(batch, rule={**batch.rule, "scales": False})
     batch = replace(batch, descent={"momentum": 0.5, "weight_decay": 0.0}, lr=2.0**-5)
     results = []
@@ -48,7 +48,7 @@ def test_weights_are_rounded_bitwise_as_in_eager_pytorch(batch):
     assert results[0] == results[1]
 
 
-# ---- blocks that are left out ----------------------------------------------------------------------------------------
+# ---- skipped blocks --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_weights_are_rounded_bitwise_as_in_eager_pytorch(batch):
     ],
 )
 def test_a_block_that_is_not_finite_is_skipped_and_counted(bad, clip, rounding):
-    """The square of 1e30 is infinite. That of 1e15 is not, but the norm of its m is. Other blocks step as usual."""
+    """The square of 1e30 is infinite. The square of 1e15 is finite, but the norm of m is not. Other blocks step."""
     batch = cpp_batch(13, 9, ((0, 1, 0, 2), (0, 1, 0, 1)), clip=clip, dtype=BF16, matmul=BF16, param=BF16)
     batch = replace(batch, rounding=rounding, weight_rounding=rounding)
     was, clean, t = batch.tensors(), batch.run(), batch.tensors()
@@ -87,7 +87,7 @@ def test_found_inf_skips_and_counts_every_block(rounding):
         overflow = replace(batch, found_inf=found_inf)
         was, t = batch.tensors(), overflow.run()
         assert not t.ok.any()
-        overflow.step(t, None, False)  # between updates
+        overflow.step(t, None, False)  # a step without an update
         assert t.bytes(*KEPT) == was.bytes(*KEPT) and torch.equal(t.skipped, was.skipped + 2)
 
 
@@ -95,7 +95,7 @@ def test_found_inf_skips_and_counts_every_block(rounding):
 @pytest.mark.parametrize("rule", [{}, WHITENED, MIXED[2]], ids=["paper", "whitened", "mixed"])
 @pytest.mark.parametrize("reason", ["its factors were skipped", "no update saw its gradient"])
 def test_a_skipped_block_keeps_its_weights_bitwise(reason, rule, num_threads):
-    """Two threads work on the first three and on the last two blocks."""
+    """With two threads, one processes the first three blocks, and the other the last two."""
     batch = cpp_batch(13, 66, ((0, 1, 0, 5),), param=BF16, weight_rounding="compensated", rule=rule)
     was, t = batch.tensors(), batch.tensors()
     finite, ok = torch.tensor([True, False, True, False, True]), None

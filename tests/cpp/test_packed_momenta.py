@@ -1,4 +1,4 @@
-"""C++ updates of packed m_C and m_K are bitwise equal to those of matrices, for any size and number of threads."""
+"""C++ updates of packed and of full m_C and m_K are bitwise equal, for any size and number of threads."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = needs_cpp
 
 
 def with_packed_momenta(stem: str, *args: Any) -> Any:
-    """Call an operator of the extension. Pack m_C and m_K before an update, and unpack them afterwards."""
+    """Call an operator. Before `kron_factor`, pack m_C and m_K, and unpack them afterwards."""
     if stem != "kron_factor":
         return call("cpp", stem, *args)
     c, k, *momenta = args[:4]
@@ -42,7 +42,7 @@ def with_packed_momenta(stem: str, *args: Any) -> Any:
 @example(cpp_batch(3, 389, dtype=BF16, matmul=BF16, rounding="stochastic", clip="row_sum"), 1, False)
 @example(cpp_batch(64, 64, ((0, 9, 0, 9),)), 2, True)
 def test_update_of_packed_momenta_is_bitwise_equal(batch, num_threads, skips):
-    """This includes skipped blocks, whose m does not change."""
+    """This includes skipped blocks, whose momenta must not change."""
     expected, actual = batch.tensors(), batch.tensors()
     if skips:
         for t in (expected, actual):

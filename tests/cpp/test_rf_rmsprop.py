@@ -1,4 +1,4 @@
-"""The diagonal step in C++: against the FP64 reference, and bit by bit against FP32 arithmetic in PyTorch."""
+"""The diagonal step in C++: comparison with the FP64 reference, and bitwise with FP32 arithmetic in PyTorch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from rootfree_kernels.rounding import join_compensated, split_compensated
 from tests.calls.cpu import needs_cpp
 from tests.calls.operators import through
-from tests.calls.rf_rmsprop import assert_equal, assert_is_the_reference_s, bits, counts, flat, fp32_step
+from tests.calls.rf_rmsprop import assert_equal, assert_matches_reference, bits, counts, flat, fp32_step
 from tests.calls.tensors import BF16, FP16, FP32, FP64, ROUNDINGS, assert_memory_around_is_untouched, clones, same_bits
 from tests.cpp.calls import CHUNK, LAYOUTS, PIECE, SHAPES, cpp_call
 from tests.cpp.rounding_cases import every_pattern, rounding_step, to_be_rounded
@@ -39,7 +39,7 @@ CALLS = st.builds(
     shapes=st.lists(st.one_of(st.sampled_from(SHAPES), st.integers(0, 1100).map(lambda n: (n,))), min_size=1),
     layouts=st.lists(st.sampled_from(LAYOUTS), min_size=1, max_size=5).map(tuple),
     param=st.sampled_from([FP32, BF16, FP16]),
-    grad=st.sampled_from([None, FP32, FP64]),  # None: the parameters' own
+    grad=st.sampled_from([None, FP32, FP64]),  # None: the dtype of the parameters
     square=STATE_DTYPES,
     buffer=STATE_DTYPES,
     rounding=st.sampled_from(ROUNDINGS),
@@ -69,7 +69,7 @@ def test_step_matches_the_reference_and_fp32_arithmetic_bitwise(call):
     before = flat(lists)
     call.run(lists)
     shaped = {name: [x.view(y.shape) for x, y in zip(before[name], lists[name], strict=True)] for name in lists}
-    assert_is_the_reference_s(call, lists, shaped)
+    assert_matches_reference(call, lists, shaped)
     after = flat(lists)
     assert_equal({name: after[name] for name in ("grad", "skipped")}, {n: before[n] for n in ("grad", "skipped")})
     assert_memory_around_is_untouched(memory)
@@ -79,7 +79,7 @@ def test_step_matches_the_reference_and_fp32_arithmetic_bitwise(call):
 @pytest.mark.parametrize("steps", [3, 70000, "each its own"], ids=str)
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_bf16_is_rounded_bitwise_as_in_eager_pytorch(rounding, steps):
-    shapes = [shape for shape in SHAPES if 0 not in shape]  # eager PyTorch has no norm of nothing
+    shapes = [shape for shape in SHAPES if 0 not in shape]  # eager PyTorch has no norm of empty tensors
     if steps == "each its own":
         steps = torch.arange(float(len(shapes)))
     kinds = (BF16, BF16, BF16, BF16, rounding, rounding)
@@ -108,7 +108,7 @@ def test_compensated_pairs_equal_an_fp32_run_bitwise():
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
-def test_fp32_is_rounded_to_16_bits_as_pytorch_does_it(dtype):
+def test_fp32_is_rounded_to_16_bits_as_in_pytorch(dtype):
     values = to_be_rounded(dtype)
     call, lists = rounding_step(dtype, 1.0, values)
     call.run(lists)
@@ -116,7 +116,7 @@ def test_fp32_is_rounded_to_16_bits_as_pytorch_does_it(dtype):
 
 
 @pytest.mark.parametrize(("dtype", "rounding"), [(FP16, "nearest"), *product([BF16], ROUNDINGS)], ids=str)
-def test_every_number_of_16_bits_is_read_and_written_unchanged(dtype, rounding):
+def test_every_16_bit_value_is_read_and_written_unchanged(dtype, rounding):
     """NaNs stay NaNs, but their payload may change."""
     call, lists = rounding_step(dtype, 0.0, torch.ones(2**16))
     call = replace(call, weight_rounding=rounding)
@@ -129,13 +129,13 @@ def test_every_number_of_16_bits_is_read_and_written_unchanged(dtype, rounding):
     assert same_bits(actual[number], expected[number]) and actual[~number].isnan().all()
 
 
-# ---- elements that are left out --------------------------------------------------------------------------------------
+# ---- skipped elements ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30])
 @pytest.mark.parametrize("place", [0, PIECE + 5, CHUNK + 3, 2 * CHUNK + 6], ids=str)
 def test_an_element_that_is_not_finite_is_skipped_and_counted_once(bad, place):
-    """1e30 is finite. Its square is not."""
+    """1e30 is finite, but its square is not."""
     call = cpp_call([40, 2 * CHUNK + 7, 9], param=BF16, weight_rounding="compensated")
     lists, before, expected = call.tensors()[0], call.tensors()[0], call.run()
     lists["grad"][1][place] = bad
@@ -160,7 +160,7 @@ def test_found_inf_skips_and_counts_everything(rounding):
 
 
 def test_zero_damping_and_zero_curvature_skips_an_element():
-    """0/0, as in eager PyTorch."""
+    """Its update would be 0/0. Eager PyTorch skips it too."""
     call = cpp_call([PIECE + 3], options={"damping": 0.0})
     lists = call.tensors()[0]
     for name in ("grad", "square"):
@@ -172,7 +172,7 @@ def test_zero_damping_and_zero_curvature_skips_an_element():
 
 @pytest.mark.parametrize("zero", [0.0, -0.0])
 def test_the_residual_is_dropped_if_a_weight_was_set_to_0(zero):
-    """A negative residual of ±0 would be NaN."""
+    """±0 with a negative residual would join to NaN."""
     call = cpp_call([5], param=BF16, weight_rounding="compensated", options={"weight_decay": 0.0}, lr=0.0)
     lists = call.tensors()[0]
     lists["param"][0].fill_(zero)

@@ -22,7 +22,7 @@ pytestmark = needs_cpp
 @pytest.mark.parametrize("layouts", [*((layout,) for layout in LAYOUTS[3:]), LAYOUTS, ("transposed", "whole")], ids=str)
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_strides_do_not_change_the_result(layouts, rounding):
-    """Strides of weight, gradient and state may differ. Random bits depend on the row-major index."""
+    """Weight, gradient and state may have different strides. Random bits depend on the row-major index."""
     kinds = (BF16, BF16, BF16, BF16, rounding, rounding)
     call = cpp_call([(17, 130), (130, 17), (2, 3, 4), (6, 5, 3, 7)], LAYOUTS[:1], *kinds)
     assert_equal(flat(replace(call, layouts=layouts).run()), flat(call.run()))
@@ -81,7 +81,7 @@ def test_empty_lists_and_tensors_are_allowed():
 # ---- arguments -------------------------------------------------------------------------------------------------------
 
 
-def test_the_learning_rate_is_a_tensor_of_one_number_of_any_dtype():
+def test_the_learning_rate_is_a_tensor_with_one_element_of_any_dtype():
     call = cpp_call([(17, 130), ()], lr=0.125)
     expected = call.run()
     for lr in (torch.tensor(0.125, dtype=FP64), torch.tensor([0.125]), torch.tensor(0.125, dtype=BF16)):

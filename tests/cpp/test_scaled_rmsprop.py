@@ -1,4 +1,4 @@
-"""The scaled diagonal step in C++: against the FP64 reference, and bit by bit where arithmetic is exact."""
+"""The scaled diagonal step in C++: comparison with the FP64 reference, bitwise if arithmetic is exact."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.calls.cpu import needs_cpp, threads
 from tests.calls.kron import MIXED, ROOT_FREE, WHITENED
 from tests.calls.operators import dispatched, through
 from tests.calls.rf_rmsprop import Lists, assert_equal, bits, copied, counts, flat
-from tests.calls.scaled_rmsprop import ScaledCall, assert_is_the_reference_s
+from tests.calls.scaled_rmsprop import ScaledCall, assert_matches_reference
 from tests.calls.tensors import BF16, FP16, FP32, FP64, ROUNDINGS, assert_memory_around_is_untouched, same_bits
 from tests.cpp.calls import CHUNK, LAYOUTS, PIECE, SHAPES, scaled_call
 from tests.cpp.kron_batches import ANY_RULE
@@ -23,13 +23,13 @@ pytestmark = needs_cpp
 
 RULES = [WHITENED, ROOT_FREE, *MIXED]
 STATE = ("param", "square", "buffer", "curvature", "square_residual", "weight_residual")
-NOT_EMPTY = [shape for shape in SHAPES if 0 not in shape]  # nothing has no mean
+NOT_EMPTY = [shape for shape in SHAPES if 0 not in shape]  # an empty tensor has no mean
 CALLS = st.builds(
     lambda param, grad, **rest: scaled_call(param=param, grad=grad or param, **rest),
     shapes=st.lists(st.one_of(st.sampled_from(NOT_EMPTY), st.integers(1, 1100).map(lambda n: (n,))), min_size=1),
     layouts=st.lists(st.sampled_from(LAYOUTS), min_size=1, max_size=5).map(tuple),
     param=st.sampled_from([FP32, BF16, FP16]),
-    grad=st.sampled_from([None, FP32, FP64]),  # None: the parameters' own
+    grad=st.sampled_from([None, FP32, FP64]),  # None: the dtype of the parameters
     square=st.sampled_from([FP32, BF16]),
     buffer=st.sampled_from([FP32, BF16]),
     rounding=st.sampled_from(ROUNDINGS),
@@ -77,7 +77,7 @@ def test_step_matches_the_reference(call, run):
     lists, memory = call.tensors()
     before = copied(lists)
     call.run(lists, run)
-    assert_is_the_reference_s(call, lists, before)
+    assert_matches_reference(call, lists, before)
     assert_equal({name: lists[name] for name in ("grad", "skipped")}, {n: before[n] for n in ("grad", "skipped")})
     assert_memory_around_is_untouched(memory)
 
@@ -86,7 +86,7 @@ def test_step_matches_the_reference(call, run):
 @pytest.mark.parametrize("direction", ["root_free", "whitened"])
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_bf16_is_rounded_bitwise_as_in_eager_pytorch(rounding, direction, momentum):
-    """G is 0 and α₁ is ½, so s, u and the weights are rounded once. Norms are left out, because they are not exact."""
+    """With G = 0 and α₁ = ½, every result is rounded only once. `scales` is off, because norms are not exact."""
     rule = {**momentum, "direction": direction, "scales": False}
     call = scaled_call(NOT_EMPTY, LAYOUTS, *kinds(BF16, rounding), exact=True, rule=rule)
     lists, was = call.run(), call.tensors()[0]
@@ -98,7 +98,7 @@ def test_bf16_is_rounded_bitwise_as_in_eager_pytorch(rounding, direction, moment
 
 
 def test_u_uses_the_stored_s():
-    """s is 1 + 2⁻⁹, which BF16 rounds to 1. Without damping, u is then M′."""
+    """s = 1 + 2⁻⁹ is stored as 1 in BF16. Without damping, u then equals M′."""
     options = {"beta2": 2.0**-9, "gamma": 0.0, "batch_size": 1.0, "momentum": 0.0, "damping": 0.0, "weight_decay": 0.0}
     call = scaled_call([PIECE + 3], square=BF16, options=options, lr=1.0, rule={**MIXED[3], "scales": False})
     lists = call.tensors()[0]
@@ -118,14 +118,14 @@ def test_updates_have_the_given_norms(rule):
     assert norms == pytest.approx(call.norms.tolist(), rel=1e-5)
 
 
-# ---- tensors that are left out ---------------------------------------------------------------------------------------
+# ---- skipped tensors -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize("bad", [float("nan"), -float("inf"), 1e30])
 @pytest.mark.parametrize("place", [0, CHUNK + 3], ids=str)
 def test_a_tensor_whose_gradient_is_not_finite_is_skipped_and_counted(place, bad, rule):
-    """1e30 is finite. Its square is not. Other tensors step as usual."""
+    """1e30 is finite, but its square is not. Other tensors step."""
     call = scaled_call([40, 2 * CHUNK + 7, 9], LAYOUTS[:1], *kinds(BF16, "compensated"), rule=rule)
     lists, before, clean = call.tensors()[0], call.tensors()[0], call.run()
     lists["grad"][1][place] = bad
@@ -148,14 +148,14 @@ def test_found_inf_skips_and_counts_everything(rule, rounding):
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 def test_zero_gradient_keeps_s_and_q_and_continues_the_momentum(dtype, rounding):
-    """The first tensor has not started yet, the second one has."""
+    """The first tensor has had no nonzero gradient yet. The second has."""
     call = scaled_call([700, 700], LAYOUTS[:1], *kinds(dtype, rounding), rule=WHITENED)
     lists = call.tensors()[0]
     for grad in lists["grad"]:
         grad.zero_()
     before = copied(lists)
     call.run(lists)
-    assert_is_the_reference_s(call, lists, before)
+    assert_matches_reference(call, lists, before)
     waiting = ("square", "curvature", "square_residual", "skipped")
     assert bits({name: lists[name] for name in waiting}) == bits({name: before[name] for name in waiting})
     assert not any(map(torch.equal, lists["buffer"], before["buffer"]))
@@ -163,7 +163,7 @@ def test_zero_gradient_keeps_s_and_q_and_continues_the_momentum(dtype, rounding)
 
 @pytest.mark.parametrize("direction", ["root_free", "whitened"])
 def test_elements_of_u_that_are_not_finite_count_as_0(direction):
-    """Examples are 0/0 and numbers that overflow."""
+    """Examples are 0/0 and an overflow."""
     options = {"damping": 0.0, "weight_decay": 0.0, "beta2": 0.0}
     call = scaled_call([PIECE + 3], options=options, rule={**MIXED[3], "direction": direction})
     lists = call.tensors()[0]
@@ -202,7 +202,7 @@ def test_a_weight_that_is_not_finite_does_not_spread_without_weight_decay(rule):
 @pytest.mark.parametrize("layouts", [*((layout,) for layout in LAYOUTS[3:]), LAYOUTS], ids=str)
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_strides_do_not_change_the_result(layouts, rounding):
-    """Random bits depend on the row-major index. Sums depend on the order in memory, so norms are left out."""
+    """Random bits depend on the row-major index. Sums depend on the order in memory, so the rule has no norms."""
     rule = {**WHITENED, "scales": False, "relative_damping": False, "factor_init": "identity"}
     shapes = [(17, 130), (130, 17), (2, 3, 4), (6, 5, 3, 7)]
     call = scaled_call(shapes, LAYOUTS[:1], *kinds(BF16, rounding), rule=rule)
@@ -210,7 +210,7 @@ def test_strides_do_not_change_the_result(layouts, rounding):
 
 
 def test_negated_gradients_are_read():
-    """Gradients of complex numbers can be views that negate their memory when they are read."""
+    """Gradients of complex tensors can be views whose memory is negated when it is read."""
     call = scaled_call([(17, 130), (5,)], rule=WHITENED)
     lazy, whole = call.tensors()[0], call.tensors()[0]
     lazy["grad"] = [torch._neg_view(-x) for x in whole["grad"]]

@@ -1,4 +1,4 @@
-"""New memory is full of NaN, and fixtures for the kernels on the CPU and on a GPU."""
+"""Fill new memory with NaN, and define fixtures for the kernels on the CPU and on a GPU."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def poisoned_memory() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def cuda(tmp_path_factory: pytest.TempPathFactory) -> CudaOnCpu:
-    """The kernels on the CPU."""
+    """Return the kernels compiled for the CPU."""
     if reason := why_not():
         pytest.skip(reason)
     return CudaOnCpu(build(tmp_path_factory.mktemp("cuda_on_cpu")))
@@ -29,7 +29,7 @@ def cuda(tmp_path_factory: pytest.TempPathFactory) -> CudaOnCpu:
 
 @pytest.fixture(scope="module")
 def on_gpu() -> Call:
-    """The functions of the backend on a GPU."""
+    """Return a function that calls the CUDA backend on a GPU."""
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU that PyTorch can use")
     try:

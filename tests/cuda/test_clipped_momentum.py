@@ -1,4 +1,4 @@
-"""The CUDA kernels of the normalised momentum on the CPU: against the FP64 reference, and blocks that are left out."""
+"""CUDA kernels of the clipped momentum on the CPU: comparison with the FP64 reference, and skipped blocks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tests.calls.clipped_momentum import assert_is_the_reference_s, assert_memory_around_sides_is_untouched, sides
+from tests.calls.clipped_momentum import assert_matches_reference, assert_memory_around_sides_is_untouched, sides
 from tests.calls.operators import call
 from tests.calls.tensors import BF16, CLIPS, FP32, clones
 from tests.calls.tolerances import one_step
@@ -31,7 +31,7 @@ def test_momentum_and_clip_match_the_reference(cuda, num_blocks, sizes, dtype, c
     momenta, deltas = sides(num_blocks, [(n, n) for n in sizes], dtype, scale, offsets)
     old, given_deltas = clones(momenta), clones(deltas)
     clips = cuda.clipped_momentum(momenta, deltas, None, alpha, clip)
-    assert_is_the_reference_s(momenta, deltas, old, clips, alpha, clip)
+    assert_matches_reference(momenta, deltas, old, clips, alpha, clip)
     assert all(map(torch.equal, deltas, given_deltas))
     assert_memory_around_sides_is_untouched(momenta, deltas)
 
@@ -39,12 +39,12 @@ def test_momentum_and_clip_match_the_reference(cuda, num_blocks, sizes, dtype, c
 @pytest.mark.parametrize("clip", ["frobenius", "none"])
 @pytest.mark.parametrize("shape", [(1,), (17,), (3 * CHUNK + 5,), (2, 3, 5)], ids=str)
 def test_blocks_may_have_any_number_of_axes(cuda, shape, clip):
-    """An example is a diagonal. The norm includes all elements."""
+    """A diagonal, for example, has one axis. The norm includes all elements."""
     momenta, deltas = sides(3, [shape, (7,)])
     old = clones(momenta)
     clips = cuda.clipped_momentum(momenta, deltas, None, 0.5, clip)
     flat = [[x.flatten(1) for x in tensors] for tensors in (momenta, deltas, old)]
-    assert_is_the_reference_s(*flat, clips, 0.5, clip)
+    assert_matches_reference(*flat, clips, 0.5, clip)
 
 
 @pytest.mark.parametrize("clip", CLIPS)
@@ -72,7 +72,7 @@ def test_bf16_momentum_is_rounded_to_nearest_with_ties_to_even(cuda):
 @pytest.mark.parametrize("bad", [float("nan"), -float("inf"), 1e38])
 @pytest.mark.parametrize("place", [(0, 0), (66, 66), (40, 5)], ids=str)
 def test_a_block_that_is_not_finite_keeps_all_momenta(cuda, clip, bad, place):
-    """1e38 is finite. Its square and the sum of a row are not."""
+    """1e38 is finite, but its square and the sum of a row with it are not."""
     momenta, deltas = sides(3, [(2, 2), (67, 67)], BF16)
     if bad == 1e38 and clip == "row_sum":
         deltas[1][1, place[0]] = bad

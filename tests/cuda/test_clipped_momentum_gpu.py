@@ -1,11 +1,11 @@
-"""The CUDA kernels of the normalised momentum on a GPU: against the FP64 reference, and in CUDA graphs."""
+"""CUDA kernels of the clipped momentum on a GPU: comparison with the FP64 reference, and CUDA graphs."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from tests.calls.clipped_momentum import assert_is_the_reference_s, sides
+from tests.calls.clipped_momentum import assert_matches_reference, sides
 from tests.calls.tensors import BF16, CLIPS, FP32, clones
 
 pytestmark = pytest.mark.gpu
@@ -18,7 +18,7 @@ def test_momentum_and_clip_match_the_reference(on_gpu, clip, dtype, offsets):
     momenta, deltas = sides(5, [(300, 300), (67, 67), (1, 1), (1024, 1024)], dtype, 0.1, offsets, "cuda")
     old = clones(momenta)
     clips = on_gpu("clipped_momentum", momenta, clones(deltas), None, 0.3, clip)
-    assert_is_the_reference_s(momenta, deltas, old, clips, 0.3, clip)
+    assert_matches_reference(momenta, deltas, old, clips, 0.3, clip)
 
 
 @pytest.mark.parametrize("clip", CLIPS)

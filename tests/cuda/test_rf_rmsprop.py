@@ -1,6 +1,6 @@
-"""The CUDA kernel of the diagonal step on the CPU, as a C++ compiler makes it (see on_cpu/).
+"""The CUDA kernel of the diagonal step, compiled for the CPU by a C++ compiler (see on_cpu/).
 
-It is held to the FP64 reference, and bit by bit to FP32 arithmetic in PyTorch.
+Results are compared with the FP64 reference, and bitwise with FP32 arithmetic in PyTorch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from rootfree_kernels.pointer_tables.rf_rmsprop import GRAD_DTYPES, STATE_DTYPES
 from tests.calls.operators import through
-from tests.calls.rf_rmsprop import LISTS, OPTIONS, assert_equal, assert_is_the_reference_s, copied, counts, fp32_step
+from tests.calls.rf_rmsprop import LISTS, OPTIONS, assert_equal, assert_matches_reference, copied, counts, fp32_step
 from tests.calls.rf_rmsprop import Call as cuda_call
 from tests.calls.tensors import BF16, FP16, FP32, ROUNDINGS, assert_memory_around_is_untouched
 from tests.cuda.on_cpu.library import CHUNK
@@ -31,7 +31,7 @@ LAYOUTS = ("whole", "offset by 1", "offset by 8")
 
 
 def modes(param, square):
-    """Return every pair of modes in which s and the weights can be stored."""
+    """Return all pairs of rounding modes for s and the weights."""
     return product(*(ROUNDINGS if dtype == BF16 else ["nearest"] for dtype in (square, param)))
 
 
@@ -77,7 +77,7 @@ def test_step_matches_the_reference_and_writes_nothing_else(cuda, call):
     lists, memory = call.tensors()
     before = copied(lists)
     made = cuda.rf_rmsprop(*call.arguments(lists))
-    assert_is_the_reference_s(call, lists, before)
+    assert_matches_reference(call, lists, before)
     assert_equal({name: lists[name] for name in ("grad", "skipped")}, {n: before[n] for n in ("grad", "skipped")})
     assert not made.where.counters.any()
     assert_memory_around_is_untouched(memory)
@@ -85,7 +85,7 @@ def test_step_matches_the_reference_and_writes_nothing_else(cuda, call):
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda dtypes: "-".join(str(x).removeprefix("torch.") for x in dtypes))
 def test_fp32_arithmetic_and_rounding_are_bitwise_correct(cuda, dtypes):
-    """No operation is fused on the CPU. One gradient is not finite."""
+    """The CPU build fuses no operations. One element of a gradient is not finite."""
     for number, (rounding, weight_rounding) in enumerate(modes(dtypes[0], dtypes[2])):
         options = {"decoupled": number % 2 == 0, "maximize": number % 3 == 0}
         kinds = (*dtypes, rounding, weight_rounding, options)
@@ -107,8 +107,8 @@ def test_bf16_is_rounded_bitwise_as_in_eager_pytorch(cuda, rounding, steps):
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
-def test_16_bit_numbers_are_read_exactly_and_rounded_half_to_even(cuda, dtype):
-    """s and the weights are made to stay, or the weight to become −g."""
+def test_16_bit_values_are_read_exactly_and_rounded_half_to_even(cuda, dtype):
+    """One step sets the weights to −g. Another keeps them, with a learning rate of 0."""
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     every = every[every.isfinite()]
     pattern = torch.randint(-(2**31), 2**31, (30000,), generator=torch.Generator().manual_seed(0), dtype=torch.int64)
@@ -128,18 +128,18 @@ def test_16_bit_numbers_are_read_exactly_and_rounded_half_to_even(cuda, dtype):
 
 @pytest.mark.parametrize("name", LISTS)
 def test_an_unaligned_tensor_does_not_change_the_result(cuda, name):
-    """An access of 128 bits that is not aligned would end this test, as it would a kernel."""
+    """An unaligned 128-bit access would crash this test, as it would a kernel on a GPU."""
     call = cuda_call([CHUNK + 9], LAYOUTS[:1], BF16, BF16, BF16, BF16, "compensated", "compensated")
     assert_equal(replace(call, apart=name).run(run=cuda.run), call.run(run=cuda.run))
 
 
-# ---- elements that are left out --------------------------------------------------------------------------------------
+# ---- skipped elements ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bad", [float("nan"), -float("inf"), 1e30])
 @pytest.mark.parametrize("place", [0, CHUNK + 5, 3 * CHUNK + 6], ids=["first", "middle", "last"])
 def test_an_element_that_is_not_finite_is_skipped_and_counted_once(cuda, bad, place):
-    """1e30 is finite, its square is not. The counters of the programs that left some out are 0 again afterwards."""
+    """1e30 is finite, but its square is not. The step resets the counters of programs that skipped elements to 0."""
     call = cuda_call([40, 3 * CHUNK + 7, 9], param=BF16, weight_rounding="compensated")
     lists, before, expected = call.tensors()[0], call.tensors()[0], call.run(run=cuda.run)
     lists["grad"][1][place] = bad
@@ -161,7 +161,7 @@ def test_found_inf_skips_and_counts_every_block(cuda):
 
 
 def test_zero_damping_and_zero_curvature_skips_an_element(cuda):
-    """0/0, as in eager PyTorch."""
+    """Its update would be 0/0. Eager PyTorch skips it too."""
     call = cuda_call([CHUNK + 3], options={"damping": 0.0})
     lists = call.tensors()[0]
     for name in ("grad", "square"):
@@ -217,7 +217,7 @@ def test_the_order_of_threads_and_programs_does_not_matter(cuda):
 
 
 def test_offsets_are_64_bits_and_indices_of_random_bits_wrap_around(cuda):
-    """The end of a tensor, of which only this end exists: its table begins 2³² numbers earlier."""
+    """Simulate a tensor with 2³² more elements, of which only the last exist: addresses start 2³² elements earlier."""
     kinds, missing = (BF16, BF16, BF16, BF16, "stochastic", "stochastic"), 2**32
     call = cuda_call([2 * CHUNK - 5], LAYOUTS[:1], *kinds, exact=True)
     lists = call.tensors()[0]

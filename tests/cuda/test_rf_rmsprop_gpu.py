@@ -1,4 +1,4 @@
-"""The CUDA kernel of the diagonal step on a GPU: against the FP64 reference, eager PyTorch, and in CUDA graphs."""
+"""The CUDA kernel of the diagonal step on a GPU: comparison with the reference and eager PyTorch, and CUDA graphs."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 
 from tests.calls.operators import through
 from tests.calls.rf_rmsprop import Call as cuda_call
-from tests.calls.rf_rmsprop import assert_equal, assert_is_the_reference_s, copied, counts, fp32_step
+from tests.calls.rf_rmsprop import assert_equal, assert_matches_reference, copied, counts, fp32_step
 from tests.calls.tensors import BF16, FP16, FP32, ROUNDINGS
 from tests.cuda.on_cpu.library import CHUNK
 
 pytestmark = pytest.mark.gpu
 LAYOUTS = ("whole", "offset by 1")
 SIZES = [1, 13, CHUNK - 1, CHUNK, CHUNK + 1, 5 * CHUNK, 768 * 768 + 3, *range(1, 300)]
-"""Some hundred tensors, most of them tiny."""
+"""Sizes of about 300 tensors, most of them small."""
 
 DTYPES = [
     *product([FP32], [FP32, BF16], [FP32, BF16], [FP32]),
@@ -34,14 +34,14 @@ def test_step_of_hundreds_of_tensors_matches_the_reference(on_gpu, dtypes, round
     lists = call.tensors()[0]
     before = copied(lists)
     call.run(lists, on_gpu)
-    assert_is_the_reference_s(call, lists, before)
+    assert_matches_reference(call, lists, before)
     assert counts(lists) == counts(before)
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda dtypes: "-".join(str(x).removeprefix("torch.") for x in dtypes))
 def test_fp32_arithmetic_is_bitwise_correct(on_gpu, dtypes, rounding):
-    """No operation is fused (nvcc -fmad=false): results depend neither on alignment nor on the device."""
+    """nvcc -fmad=false fuses no operations, so results depend neither on alignment nor on the device."""
     kinds = (*dtypes, rounding, rounding)
     call = cuda_call([5 * CHUNK + 9, 70], LAYOUTS, *kinds, device="cuda", grad_scale=3.0)
     lists, expected = call.tensors()[0], call.tensors()[0]
@@ -77,7 +77,7 @@ def test_a_step_never_waits_for_the_gpu_and_is_reproducible(on_gpu):
     runs = [call.tensors()[0] for _ in range(2)]
     arguments = [call.arguments(lists) for lists in runs]
     for each in arguments:
-        on_gpu("rf_rmsprop", *each)  # makes the tables
+        on_gpu("rf_rmsprop", *each)  # creates the tables
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -94,7 +94,7 @@ def test_a_cuda_graph_steps_as_often_as_it_is_replayed(on_gpu):
     for tensors in (lists, expected):
         tensors["grad"][1][0] = torch.nan
     arguments = call.arguments(lists)
-    call.run(lists, on_gpu)  # makes the tables
+    call.run(lists, on_gpu)  # creates the tables
     for name in ("param", "square", "buffer", "skipped"):
         torch._foreach_copy_(lists[name], start[name])
     graph = torch.cuda.CUDAGraph()
@@ -119,7 +119,7 @@ def test_a_learning_rate_that_changes_on_the_device_is_read_at_every_step(on_gpu
     assert (lists["param"][0] != weight).all()
 
 
-def test_a_tensor_of_more_than_2_31_numbers(on_gpu):
+def test_a_tensor_of_more_than_2_31_elements(on_gpu):
     if torch.cuda.mem_get_info()[0] < 24 << 30:
         pytest.skip("needs 24 GiB of free GPU memory")
     size, end = 2**31 + CHUNK + 3, slice(2**31 - 5, None)

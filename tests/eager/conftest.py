@@ -1,4 +1,4 @@
-"""New memory is full of NaN in all tests of these kernels."""
+"""Fill new memory with NaN in all tests of these kernels."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""The clipped momentum: value, clips, and blocks that are not finite."""
+"""Clipped momentum in eager PyTorch: momenta, clip factors, and blocks that are not finite."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from tests.calls.clipped_momentum import assert_is_the_reference_s
+from tests.calls.clipped_momentum import assert_matches_reference
 from tests.calls.operators import dispatched
 from tests.calls.tensors import CLIPS, FP64, clones
 from tests.calls.tolerances import tolerance
@@ -21,13 +21,13 @@ def symmetric(num_blocks, size, seed, scale=1.0):
 
 
 @pytest.mark.parametrize("clip", CLIPS)
-@pytest.mark.parametrize("scale", [0.01, 10.0], ids=["inside", "clipped"])
+@pytest.mark.parametrize("scale", [0.01, 10.0], ids=["not clipped", "clipped"])
 def test_momentum_and_clip_match_the_reference(clip, scale):
     sides = [(symmetric(3, size, 1, scale), symmetric(3, size, 2, scale)) for size in (6, 4)]
     momenta, deltas = map(list, zip(*sides, strict=True))
     old = clones(momenta)
     clips = momentum(momenta, clones(deltas), None, 0.3, clip)
-    assert_is_the_reference_s(momenta, deltas, old, clips, 0.3, clip)
+    assert_matches_reference(momenta, deltas, old, clips, 0.3, clip)
 
 
 def test_the_row_sum_bounds_the_largest_singular_value_and_lies_below_frobenius_times_root_n():
@@ -43,7 +43,7 @@ def test_the_row_sum_bounds_the_largest_singular_value_and_lies_below_frobenius_
 def test_a_block_that_is_not_finite_keeps_all_momenta(bad):
     momenta = [symmetric(3, 5, 4), symmetric(3, 2, 5)]
     deltas = [symmetric(3, 5, 6), symmetric(3, 2, 7)]
-    deltas[1][1, 0, 0] = bad  # 1e300 is finite, its square is not
+    deltas[1][1, 0, 0] = bad  # 1e300 is finite, but its square is not
     before = [m.clone() for m in momenta]
     clips = momentum(momenta, deltas, None, 0.5, "frobenius")
     for m, old, factors in zip(momenta, before, clips, strict=True):

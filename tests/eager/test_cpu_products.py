@@ -1,4 +1,4 @@
-"""The dtype of products on a CPU follows a measurement."""
+"""The dtype of products on a CPU is chosen by a measurement."""
 
 from __future__ import annotations
 
@@ -56,6 +56,6 @@ def test_the_probe_measures_real_products_whatever_the_caller_does():
     state = torch.get_rng_state()
     with FakeTensorMode(), torch.autocast("cpu", dtype=BF16):
         measured = cpu_products.probe()
-    assert min(measured.bf16, measured.fp32) > 1e-6  # 4 million multiplications, or more
+    assert min(measured.bf16, measured.fp32) > 1e-6  # seconds; a product has at least 4 million multiplications
     assert torch.equal(torch.get_rng_state(), state)
     cpu_products.probe.cache_clear()

@@ -56,7 +56,7 @@ def test_blocks_of_a_batch_are_independent():
         assert [torch.equal(x, y) for x, y in zip(*blocks, strict=True)] == [True, False, True], name
 
 
-def test_slices_of_a_batch_give_the_same_numbers(monkeypatch):
+def test_slices_of_a_batch_give_the_same_result(monkeypatch):
     batch = wide_batch(5, 9, 7, FP64)
     whole, sliced = batch.run(), batch.tensors()
     monkeypatch.setattr(common, "CACHE_ELEMENTS", 2 * 9 * 7)
@@ -151,7 +151,7 @@ def test_zero_gradient_keeps_factors_and_overflow_is_not_ok(rule):
 
 
 def test_a_block_starts_at_its_first_gradient():
-    """For an isotropic gradient, C = K = q^(-1/4) I, and A has unit rows, so the first update changes nothing."""
+    """The gradient is a multiple of I, so C = K = q^(-1/4) I and A A^T/d = I. The first update then changes nothing."""
     rule = {**ROOT_FREE, "direction": "whitened"}
     batch = wide_batch(1, 4, 4, FP64, rule=rule, options={"damping": 0.0, "batch_size": 1.0})
     t = batch.tensors()
@@ -162,7 +162,7 @@ def test_a_block_starts_at_its_first_gradient():
     batch.update(t)
     q = 9.0 / 4
     assert_near([fp64(t.curvature)], [q], 1e-14)
-    # A = q^(-1/2) G; AA'/d = I * 9 / (4 q) = I, so delta is 0.
+    # A = q^(-1/2) G and A A^T/d = 9/(4 q) I = I, so delta is 0.
     assert_near(fp64(t.c), [q**-0.25 * fp64(torch.eye(4))], 1e-14)
 
 

@@ -1,4 +1,4 @@
-"""`kron_gather` in eager PyTorch: bitwise comparison of blocks of gradients."""
+"""`kron_gather` in eager PyTorch: bitwise comparison of gathered blocks."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from rootfree_kernels.eager.rf_rmsprop import chunks
 from tests.calls.operators import dispatched
-from tests.calls.rf_rmsprop import Call, assert_equal, assert_is_the_reference_s, copied
+from tests.calls.rf_rmsprop import Call, assert_equal, assert_matches_reference, copied
 from tests.calls.tensors import BF16, FP16, FP32, FP64, ROUNDINGS, assert_memory_around_is_untouched
 
 
@@ -23,7 +23,7 @@ def test_step_matches_the_reference(dtype, rounding, layout):
     lists, memory = call.tensors()
     before = copied(lists)
     call.run(lists, dispatched("eager"))
-    assert_is_the_reference_s(call, lists, before)
+    assert_matches_reference(call, lists, before)
     assert_equal({name: lists[name] for name in ("grad", "skipped")}, {n: before[n] for n in ("grad", "skipped")})
     assert_memory_around_is_untouched(memory)
 

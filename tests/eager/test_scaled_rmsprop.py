@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.calls.kron import MIXED, ROOT_FREE, WHITENED
 from tests.calls.operators import dispatched
 from tests.calls.rf_rmsprop import assert_equal, copied, counts
-from tests.calls.scaled_rmsprop import ScaledCall, assert_is_the_reference_s
+from tests.calls.scaled_rmsprop import ScaledCall, assert_matches_reference
 from tests.calls.tensors import BF16, FP16, FP32, FP64, ROUNDINGS, assert_memory_around_is_untouched
 
 SHAPES = [(), (1031,), (17, 130), (6, 5, 3, 7)]
@@ -36,7 +36,7 @@ def test_step_matches_the_reference(dtype, rounding, rule):
     lists, memory = call.tensors()
     before = copied(lists)
     call.run(lists, dispatched("eager"))
-    assert_is_the_reference_s(call, lists, before)
+    assert_matches_reference(call, lists, before)
     assert_equal({name: lists[name] for name in ("grad", "skipped")}, {n: before[n] for n in ("grad", "skipped")})
     assert_memory_around_is_untouched(memory)
 
@@ -64,7 +64,7 @@ def test_fp64_steps_match_the_reference_to_twelve_digits(rule, seed, sizes, opti
     lists, _ = call.tensors()
     before = copied(lists)
     call.run(lists)
-    assert_is_the_reference_s(call, lists, before, allowed=1e-12)
+    assert_matches_reference(call, lists, before, allowed=1e-12)
 
 
 def test_chunks_do_not_change_a_step(monkeypatch):
@@ -72,7 +72,7 @@ def test_chunks_do_not_change_a_step(monkeypatch):
     whole, _ = call.tensors()
     pieces = copied(whole)
     call.run(whole)
-    module = sys.modules["rootfree_kernels.eager.rf_rmsprop"]  # the package has a function of this name
+    module = sys.modules["rootfree_kernels.eager.rf_rmsprop"]  # the package's attribute of this name is a function
     monkeypatch.setattr(module, "CHUNK_ELEMENTS", 55)
     call.run(pieces)
     assert_equal(pieces, whole)
@@ -98,7 +98,7 @@ def test_zero_gradient_keeps_the_curvature_and_continues_the_momentum():
         grad.zero_()
     before = copied(lists)
     call.run(lists)
-    assert_is_the_reference_s(call, lists, before, allowed=1e-12)
+    assert_matches_reference(call, lists, before, allowed=1e-12)
     for name in ("square", "curvature"):
         assert all(torch.equal(x, y) for x, y in zip(lists[name], before[name], strict=True))
     assert counts(lists) == counts(before)

@@ -1,10 +1,10 @@
-"""Runs a command on a fake GPU, an H100 whose kernels do nothing:
+"""Run a command on a fake GPU, an H100 whose kernels do nothing:
 
     python tests/fake_gpu [--devices N] COMMAND ...
     python tests/fake_gpu python -m pytest -m gpu -p tests.fake_gpu.plugin
 
-It needs PyTorch built for CUDA, Triton and a C compiler; no GPU and no driver. Python is started from the environment
-of this one. `tests.fake_gpu.plugin` counts failures by values, which nothing can be said about here, as expected ones.
+It needs PyTorch built for CUDA, Triton and a C compiler, but no GPU and no driver. The command `python` starts the
+interpreter that runs this script. `tests.fake_gpu.plugin` reports failures caused by wrong values as expected failures.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from tests.fake_gpu import library  # noqa: E402  needs the repository on the pa
 
 
 def main() -> int:
-    """Replace this process by the command; return 1 where there can be no fake GPU."""
+    """Replace this process by the command. Return 1 if the fake GPU cannot be built."""
     parser = argparse.ArgumentParser(prog="python tests/fake_gpu", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--devices", type=int, default=1, help="number of fake GPUs; default %(default)s")
-    parser.add_argument("--caching", action="store_true", help="with PyTorch's caching allocator, to time the host")
-    parser.add_argument("command", nargs=argparse.REMAINDER, help="what to run")
+    parser.add_argument("--caching", action="store_true", help="use PyTorch's caching allocator, to time the host")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="command to run")
     options = parser.parse_args()
     if not options.command:
         parser.error("name a command to run")

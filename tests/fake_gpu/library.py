@@ -1,7 +1,7 @@
-"""Builds the fake GPU: two libraries that stand in for the CUDA runtime, cuBLAS and the driver.
+"""Build the fake GPU: two libraries that replace the CUDA runtime, cuBLAS and the driver.
 
-Every function that PyTorch or Triton links against and that runtime.c and driver.c do not define is generated: it does
-nothing and returns 0, which is success.
+runtime.c and driver.c define some of the functions that PyTorch and Triton link against. All others are generated. They
+do nothing and return 0, which means success.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ DEFINED = re.compile(r"^[\w *]*?\b\*{0,2}((?:cu|__cuda|fake_gpu)\w+)\(", re.MULT
 
 
 def why_not() -> str:
-    """Return why there can be no fake GPU in this environment, or an empty text."""
+    """Return why the fake GPU cannot be built in this environment, or an empty string."""
     for package in ("torch", "triton"):
         if importlib.util.find_spec(package) is None:
             return f"{package} is not installed"
     if not _torch_libraries():
         return "this PyTorch is not built for CUDA"
-    return "" if _headers() else "there are no headers of this PyTorch's CUDA runtime: install nvcc or set CUDA_HOME"
+    return "" if _headers() else "the headers of the CUDA runtime are missing: install nvcc or set CUDA_HOME"
 
 
 def build() -> Path:
-    """Return the folder of the two libraries, which are compiled again only if something changed."""
+    """Build the two libraries if their sources, PyTorch or Triton changed; return their folder."""
     texts = [(HERE / name).read_text() for name in (*SOURCES, "library.py")]
     key = "\n".join([*texts, version("torch"), version("triton")])
     folder = ROOT / "build" / "fake_gpu" / hashlib.sha256(key.encode()).hexdigest()[:12]
@@ -48,9 +48,10 @@ def build() -> Path:
 
 
 def environment(folder: Path, devices: int, caching: bool) -> dict[str, str]:
-    """Return the variables of a process that sees `devices` fake GPUs.
+    """Return the environment variables of a process with `devices` fake GPUs.
 
-    Without PyTorch's caching allocator every tensor is new memory, filled with zeros, and what is freed is known.
+    Without PyTorch's caching allocator, every tensor is new memory filled with zeros, and uses of freed memory are
+    detected.
     """
     return {
         **({} if caching else {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}),
@@ -74,7 +75,7 @@ def _compile_into(folder: Path) -> None:
         (folder / f"generated_{part}.c").write_text("\n".join(lines) + "\n")
     flags = ["-w", "-shared", "-fPIC", "-O1", f"-I{_headers()}", f"-I{_triton_driver() / 'include'}"]
     _run(*flags, HERE / "runtime.c", folder / "generated_runtime.c", "-o", folder / RUNTIME, "-ldl", "-lpthread")
-    part = folder / f"{DRIVER}.part"  # the driver is there only when everything is
+    part = folder / f"{DRIVER}.part"  # renamed last, so that an existing driver means a complete build
     soname = f"-Wl,-soname,{DRIVER}"
     _run(*flags, soname, HERE / "driver.c", folder / "generated_driver.c", "-o", part)
     part.replace(folder / DRIVER)
@@ -89,7 +90,7 @@ def _defined(source: str) -> set[str]:
 
 
 def _undefined_names() -> set[str]:
-    """Return the names that PyTorch's libraries leave undefined, and those that Triton looks up."""
+    """Return the undefined CUDA symbols of PyTorch's libraries, and the symbols that Triton looks up."""
     output = subprocess.run(
         ["nm", "-D", "--undefined-only", *map(str, _torch_libraries())], capture_output=True, text=True, check=True
     ).stdout
@@ -125,7 +126,7 @@ def _folder_of(package: str) -> Path:
 
 
 def _headers() -> Path | None:
-    """Return the folder of the CUDA runtime's headers: those installed with PyTorch, or a toolkit's."""
+    """Return the folder of the CUDA runtime's headers, from PyTorch's packages or from a CUDA toolkit."""
     toolkit = Path(os.environ.get("CUDA_HOME") or "/usr/local/cuda") / "include"
     folders = [*_torch().parent.glob("nvidia/cu*/include"), toolkit]
     return next((folder for folder in folders if (folder / "cuda_runtime_api.h").exists()), None)

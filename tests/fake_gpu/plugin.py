@@ -1,11 +1,11 @@
 """A pytest plugin for tests on the fake GPU (see `__main__.py`): pytest -p tests.fake_gpu.plugin
 
-A kernel there computes nothing, so a test that compares numbers fails. Such failures, and no others, are reported as
-expected. A test fails if it raises anything else, or if it does what a GPU would refuse:
+Kernels compute nothing on the fake GPU, so tests that compare values fail. The plugin reports these failures as
+expected failures. A test fails if it raises another exception or makes an error that a GPU would report:
 
-- a launch whose tensors, or the tensors of whose tables, are on another device than its stream or are freed,
-- a launch with too many threads, or too much shared memory,
-- a synchronization, or a copy from pageable memory, during the capture of a CUDA graph.
+- a launch with freed memory or with a tensor on another device, as an argument or in a table,
+- a launch with too many threads or too much shared memory,
+- a synchronization or a copy from pageable memory during the capture of a CUDA graph.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 from tests.fake_gpu import library
 
 MAX_REPORTED = 3
-SMALLEST_ADDRESS = 1 << 32  # numbers of a table that are below are sizes and strides
+SMALLEST_ADDRESS = 1 << 32  # smaller integers in a table are sizes and strides
 
 hypothesis.settings.register_profile(
     "fake_gpu",
@@ -38,7 +38,7 @@ hypothesis.settings.load_profile("fake_gpu")
 
 
 class FakeGpu:
-    """The counts of the fake GPU's libraries in this process."""
+    """Counters of the fake GPU in this process."""
 
     def __init__(self) -> None:
         self.library: Any = ctypes.CDLL(library.RUNTIME)
@@ -49,28 +49,28 @@ class FakeGpu:
         self.wrong_launches: list[str] = []
 
     def launches(self) -> int:
-        """Return the number of kernels that were launched."""
+        """Return the number of launched kernels."""
         return int(self.library.fake_gpu_launches())
 
     def synchronizations(self) -> int:
-        """Return how often the host waited for the device."""
+        """Return the number of times the host waited for the device."""
         return int(self.library.fake_gpu_synchronizations())
 
     def problems(self) -> list[str]:
-        """Return what a GPU would have refused so far, of the libraries' problems the last one."""
+        """Return the errors so far that a GPU would report. Of the libraries' errors, only the last has a message."""
         count = int(self.library.fake_gpu_problems())
         last = self.library.fake_gpu_last_problem().decode()
         return [*self.wrong_launches, *([f"{count} problems, the last: {last}"] if count else [])]
 
     def forget_problems(self) -> list[str]:
-        """Return what `problems` returns, for the last time."""
+        """Return `problems()` and reset them."""
         found = self.problems()
         self.library.fake_gpu_forget_problems()
         self.wrong_launches.clear()
         return found
 
     def check_launch(self, kernel: Any, tensors: tuple[torch.Tensor, ...]) -> None:
-        """Note a launch of a kernel on tensors of another device, or with a table that names memory of another one."""
+        """Record an error if a tensor of a launch, or memory in one of its tables, is on another device or freed."""
         device = torch.cuda.current_device()
         for x in tensors:
             if x.device != torch.device("cuda", device):
@@ -92,7 +92,7 @@ fake = FakeGpu()
 
 
 def checked(launch: Callable[..., None]) -> Callable[..., None]:
-    """Return `launch` of `triton_kernels/launch.py` with a check of what it is given."""
+    """Return a `launch` function that also checks the tensors of every launch."""
 
     @wraps(launch)
     def call(kernel: Any, grid: int, tensors: tuple[torch.Tensor, ...], *rest: Any) -> None:
@@ -139,9 +139,9 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 
 def is_about_values(error: BaseException) -> bool:
-    """Return whether a failure may be due to numbers alone."""
-    if errors := getattr(error, "exceptions", ()):  # of a group, as Hypothesis raises it
+    """Return whether a failure may be caused only by wrong values."""
+    if errors := getattr(error, "exceptions", ()):  # Hypothesis raises exception groups
         return all(map(is_about_values, errors))
-    if type(error).__name__ == "OpCheckError":  # it compares copies, which are not made here
+    if type(error).__name__ == "OpCheckError":  # opcheck compares copies, which the fake GPU does not make
         return any(text in str(error) for text in ("was mutated", "are different"))
     return isinstance(error, AssertionError) or type(error).__name__ == "CheckFailed"

@@ -1,4 +1,4 @@
-"""Backends are interchangeable, and say what they do not support."""
+"""Backends are interchangeable, and report unsupported arguments."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ FP32, BF16, FP64 = torch.float32, torch.bfloat16, torch.float64
 
 WITH_MATRICES = [x for x in (*backends.BACKENDS, *TRITON.variants.values()) if x.serves_matrices]
 FUNCTIONS = [name for name in vars(Operators) if not name.startswith("_")]
-"""Functions that every backend for matrices defines."""
+"""Names of the functions that every backend with matrix kernels defines."""
 
 
 @pytest.mark.parametrize("backend", WITH_MATRICES, ids=lambda backend: backend.name)
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_a_function_of_a_backend_takes_what_that_of_eager_pytorch_takes(name: str, backend: Backend) -> None:
+def test_functions_of_a_backend_have_the_signatures_of_eager_pytorch(name: str, backend: Backend) -> None:
     part = {CPP: "cpp", EAGER_WITH_CUDA_MOMENTUM: "cuda"}.get(backend)
     if part and (reason := build_record()["left_out"][part]):
         pytest.skip(f"it was not built: {reason}")
@@ -96,7 +96,7 @@ def test_fused_true_says_why_no_kernel_can_run() -> None:
 def test_an_old_gpu_uses_eager_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     if torch.version.hip:
-        pytest.skip("AMD's GPUs count otherwise")
+        pytest.skip("AMD GPUs have other capability numbers")
     assert backends.choose(CUDA, FP32).name == "eager"
     assert "compute capability 8.0" in str(backends.why_not("triton", CUDA, FP32))
 
@@ -112,7 +112,7 @@ def test_a_backend_that_cannot_be_imported_is_logged_and_replaced_by_pytorch(mon
 
 
 def test_an_extension_that_was_built_and_is_broken_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A silent fallback would be slow without a visible reason."""
+    """A silent fallback would be slow for no visible reason."""
     monkeypatch.setattr(native, "build_record", lambda: {"extension": True, "left_out": {"cpp": None, "cuda": None}})
     forget_import(monkeypatch, CPP)
     monkeypatch.setattr(backend_module, "import_module", lambda name: exec("raise ImportError('undefined symbol')"))

@@ -1,4 +1,4 @@
-"""Dispatch tables: their choices, the default without a table, and errors of files."""
+"""Dispatch tables: their choices, the default without a table, and errors for invalid files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.calls.optimizers import OPTIONS
 CUDA = torch.device("cuda", 0)
 FP32, BF16, FP64 = torch.float32, torch.bfloat16, torch.float64
 MATRICES = (FP32, None, (BF16, None))
-"""Dtype, `fused` and factors of the usual batch."""
+"""Dtype, `fused` and (factor dtype, product dtype) of a typical batch."""
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Use:
 
 @pytest.fixture
 def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Simulate a machine with an H100, Triton, the whole extension, and no included table."""
+    """Simulate a machine with an H100, Triton and the whole extension. The package includes no table."""
     monkeypatch.setattr(dispatch, "TABLES", tmp_path)
     left_out = {"cpp": None, "cuda": None}
     monkeypatch.setenv("TRITON_INTERPRET", "0")
@@ -64,15 +64,15 @@ def test_a_class_ends_with_a_power_of_two() -> None:
     assert [size_class(size) for size in (1, 2, 3, 4, 5, 512, 513, 1024, 1025)] == [0, 1, 2, 2, 3, 9, 10, 10, 11]
 
 
-RULE = [  # classes and choices of a table; a shape; what is taken
+RULE = [  # entries of a table (side, blocks, choice); a shape; the expected choice
     ([(1024, 64, "eager")], (1000, 48), "eager"),
-    ([(1024, 64, "eager")], (1025, 33), "eager"),  # 2048 by 64
+    ([(1024, 64, "eager")], (1025, 33), "eager"),  # class (2048, 64)
     ([(1024, 64, "eager")], (2048, 128), "eager"),
     ([(1024, 64, "eager")], (2049, 64), None),
     ([(1024, 64, "eager")], (1024, 16), None),
     ([(1024, 64, "eager"), (1024, 32, "triton")], (1024, 32), "triton"),
-    ([(1024, 64, "eager"), (1024, 32, None)], (768, 20), None),  # measured, without a winner
-    ([(1024, 64, "eager"), (256, 64, "triton")], (512, 64), None),  # both are as near
+    ([(1024, 64, "eager"), (1024, 32, None)], (768, 20), None),  # null: measured without a winner
+    ([(1024, 64, "eager"), (256, 64, "triton")], (512, 64), None),  # both are equally near
     ([(1024, 64, "eager"), (256, 64, "eager")], (512, 64), "eager"),
     ([(1024, 64, "eager"), (256, 32, "triton")], (512, 64), "eager"),
     ([], (512, 64), None),
@@ -86,7 +86,7 @@ def test_a_shape_uses_the_nearest_class_within_a_factor_of_two(entries, shape, e
     assert found == expected
 
 
-# ---- what it chooses -----------------------------------------------------------------------------------------------
+# ---- choices -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("gpu")
@@ -110,7 +110,7 @@ def test_without_a_table_the_order_of_preference_applies(monkeypatch: pytest.Mon
 
 
 @pytest.mark.usefixtures("gpu")
-def test_the_package_s_table_of_the_device_serves_unless_it_is_off(tmp_path: Path, monkeypatch) -> None:
+def test_the_package_s_table_of_the_device_is_used_unless_it_is_off(tmp_path: Path, monkeypatch) -> None:
     path = tmp_path / "nvidia-h100-80gb-hbm3.json"
     path.write_text(json.dumps(table(matrices=[entry("eager", side=1024, blocks=64)])))
     assert matrices(1024, 64) == "eager"
@@ -129,13 +129,13 @@ def test_explicit_choices_override_the_table(use: Use, monkeypatch: pytest.Monke
         symmetric=[entry("bmm", side=64, blocks=1)],
     )
     assert diagonal(64, 1, fused=False) == matrices(64, 1, (FP32, False, (BF16, None))) == "eager"
-    assert diagonal(64, 1, fused=True) == "cuda"  # a kernel too
+    assert diagonal(64, 1, fused=True) == "cuda"  # cuda is a kernel too
     assert matrices(64, 1, (FP32, True, (BF16, None))) == "triton_bmm"
     monkeypatch.setenv("ROOTFREE_BACKEND", "triton")
     assert diagonal(64, 1) == matrices(64, 1) == "triton"
     use("not a table")
     monkeypatch.setenv("ROOTFREE_BACKEND", "eager")
-    assert diagonal(64, 1) == "eager"  # and nobody reads it
+    assert diagonal(64, 1) == "eager"  # the table is not read
 
 
 @pytest.mark.usefixtures("gpu")
@@ -148,7 +148,7 @@ def test_a_choice_that_cannot_run_is_ignored(use: Use, monkeypatch: pytest.Monke
         patch.setattr(native, "build_record", lambda: left_out)
         assert diagonal(64, 1) == "triton"
     monkeypatch.setitem(vars(CUDA_BACKEND), "import_problem", "undefined symbol")
-    assert diagonal(64, 1) == "triton"  # an extension that is broken was not asked before
+    assert diagonal(64, 1) == "triton"  # the extension is imported only when it is chosen
 
 
 @pytest.mark.usefixtures("gpu")
@@ -158,13 +158,13 @@ def test_a_table_of_another_device_is_ignored(use: Use) -> None:
     assert dispatch.describe(CUDA) == f"none: {path} belongs to NVIDIA A100"
 
 
-def test_every_table_that_ships_can_be_read_and_has_its_device_s_name() -> None:
+def test_every_included_table_is_valid_and_named_after_its_device() -> None:
     for path in dispatch.TABLES.glob("*.json"):
         found = dispatch.read(path)
         assert path.stem == dispatch.slug(found.device) and found.date
 
 
-# ---- what is wrong with a file -------------------------------------------------------------------------------------
+# ---- invalid files -------------------------------------------------------------------------------------------------
 
 WRONG = [
     ("{", "Expecting property name"),
@@ -198,7 +198,7 @@ def test_an_error_names_file_entry_and_remedy_before_anything_changes(use: Use, 
     assert not optimizer.state and torch.equal(param, torch.ones(3, 3))
 
 
-def test_a_file_that_is_missing_is_an_error_and_off_the_remedy(use: Use, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_file_is_an_error_unless_tables_are_off(use: Use, monkeypatch: pytest.MonkeyPatch) -> None:
     use("").unlink()
     param = nn.Parameter(torch.ones(3))
     optimizer = RFRMSProp([param], **OPTIONS)

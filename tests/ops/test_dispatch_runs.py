@@ -1,4 +1,4 @@
-"""Optimizers with the backends that a dispatch table chooses, on a GPU or in Triton's interpreter."""
+"""Optimizers with backends from a dispatch table, on a GPU or in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SHAPES = [(24, 16), (24, 16), (9, 13), (6,)]
 
 
 class Run:
-    """Parameters and an optimizer on the device where kernels are tested."""
+    """Parameters and an optimizer on the device that runs the kernels."""
 
     def __init__(self, optimizer: Any = IFShampoo, shapes: Any = SHAPES, **options: Any) -> None:
         self.params = [nn.Parameter(x.to(DEVICE)) for x in gradients(shapes, -1, FP32)]
@@ -50,7 +50,7 @@ class Run:
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Use a table for this device with one choice for all shapes of `SHAPES`."""
+    """Use a table for this device whose single entries match all shapes of `SHAPES`."""
     use = user_of_tables(tmp_path, monkeypatch)
 
     def chosen(**choices: str) -> None:
@@ -83,7 +83,7 @@ def test_the_table_chooses_how_products_are_computed(here: Any) -> None:
 
 
 def block(run: Run, index: int) -> dict[str, Tensor]:
-    """Return everything of a parameter except its counts."""
+    """Return the weight and the state of a parameter without its counters."""
     shot = params_only(snapshot(run.optimizer), index)
     return {name: x for name, x in shot.items() if name.split()[1] not in ("step", "skipped")}
 
@@ -99,7 +99,7 @@ def block(run: Run, index: int) -> dict[str, Tensor]:
     ids=str,
 )
 def test_products_by_cublas_keep_factors_bitwise_and_weights_within_a_rounding(here: Any, options: Any) -> None:
-    """Factors are rounded stochastically, with the same random bits. The third step, an update, skips a block."""
+    """Both runs round factors stochastically with the same random bits. The third step skips a block."""
     runs = {}
     for name in ("triton", "bmm"):
         here(matrices="triton", symmetric=name)

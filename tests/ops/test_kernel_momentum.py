@@ -1,4 +1,4 @@
-"""Eager PyTorch for matrices without a kernel, where a kernel steps the momentum of the factors."""
+"""Matrix steps in eager PyTorch with a kernel for the momentum of the factors."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_block_that_is_not_finite_keeps_its_factors(found_inf: float | None) -
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 def test_packed_momenta_use_the_kernel(dtype: torch.dtype) -> None:
-    """They are unpacked for it, so results are bitwise equal to those of unpacked momenta."""
+    """Momenta are unpacked for the kernel, so results are bitwise equal with and without packing."""
     some = replace(batch(dtype=dtype), rows=23, cols=18)
     whole, packed = some.tensors(), some.tensors()
     for side in ("c", "k"):
@@ -82,7 +82,7 @@ def test_packed_momenta_use_the_kernel(dtype: torch.dtype) -> None:
         assert torch.equal(unpack(getattr(packed, f"m_{side}")), getattr(whole, f"m_{side}"))
 
 
-def test_other_operators_are_those_of_eager_pytorch() -> None:
+def test_other_operators_use_eager_pytorch() -> None:
     some = batch(keeps_products=False)
     ours, eager = some.tensors(), some.tensors()
     for backend, t in ((NAME, ours), ("eager", eager)):

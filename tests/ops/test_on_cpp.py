@@ -1,4 +1,4 @@
-"""The C++ operators in PyTorch: schemas, versions of tensors, inference mode."""
+"""The C++ operators in PyTorch: schemas, versions of tensors, and inference mode."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_inference_tensors_can_be_stepped():
     "stem", ["rf_rmsprop", "scaled_rmsprop", "kron_gather", "kron_factor", "kron_products", "kron_step"]
 )
 def test_schemas_of_the_extension_match_the_public_operators(stem):
-    """This includes names, order and types of arguments, and which of them are changed."""
+    """Compare the names, order, types and mutability of all arguments."""
     native = getattr(torch.ops.rootfree_native, stem).default._schema
     if stem in STEMS:
         public, arguments = operator(stem)._schema, slice(-1)  # the last is the backend

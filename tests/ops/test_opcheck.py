@@ -1,4 +1,4 @@
-"""The operators pass PyTorch's `opcheck`, on every backend but C++ (see test_on_cpp.py)."""
+"""The operators pass PyTorch's `opcheck` on every backend except C++ (see test_on_cpp.py)."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ NEEDS = {
 
 
 def backends(names: str, eager: Iterable[tuple[Any, ...]], triton: Iterable[tuple[Any, ...]]) -> Any:
-    """`parametrize` with these cases. Triton has few of them: a check takes seconds in its interpreter."""
+    """Parametrize a test with the cases of each backend. Triton has few: a check takes seconds in the interpreter."""
     cases = {"eager": eager, "triton": triton}
     params = [pytest.param(name, *case, marks=NEEDS[name]) for name in cases for case in cases[name]]
     return pytest.mark.parametrize(f"backend, {names}", params, ids=str)
 
 
 def check(stem: str, *arguments: Any) -> None:
-    """`opcheck` on the device of the backend, the last of the arguments."""
+    """Run `opcheck` on the device of the backend. The last argument is the backend."""
     device = DEVICES[arguments[-1]]
     opcheck(operator(stem), tree_map_only(Tensor, lambda x: x.to(device), arguments))
 
@@ -58,7 +58,7 @@ def seeds_and_steps(count: int) -> tuple[Tensor, Tensor]:
 
 
 def scaler(used: bool) -> tuple[Tensor | None, Tensor | None]:
-    """grad_scale, found_inf."""
+    """Return grad_scale and found_inf."""
     return (torch.tensor(8.0), torch.tensor(0.0)) if used else (None, None)
 
 
@@ -134,7 +134,7 @@ def test_kron_gather_operator(backend: str, dtypes: tuple[torch.dtype, torch.dty
 
 
 def gathered(backend: str, dtype: torch.dtype, factors: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Return G of BLOCKS blocks, which kernels pad, and its sums."""
+    """Return G of BLOCKS blocks, padded as the backend requires, and its sums of squares."""
     to_device = [x.to(DEVICES[backend]) for x in (numbers(ROWS, BLOCKS * COLS, seed=3), *factors)]
     grads, factors = to_device[:1], to_device[1:]
     return call(backend, "kron_gather", grads, [0, 1, 0, BLOCKS], ROWS, COLS, factors, None, dtype, False)
@@ -238,7 +238,7 @@ def test_scaled_rmsprop_operator(backend: str, storage: tuple[torch.dtype, str],
 
 @pytest.mark.parametrize("optimizer", [RFRMSProp, IFShampoo, partial(IFShampoo, **RECIPE_OPTIONS)])
 def test_every_operator_of_a_step_is_checked_above(optimizer: Any) -> None:
-    """A step calls no other operator of this library."""
+    """A step calls only operators that are checked above."""
     checked = {"rf_rmsprop", "scaled_rmsprop", "clipped_momentum", "kron_gather", "kron_factor", "kron_step"}
     model = Model()
     opt = optimizer(model.parameters(), lr=0.01, batch_size=4)

@@ -1,4 +1,4 @@
-"""Runs that are saved and resumed."""
+"""Optimizers and helpers for tests of saved and resumed runs."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ resumed = pytest.mark.parametrize("case", RESUMED, ids=lambda case: case.name)
 
 
 def through_file(saved: Any) -> Any:
-    """Saved and loaded in the way that runs no code from the file."""
+    """Save to a file and load from it with `weights_only=True`."""
     file = io.BytesIO()
     torch.save(saved, file)
     file.seek(0)
@@ -59,8 +59,10 @@ def through_file(saved: Any) -> Any:
 
 
 def newcomer(case: Case) -> tuple[Model, torch.optim.Optimizer]:
-    """Another model and an optimizer of the same class that knows nothing of the options, but for callables, which are
-    the one thing that a checkpoint cannot hold."""
+    """Return another model and an optimizer of the same class with default options.
+
+    Callables are the only options that it shares with the case, because checkpoints cannot contain them.
+    """
     model = Model(case.dtype, seed=-2)
     callables = {name: value for name, value in case.options.items() if callable(value)}
     return model, case.optimizer(model.parameters(), batch_size=1, **callables)

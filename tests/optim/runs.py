@@ -1,4 +1,4 @@
-"""Runs of an optimizer under test, of which the first steps and the next ones are told apart."""
+"""Training runs for tests, with a first and a second range of steps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from tests.calls.optimizers import Case, Model, gradients, snapshot, train
 
 BEFORE, AFTER = range(3), range(3, 6)
-"""The steps before and after what a test does to a run."""
+"""Steps before and after a test changes something."""
 
 
 def trained(case: Case, steps: Any = BEFORE, **changes: Any) -> tuple[Model, torch.optim.Optimizer]:
@@ -20,7 +20,7 @@ def trained(case: Case, steps: Any = BEFORE, **changes: Any) -> tuple[Model, tor
 
 
 def results(case: Case, steps: Any = BEFORE, **changes: Any) -> dict[str, Tensor]:
-    """All weights and state after some steps from a new start."""
+    """Return all weights and state after some steps of a new run."""
     return snapshot(trained(case, steps, **changes)[1])
 
 

@@ -1,4 +1,4 @@
-"""Bad options are errors that name the option, the value and the remedy, before anything changes."""
+"""Bad options raise before anything changes. The error names the option, its value and a remedy."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def assert_explains(error: Exception, name: str, value: Any) -> None:
 
 @pytest.mark.parametrize(("optimizer", "name", "value"), BAD_OPTIONS)
 def test_a_bad_option_is_an_error_everywhere(optimizer: Any, name: str, value: Any) -> None:
-    """In the constructor, in a new group, and in an existing group between two steps."""
+    """Test the constructor, a new group, and an existing group between two steps."""
     with pytest.raises(ValueError) as caught:
         optimizer(Model().parameters(), **{**OPTIONS, name: value})
     assert_explains(caught.value, name, value)
@@ -82,7 +82,7 @@ def test_a_bad_option_is_an_error_everywhere(optimizer: Any, name: str, value: A
     assert opt.param_groups == groups
 
     right = opt.param_groups[1][name]
-    opt.param_groups[1][name] = value  # the first group is in order, and must not be stepped either
+    opt.param_groups[1][name] = value  # the first group is valid, but must not step either
     with pytest.raises(ValueError) as caught:
         opt.step()
     assert_explains(caught.value, name, value)
@@ -132,7 +132,7 @@ LAYOUT_OPTIONS = {
 
 @pytest.mark.parametrize("name", LAYOUT_OPTIONS)
 def test_an_option_that_the_state_was_made_for_cannot_be_changed(name: str) -> None:
-    """The whole step is an error, and the change is not ignored."""
+    """The step raises for all groups. The change is not silently ignored."""
     params = list(Model(torch.bfloat16).parameters())
     opt = IFShampoo([{"params": params[:1]}, {"params": params[1:]}], **OPTIONS)
     for param in params:
@@ -174,7 +174,7 @@ def test_fused_is_refused_when_the_optimizer_is_made(case: Case) -> None:
 
 @pytest.mark.parametrize("backend", ["cuda", "triton", "no-such-backend"])
 def test_a_forced_backend_that_cannot_run_says_why(case: Case, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """None of them runs on a CPU. Triton's interpreter, which other tests use, is switched off here."""
+    """These backends do not run on a CPU. Triton's interpreter, which other tests use, is disabled."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     model, optimizer = case.start()
     for steps in ((), (0, 1)):  # without state and with it

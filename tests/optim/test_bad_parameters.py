@@ -1,4 +1,4 @@
-"""Bad parameters and gradients are errors, before anything changes."""
+"""Bad parameters and gradients raise before anything changes."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def integer_gradient(param: nn.Parameter) -> None:
 
 
 def gradient_of_another_shape(param: nn.Parameter) -> None:
-    """For example after a vocabulary was resized. (PyTorch itself raises for a gradient on another device.)"""
+    """Set a gradient of another shape, as after a vocabulary was resized. (PyTorch rejects one on another device.)"""
     param.grad.data = torch.ones(3)
 
 
@@ -116,7 +116,7 @@ BAD_GRADIENTS = {
 @pytest.mark.parametrize("kind", BAD_GRADIENTS)
 @pytest.mark.parametrize("target", ["conv", "bias", "scale"])
 def test_a_bad_gradient_is_refused_before_anything_changes(case: Case, kind: str, target: str) -> None:
-    """The group before that with the bad gradient is not stepped either."""
+    """Earlier groups, whose gradients are valid, do not step either."""
     spoil, message = BAD_GRADIENTS[kind]
     model = Model(case.dtype)
     params = list(model.parameters())

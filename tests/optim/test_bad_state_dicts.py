@@ -1,4 +1,4 @@
-"""State dicts that do not fit are errors, before anything changes."""
+"""State dicts that do not match the optimizer raise before anything changes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.calls.tensors import assert_same_bits
 
 
 def other_classes(case: Case) -> dict[str, torch.optim.Optimizer]:
-    """Optimizers of a `Model` whose state differs from that of the case's optimizer."""
+    """Return optimizers of a `Model` whose state differs from the state of the case's optimizer."""
     own = RFRMSProp if case.is_shampoo else IFShampoo
     common = {"lr": OPTIONS["lr"]}
     return {

@@ -1,4 +1,4 @@
-"""The step with `capturable=True`: captured in a CUDA graph, compiled, and without host syncs."""
+"""Steps with `capturable=True`: captured in a CUDA graph, compiled, and without host syncs."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ pytestmark = [
 DEVICE = torch.device("cuda")
 WARMUPS = 3
 SHAPES = {"weight": (64, 48), "twin": (64, 48), "ragged": (33, 21), "conv": (16, 4, 3, 2), "bias": (70,), "scale": ()}
-"""With blocks of at most 48, the first two have two blocks each. No side of `ragged` is a multiple of 8."""
+"""With `BLOCKS`, the first two weights have two blocks each. No side of `ragged` is a multiple of 8."""
 
 NOT_FINITE = 6
-"""The step in which a gradient has a NaN. Graph and host both skip its block or element."""
+"""The step in which a gradient has a NaN. Its block or element is skipped with and without a graph."""
 
 
 class Case(NamedTuple):
@@ -72,7 +72,7 @@ class Run:
         self.optimizer = case.optimizer(self.params, lr=self.lr, damping=0.05, **options)
 
     def prepare(self, step: int) -> None:
-        """Write new gradients and a new learning rate into the memory of the old ones."""
+        """Overwrite the gradients and the learning rate in place."""
         self.lr.fill_(0.01 / (1 + step))
         for param, grad in zip(self.params, numbers(step, self.params[0].dtype), strict=True):
             param.grad.copy_(grad)
@@ -86,7 +86,7 @@ class Run:
             self.optimizer.step()
 
     def warm_up(self) -> None:
-        """Take the steps before a capture, all with the gradients of step 0."""
+        """Take WARMUPS steps, all with the gradients of step 0."""
         self.take([0] * WARMUPS)
 
     def snapshot(self) -> dict[str, Tensor]:
@@ -94,7 +94,7 @@ class Run:
 
 
 def numbers(step: int, dtype: torch.dtype) -> list[Tensor]:
-    """Return random numbers that depend only on the step."""
+    """Return random tensors. Only the step determines the random values."""
     generator = torch.Generator().manual_seed(step + 1)
     return [torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape in SHAPES.values()]
 
@@ -114,11 +114,11 @@ def replay(run: Run, graph: Any, steps: Iterable[int]) -> None:
 
 @pytest.mark.parametrize("capturable", [True, False], ids=["", "against-not-capturable"])
 def test_replays_match_eager_steps(case: Case, capturable: bool) -> None:
-    """Bitwise, with new gradients and a new learning rate each time."""
+    """Results are bitwise equal. Gradients and the learning rate change at each step."""
     run, graph = captured_run(case)
     plain = Run(case, capturable=capturable)
     plain.warm_up()
-    assert_same_bits(run.snapshot(), plain.snapshot())  # capturing has changed nothing
+    assert_same_bits(run.snapshot(), plain.snapshot())  # the capture changed nothing
     for step in range(1, 10):
         replay(run, graph, [step])
         plain.take([step])
@@ -141,7 +141,7 @@ def test_steps_without_the_graph_may_come_between(case: Case) -> None:
 
 
 def test_a_new_graph_continues_after_the_old_one(case: Case) -> None:
-    """For example after addresses of gradients changed."""
+    """A new graph is needed, for example, after addresses of gradients changed."""
     run, graph = captured_run(case)
     replay(run, graph, [1, 2])
     for param in run.params:
@@ -166,12 +166,12 @@ def test_a_compiled_step_matches_the_eager_step(case: Case) -> None:
     assert_same_bits(run.snapshot(), plain.snapshot())
 
 
-# ---- no wait of the host -------------------------------------------------------------------------------------------
+# ---- host syncs ----------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def waiting_is_an_error() -> Iterator[None]:
-    """Make every operation raise that makes the host wait for the GPU."""
+    """Raise if an operation makes the host wait for the GPU."""
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -189,7 +189,7 @@ def test_the_check_notices_a_wait() -> None:
 @pytest.mark.parametrize("capturable", [True, False], ids=["capturable", "not-capturable"])
 def test_the_host_never_waits(case: Case, capturable: bool, moved: bool) -> None:
     run = Run(case, capturable=capturable)
-    run.take(range(2))  # makes the state, and compiles
+    run.take(range(2))  # creates the state and compiles
     for step in range(2, 5):
         run.prepare(step)
         if moved:

@@ -1,4 +1,4 @@
-"""State that users replace, delete or change in hooks takes effect."""
+"""Changes to the state take effect: replaced tensors, deleted state, and changes in hooks."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def write(state: dict[str, Any], name: str, value: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("put", [replace, write])
 @pytest.mark.parametrize("steps_before", [3, 4], ids=["update-next", "no-update-next"])
-def test_a_state_tensor_put_in_place_by_hand_takes_effect(case: Case, put: Any, steps_before: int) -> None:
-    """A new tensor, or new values in the old one. The run continues as if they had been loaded."""
+def test_a_state_tensor_replaced_or_changed_by_the_user_takes_effect(case: Case, put: Any, steps_before: int) -> None:
+    """Replace a state tensor, or write to it. The run continues as if the values had been loaded."""
     model, optimizer = case.start()
     train(model, optimizer, range(steps_before))
     name = "factor_c" if case.is_shampoo else "square"
@@ -43,7 +43,7 @@ def test_a_state_tensor_put_in_place_by_hand_takes_effect(case: Case, put: Any, 
     assert_same_bits(snapshot(optimizer), snapshot(loaded))
 
 
-def test_state_that_is_deleted_starts_anew(case: Case) -> None:
+def test_deleted_state_is_created_again(case: Case) -> None:
     """`optimizer.state.clear()` and `del optimizer.state[p]` are ways to reset an optimizer."""
     model, optimizer = case.start()
     start = copy.deepcopy(model.state_dict())

@@ -1,4 +1,4 @@
-"""A run that is saved and resumed equals an uninterrupted run bitwise."""
+"""A resumed run is bitwise equal to an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_a_resumed_run_matches_an_uninterrupted_run(case: Case) -> None:
     model, optimizer = newcomer(case)
     model.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
-    assert_same_bits(snapshot(optimizer), at_save)  # dtypes included
+    assert_same_bits(snapshot(optimizer), at_save)  # including dtypes
     train(model, optimizer, SECOND)
     assert_same_bits(snapshot(optimizer), uninterrupted(case))
 
@@ -60,7 +60,7 @@ def test_a_resumed_run_with_a_schedule_matches_an_uninterrupted_run(case: Case, 
 
 
 def test_a_run_with_skipped_steps_resumes(case: Case) -> None:
-    """Their count is part of the state."""
+    """The number of skipped steps is part of the state."""
     finals = []
     for interrupted in (True, False):
         model, optimizer = case.start()
@@ -134,7 +134,7 @@ def test_a_loaded_state_shares_no_memory_with_the_state_dict(case: Case) -> None
 
 
 def test_loading_into_an_optimizer_that_has_stepped_takes_effect(case: Case) -> None:
-    """Plans and products of the old state are replaced."""
+    """Plans and cached products of the old state are replaced."""
     model, optimizer = case.start()
     train(model, optimizer, FIRST)
     saved = copy.deepcopy([model.state_dict(), optimizer.state_dict()])
@@ -191,7 +191,7 @@ def test_loading_warns_if_a_saved_callable_is_missing() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_cached_products_are_recomputed_bitwise(dtype: torch.dtype) -> None:
-    """Checkpoints do not contain products. The batch is so large that a CPU processes it in slices."""
+    """Checkpoints do not contain products. The batch is so large that eager PyTorch on a CPU processes it in slices."""
 
     def start() -> tuple[list[torch.nn.Parameter], IFShampoo]:
         params = [torch.nn.Parameter(torch.zeros(300, 262)) for _ in range(5)]
@@ -223,7 +223,7 @@ def dcp_parts(model: Model, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 @resumed
-@pytest.mark.filterwarnings("ignore::UserWarning:torch.distributed")  # no process group: one process, as is meant
+@pytest.mark.filterwarnings("ignore::UserWarning:torch.distributed")  # warns that there is no process group
 def test_a_distributed_checkpoint_resumes(case: Case, tmp_path: Path) -> None:
     model, optimizer = case.start()
     train(model, optimizer, FIRST)

@@ -1,4 +1,4 @@
-"""The step under `torch.compile`, with and without `capturable`."""
+"""Steps under `torch.compile`. test_compiled_step.py tests them with `capturable=True`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from tests.calls.optimizers import Case, gradients, snapshot, train
 from tests.calls.tensors import assert_same_bits
 
-BACKEND = "aot_eager"  # traces, functionalises and replays without a compiler
+BACKEND = "aot_eager"  # traces and functionalizes a graph, and runs it without code generation
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +21,7 @@ def fresh_compiler() -> None:
 
 
 def test_a_compiled_step_matches_the_eager_step(case: Case) -> None:
-    """Bitwise, from the first step, which creates the state, to the third update at T = 3."""
+    """Results are bitwise equal. Steps include the first, which creates the state, and the third update at T = 3."""
     steps = range(8)
     model, optimizer = case.start()
     compiled = torch.compile(optimizer.step, backend=BACKEND)
@@ -35,7 +35,7 @@ def test_a_compiled_step_matches_the_eager_step(case: Case) -> None:
 
 
 def regression(case: Case, **changes: Any) -> tuple[nn.Module, torch.optim.Optimizer, Tensor]:
-    """A model that the compiler can trace, its optimizer, and data."""
+    """Return a model that the compiler can trace, its optimizer, and data."""
     model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 5)).to(case.dtype)
     shapes = [tuple(param.shape) for param in model.parameters()]
     with torch.no_grad():
@@ -53,7 +53,7 @@ def fit_step(model: nn.Module, optimizer: torch.optim.Optimizer, data: Tensor) -
 
 @pytest.mark.parametrize("as_tensor", [True, False], ids=["tensor", "float"])
 def test_a_changing_lr_recompiles_nothing_and_takes_effect(case: Case, as_tensor: bool) -> None:
-    """A whole training step is compiled. Its first two calls may compile, as gradients appear in between."""
+    """A whole training step is compiled. The first two calls may compile, because only the second has gradients."""
     counter = CompileCounterWithBackend(BACKEND)
     compiled = torch.compile(fit_step, backend=counter)
     lr = torch.tensor(0.01)

@@ -1,4 +1,4 @@
-"""`torch.compile` of a step with `capturable=True`: one graph of operators, with bitwise the same results."""
+"""`torch.compile` of a step with `capturable=True`: it is one graph of operators, and results are bitwise equal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
-import setuptools  # noqa: F401  before another test imports distutils, which TorchInductor wants from setuptools
+import setuptools  # noqa: F401  imported early, so that TorchInductor gets the distutils of setuptools
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -20,7 +20,7 @@ from rootfree_kernels import IFShampoo, RFRMSProp
 from tests.calls.optimizers import CASES, OPTIONS, Case, Model, snapshot, train
 from tests.calls.tensors import assert_same_bits
 
-BACKEND = "aot_eager"  # traces, functionalises and replays without a compiler
+BACKEND = "aot_eager"  # traces and functionalizes a graph, and runs it without code generation
 bf16 = torch.bfloat16
 
 TRACED = [
@@ -43,7 +43,7 @@ def fresh_compiler() -> None:
 
 
 class Twins:
-    """The same run twice: one steps eagerly, the other one with `torch.compile(step, fullgraph=True)`."""
+    """Two equal runs. One steps eagerly, the other with `torch.compile(step, fullgraph=True)`."""
 
     def __init__(self, case: Case, backend: str = BACKEND, **changes: Any) -> None:
         self.counter = CompileCounterWithBackend(backend)
@@ -52,7 +52,7 @@ class Twins:
         self.compiled = torch.compile(self.optimizer.step, backend=self.counter, fullgraph=True)
 
     def take(self, steps: Iterable[int], without: Iterable[str] = ()) -> None:
-        """Take steps with different learning rates, in which some parameters have no gradient."""
+        """Take steps with different learning rates. Parameters in `without` have no gradient."""
         for step in steps:
             for (model, optimizer), stepped in zip(self.runs, (self.runs[0][1].step, self.compiled), strict=True):
                 optimizer.param_groups[0]["lr"].fill_(0.01 / (1 + step))
@@ -73,7 +73,7 @@ class Twins:
 
 @pytest.mark.parametrize("case", TRACED, ids=lambda case: case.name)
 def test_a_step_is_one_graph_that_is_compiled_once(case: Case) -> None:
-    """The first step, which creates the state, is compiled as well. Step counts and learning rates are inputs."""
+    """The first step creates the state and is compiled too. Step counts and learning rates are inputs of the graph."""
     twins = Twins(case)
     twins.take(range(6))
     assert twins.compilations() == 1
@@ -144,12 +144,12 @@ def replace_lr(model: Model, optimizer: torch.optim.Optimizer) -> None:
 
 @few
 @pytest.mark.parametrize("change", [halve_state, reload, change_options, clear_state, replace_lr])
-def test_what_a_user_changes_takes_effect(case: Case, change: Any) -> None:
+def test_changes_by_the_user_take_effect(case: Case, change: Any) -> None:
     twins = Twins(case)
     twins.take(range(2))
     twins.both(change)
     twins.take(range(2, 4))
-    # Of numbers that change the compiler first tries to make inputs, and finds that operators want their values.
+    # The compiler first treats changed floats as inputs. Operators need constants, so it compiles once more.
     assert twins.compilations() == {replace_lr: 1, change_options: 3}.get(change, 2)
 
 
@@ -168,7 +168,7 @@ def test_a_group_that_is_added_is_compiled_too(case: Case) -> None:
 
 
 @few
-def test_the_scale_of_grad_scaler_stays_an_input(case: Case) -> None:
+def test_the_scale_of_grad_scaler_is_an_input_of_the_graph(case: Case) -> None:
     twins = Twins(case)
 
     def set_scale(scale: float, found_inf: float) -> Any:
@@ -186,7 +186,7 @@ def test_the_scale_of_grad_scaler_stays_an_input(case: Case) -> None:
 
 @few
 def test_a_training_step_is_compiled_as_a_whole(case: Case) -> None:
-    """Only the backward pass breaks the graph. The second call has other gradients, and is compiled again."""
+    """Only the backward pass breaks the graph. The second call compiles again, because it starts with gradients."""
 
     def fit(model: torch.nn.Module, optimizer: torch.optim.Optimizer, data: Tensor) -> None:
         optimizer.zero_grad()
@@ -225,7 +225,7 @@ def test_autocast_around_a_compiled_step_does_not_change_it() -> None:
     assert twins.compilations() == 1
 
 
-# ---- where nothing is traced ---------------------------------------------------------------------------------------
+# ---- errors and memory ---------------------------------------------------------------------------------------------
 
 
 @few

@@ -1,4 +1,4 @@
-"""Every optimizer with GradScaler."""
+"""All optimizers with GradScaler."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.calls.optimizers import Case, Model, snapshot
 from tests.calls.tensors import assert_same_bits, same_bits
 from tests.optim.runs import BEFORE, results, trained
 
-SCALE = 2.0**12  # a power of two: scaling and unscaling are exact
+SCALE = 2.0**12  # a power of two, so scaling and unscaling are exact
 
 
 def scaled_step(model: Model, optimizer: torch.optim.Optimizer, scaler: Any, step: int) -> None:

@@ -1,4 +1,4 @@
-"""Parameters and groups, as in every optimizer of PyTorch."""
+"""Parameters and groups behave as in PyTorch's optimizers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ GROUP_OPTIONS = {
 
 
 @pytest.mark.parametrize("option", GROUP_OPTIONS)
-def test_every_group_has_options_of_its_own(case: Case, option: str) -> None:
+def test_every_group_has_its_own_options(case: Case, option: str) -> None:
     """Each group steps as if all parameters had its options."""
     changed = {option: GROUP_OPTIONS[option]}
     model = Model(case.dtype)
@@ -46,7 +46,7 @@ def test_every_group_has_options_of_its_own(case: Case, option: str) -> None:
     mixed, default, everywhere = snapshot(optimizer), results(case), results(case, **changed)
     assert_same_bits(params_only(mixed, 0), params_only(default, 0))
     assert_same_bits(params_only(mixed, 1, 2, 3, 4), params_only(everywhere, 1, 2, 3, 4))
-    makes_none = case.is_recipe and option == "decoupled_weight_decay"  # both are the same there
+    makes_none = case.is_recipe and option == "decoupled_weight_decay"  # the recipe's decay is always decoupled
     assert same_bits(mixed["1 weight"], default["1 weight"]) == makes_none
 
 
@@ -64,7 +64,7 @@ def test_group_options_may_change_between_steps(case: Case) -> None:
     assert_same_bits(snapshot(late), snapshot(optimizer))
 
 
-def test_a_group_added_between_steps_leaves_the_earlier_parameters_alone(case: Case) -> None:
+def test_a_group_added_between_steps_does_not_affect_earlier_parameters(case: Case) -> None:
     model = Model(case.dtype)
     params = list(model.parameters())
     optimizer = case.make(params[:3])
@@ -81,7 +81,7 @@ def test_a_group_added_between_steps_leaves_the_earlier_parameters_alone(case: C
 
 
 def test_parameters_without_a_gradient_are_skipped(case: Case) -> None:
-    """Each parameter steps as if no other one ever had a gradient."""
+    """Each parameter steps as if no other parameter had a gradient."""
     shape, pattern = (7, 5), [(0, 1), (0,), (1,), (), (0, 1), (1,)]
 
     def run(only: set[int]) -> dict[str, Tensor]:
@@ -114,7 +114,7 @@ def test_a_step_without_any_gradient_changes_nothing(case: Case) -> None:
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 5), (7, 0), (4, 0, 3, 3)], ids=str)
-def test_zero_size_parameters_are_carried_along(case: Case, shape: tuple[int, ...]) -> None:
+def test_zero_size_parameters_are_allowed(case: Case, shape: tuple[int, ...]) -> None:
     def run(shapes: list[tuple[int, ...]]) -> torch.optim.Optimizer:
         params = [nn.Parameter(torch.ones(shape, dtype=case.dtype)) for shape in shapes]
         optimizer = case.make(params)

@@ -1,4 +1,4 @@
-"""IF-Shampoo against the FP64 reference: whole runs."""
+"""Whole runs of IF-Shampoo, compared with the FP64 reference."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_wide_matrices_match_the_reference():
 
 
 def train(shape, factor_dtype, steps, frequency=1, **options):
-    """Return our weight and that of the reference after some steps with the same random gradients."""
+    """Return the optimizer's weight and the reference's weight after some steps with equal random gradients."""
     rng = np.random.default_rng(1)
     weight = rng.normal(size=shape)
     param = torch.nn.Parameter(torch.tensor(weight).to(torch.promote_types(factor_dtype, torch.float32)))
@@ -82,7 +82,7 @@ def test_bf16_factors_match_the_reference_over_many_steps(rounding, matmul_dtype
 
 @pytest.mark.parametrize("rounding", ["stochastic", "compensated", "nearest"])
 def test_only_nearest_rounding_stalls_the_diagonal_of_wide_bf16_factors(rounding):
-    """A step changes a diagonal element by β₂/√n = 6e-4. Half a BF16 unit below 1 is 2e-3, so it is rounded away."""
+    """A step changes a diagonal element by β₂/√n = 6e-4. Half a BF16 unit below 1 is 2e-3, so the change is lost."""
     param = torch.nn.Parameter(torch.zeros(256, 256))
     optimizer = IFShampoo([param], batch_size=1, beta2=0.01, rounding=rounding, lr=0.0)
     for step in range(20):
@@ -106,4 +106,4 @@ def test_stochastic_rounding_is_right_on_average_over_the_training_of_a_factor()
         means[rounding] = optimizer.state[param]["factor_c"][0].diagonal().double().mean().item()
     moved = means["compensated"] - 1.0
     assert moved > 0.05
-    assert means["stochastic"] - 1.0 == pytest.approx(moved, rel=0.05)  # 128 entries of relative error 4e-3/√12
+    assert means["stochastic"] - 1.0 == pytest.approx(moved, rel=0.05)  # 128 elements with relative errors of 4e-3/√12

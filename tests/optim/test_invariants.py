@@ -1,7 +1,7 @@
-"""Invariances of the method and orders of convergence, of the optimizers themselves in FP64.
+"""Invariances and orders of convergence of the optimizers, in FP64.
 
-The same promises of the reference, and those of the methods that the package does not offer (full matrices, structured
-factors), are in tests/reference.
+tests/reference has the same tests for the reference, and tests for methods that the package does not offer (full
+matrices and structured factors).
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ TARGETS, INPUTS = random(8, P, seed=10), random(8, D, seed=11)
 
 
 def gradient(weight):
-    """Return the gradient of a smooth loss that is not quadratic: the sum of log cosh(W x − y)."""
+    """Return the gradient of the sum of log cosh(W x − y), a smooth loss that is not quadratic."""
     return torch.tanh(INPUTS @ weight.T - TARGETS).T @ INPUTS
 
 
 def run(weight, grad_of, c=None, k=None, steps=6, **options):
-    """Return (weight, state) after some steps with grad_of(weight), from the given factors."""
+    """Return (weight, state) after some steps with gradients grad_of(weight), starting from the given factors."""
     param = torch.nn.Parameter(weight.clone())
     optimizer = IFShampoo([param], factor_dtype=torch.float64, **{"damping": 0.0, **PLAIN, **options})
     rows, cols = param.shape
@@ -70,7 +70,10 @@ def preconditioner(state, side):
 
 
 def scaled_loss_runs(same_start):
-    """Return runs of the summed loss with B = 1, and of the averaged loss with B = 9 and matching start and damping."""
+    """Return final weights for the summed loss with B = 1, and for the averaged loss with B = 9 and matching damping.
+
+    Unless `same_start`, the initial factors match as well.
+    """
     b, weight, c, k = 9.0, random(P, D, seed=1), near_identity(P, 2), near_identity(D, 3)
     root = 1.0 if same_start else b**0.25
     summed, _ = run(weight, gradient, c, k, batch_size=1.0, damping=0.3)
@@ -107,11 +110,11 @@ def test_the_diagonal_step_has_the_same_invariance():
     assert_exact(weights[1], weights[0])
 
 
-# ---- 2. affine reparametrisation
+# ---- 2. affine reparametrization
 
 
-def reparametrised(e, f, o, c, k, **options):
-    """Return M of the original run, and E N Fᵀ + O of the run in N."""
+def reparametrized(e, f, o, c, k, **options):
+    """Return M of a run on M, and E N Fᵀ + O of a run on N."""
     inverse_e, inverse_f = torch.linalg.inv(e), torch.linalg.inv(f)
     weight = random(P, D, seed=4)
     original, _ = run(weight, gradient, c, k, **options)
@@ -125,13 +128,13 @@ def reparametrised(e, f, o, c, k, **options):
     return original, e @ n @ f.T + o
 
 
-def test_the_method_is_invariant_under_affine_reparametrisation_of_the_weights():
+def test_the_method_is_invariant_under_affine_reparametrization_of_the_weights():
     e, f, o = near_identity(P, 5), near_identity(D, 6), random(P, D, seed=7)
-    original, mapped = reparametrised(e, f, o, near_identity(P, 8), near_identity(D, 9))
+    original, mapped = reparametrized(e, f, o, near_identity(P, 8), near_identity(D, 9))
     assert_exact(mapped, original)
 
 
-def test_orthogonal_reparametrisation_is_exact_from_the_identity_with_damping_decay_and_clip():
+def test_orthogonal_reparametrization_is_exact_from_the_identity_with_damping_decay_and_clip():
     e, f = orthogonal(P, 5), orthogonal(D, 6)
     options = {"damping": 0.2, "weight_decay": 0.1, "beta2": 0.5}
     weight = random(P, D, seed=4)
@@ -140,10 +143,10 @@ def test_orthogonal_reparametrisation_is_exact_from_the_identity_with_damping_de
     assert_exact(e @ n @ f.T, original)
 
 
-# ---- 3. inside a structure: the diagonal step
+# ---- 3. structured reparametrization: the diagonal step
 
 
-def test_the_diagonal_step_is_invariant_under_diagonal_reparametrisation():
+def test_the_diagonal_step_is_invariant_under_diagonal_reparametrization():
     scale = random(7, seed=30).exp()
     grads = [random(7, seed=31 + step) for step in range(6)]
     weights = []
@@ -208,7 +211,7 @@ def step_ratio(clip, beta2, seed, scale=30.0):
 
 @pytest.mark.parametrize("clip", ["frobenius", "row_sum"])
 @pytest.mark.parametrize("beta2", [0.3, 0.99])
-def test_with_a_clip_an_update_keeps_the_eigenvalues_between_1_minus_beta2_and_1_plus_half_of_it(clip, beta2):
+def test_a_clipped_update_keeps_eigenvalues_between_1_minus_beta2_and_1_plus_half_beta2(clip, beta2):
     for seed in range(5):
         ratio = step_ratio(clip, beta2, seed)
         assert ratio.min() >= 1 - beta2 - EXACT and ratio.max() <= 1 + beta2 / 2 + EXACT
@@ -218,16 +221,16 @@ def test_without_a_clip_the_eigenvalues_leave_that_range():
     assert step_ratio("none", 0.3, 0).min() < 0
 
 
-# ---- the rates
+# ---- orders of convergence
 
 
 def distance_to_root_free_shampoo(beta2, steps):
-    """Return ‖CCᵀ − S_C⁻¹‖ after the same gradients, without momentum and clip (Claim 10)."""
+    """Return ‖CCᵀ − S_C⁻¹‖ after steps with equal gradients, without momentum and clip (Claim 10)."""
     c, k = (torch.eye(n, dtype=torch.float64)[None] for n in (P, D))
     m_c, m_k = torch.zeros_like(c), torch.zeros_like(k)
     s_c, s_k = np.eye(P), np.eye(D)
     for step in range(steps):
-        grad = random(1, P, D, seed=100 + step * 64 // steps)  # a function of the time step·β₂
+        grad = random(1, P, D, seed=100 + step * 64 // steps)  # depends only on the time step·β₂
         dispatched("eager")(
             "kron_factor",
             *(c, k, m_c, m_k, None, None, None, None, None, grad),

@@ -28,7 +28,7 @@ def no_tables(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Work(TorchDispatchMode):
-    """Record PyTorch's operations inside of operators, except views and allocations."""
+    """Record PyTorch's operations inside operators, except views and allocations."""
 
     def __init__(self, notes: list[str]) -> None:
         super().__init__()
@@ -44,14 +44,14 @@ class Work(TorchDispatchMode):
 
 @contextmanager
 def noted_work() -> Iterator[list[str]]:
-    """Record the launched kernels, and PyTorch's operations inside of operators, in order."""
+    """Record launched kernels and PyTorch's operations inside operators, in order."""
     notes: list[str] = []
     work = Work(notes)
 
     def launch(kernel: Any, grid: int, *args: Any, **kwargs: Any) -> None:
         if grid:
             notes.append(kernel.fn.__name__)
-        work.notes = []  # the interpreter's own
+        work.notes = []  # drop operations of the interpreter
         launches.launch(kernel, grid, *args, **kwargs)
         work.notes = notes
 
@@ -81,7 +81,7 @@ SCALED = ["scaled_squares_kernel", "scaled_average_kernel", "scaled_step_kernel"
 
 @pytest.mark.parametrize(("num_layers", "frequency", "dtype"), [(1, 1, FP32), (1, 3, BF16), (5, 3, FP32)], ids=str)
 def test_number_of_launches_of_a_step(num_layers: int, frequency: int, dtype: torch.dtype) -> None:
-    """It does not depend on the number of layers. Nothing is padded, cast or copied. Sides are multiples of 8."""
+    """It does not depend on the number of layers. Sides are multiples of 8, so nothing is padded, cast or copied."""
     params = parameters(start([(16, 24)] * num_layers, dtype))
     optimizer = IFShampoo(
         params, **{**OPTIONS, "lr": torch.tensor(0.01, device=DEVICE)}, precondition_frequency=frequency
@@ -90,7 +90,7 @@ def test_number_of_launches_of_a_step(num_layers: int, frequency: int, dtype: to
     for step in range(4):
         with backend("triton"), noted_work() as notes:
             optimizer.step()
-        if step >= 2:  # earlier ones make tables and constants
+        if step >= 2:  # earlier steps create tables and constants
             assert notes == [*GATHER, *(UPDATE if step % frequency == 0 else []), *STEP], f"step {step}"
 
 
@@ -98,7 +98,7 @@ def test_clipping_by_row_sums_adds_one_launch() -> None:
     params = parameters(start([(16, 24)] * 2, FP32))
     optimizer = IFShampoo(params, **{**OPTIONS, "lr": torch.tensor(0.01, device=DEVICE)}, clip="row_sum")
     set_gradients(params, 0)
-    for _ in range(3):  # the first ones make tables and constants
+    for _ in range(3):  # the first steps create tables and constants
         with backend("triton"), noted_work() as notes:
             optimizer.step()
     by_row_sums = [*UPDATE]
@@ -112,7 +112,7 @@ def test_number_of_launches_of_the_recipe(num_layers: int) -> None:
     options = {**OPTIONS, **RECIPE, "lr": torch.tensor(0.01, device=DEVICE)}
     optimizer = IFShampoo(params, **options)
     set_gradients(params, 0)
-    for _ in range(3):  # the first ones make tables and constants
+    for _ in range(3):  # the first steps create tables and constants
         with backend("triton"), noted_work() as notes:
             optimizer.step()
     matrices = [*GATHER, *WHITENED_UPDATE, *STEP_IN_PARTS]
@@ -121,7 +121,7 @@ def test_number_of_launches_of_the_recipe(num_layers: int) -> None:
     assert [name for name in notes if name in SCALED] == SCALED
 
 
-def test_changed_numbers_do_not_recompile() -> None:
+def test_changed_values_do_not_recompile() -> None:
     params = parameters(start([(16, 24)], BF16))
     optimizer = IFShampoo(params, **OPTIONS)
     with backend("triton"):
@@ -156,13 +156,13 @@ def test_default_device_does_not_affect_a_step(optimizer: Any, no_tables: None) 
     params = parameters(start([(9, 5), (6,)]))
     optimizer = optimizer(params, **OPTIONS)
     set_gradients(params, 0)
-    with backend("triton"), torch.device("meta"):  # stands in for any other device
+    with backend("triton"), torch.device("meta"):  # an example of another device
         optimizer.step()
     assert all(param.isfinite().all() for param in params)
 
 
 @pytest.mark.parametrize(("optimizer", "options"), [(IFShampoo, {}), (RFRMSProp, {}), (IFShampoo, RECIPE)], ids=str)
-def test_autograd_is_told_of_everything_that_a_step_changes(optimizer: Any, options: dict[str, Any]) -> None:
+def test_a_step_increments_the_versions_of_all_changed_tensors(optimizer: Any, options: dict[str, Any]) -> None:
     params = parameters(start([(16, 8), (6,)], BF16))
     optimizer = optimizer(params, **{**OPTIONS, **COMPENSATED, **options})
 

@@ -1,4 +1,4 @@
-"""A step does not wait for the device: it reads no tensor."""
+"""A step does not wait for the device, because the host reads no tensor."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ READS = ("item", "tolist", "numpy", "cpu", "__float__", "__int__", "__index__", 
 
 
 class NoReads(TorchDispatchMode):
-    """Fail if the host reads a value of a tensor."""
+    """Fail if the host reads the value of a tensor."""
 
     TAGS = frozenset({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape})
 
@@ -33,7 +33,7 @@ class NoReads(TorchDispatchMode):
 
 @contextmanager
 def no_reads() -> Iterator[None]:
-    """Fail if the host reads a value of a tensor, also inside of operators, which a mode does not see."""
+    """Fail if the host reads the value of a tensor. This includes operators, which hide their work from modes."""
 
     def forbidden(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("the host reads a tensor")
@@ -81,7 +81,7 @@ READERS = {
 
 @pytest.mark.parametrize("reader", READERS)
 def test_reading_a_tensor_is_noticed(reader: str) -> None:
-    """The test above can fail."""
+    """This shows that the test above can fail."""
     x, noticed = torch.ones(1), False
     with no_reads():
         try:
@@ -93,7 +93,7 @@ def test_reading_a_tensor_is_noticed(reader: str) -> None:
 
 @pytest.mark.parametrize("lr", [torch.tensor(0.01), torch.tensor([0.01])], ids=["0-d", "1-d"])
 def test_the_learning_rate_is_never_read(case: Case, lr: Tensor) -> None:
-    """This is also true for T > 1, although the host then reads the step counts."""
+    """This also holds for T > 1, although the host then reads the step counts."""
     model, optimizer = case.start(lr=lr)
 
     def guarded(name: str) -> Any:
@@ -114,11 +114,11 @@ def test_the_learning_rate_is_never_read(case: Case, lr: Tensor) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that PyTorch can use")
 @pytest.mark.parametrize("capturable", [False, True], ids=["default", "capturable"])
 @pytest.mark.parametrize("case", [case for case in CASES if "T3" not in case.name], ids=lambda case: case.name)
 def test_a_step_with_t_1_never_waits_for_the_gpu(case: Case, capturable: bool) -> None:
-    """The first step sets up state and may wait."""
+    """The first step creates the state and may wait."""
     model = Model(case.dtype).cuda()
     params = list(model.parameters())
     optimizer = case.make(params, lr=torch.tensor(0.01, device="cuda"), capturable=capturable)

@@ -14,7 +14,7 @@ from tests.calls import reference as ref
 from tests.calls.optimizers import CASES, Case, Model, snapshot, train
 from tests.calls.tensors import assert_same_bits
 
-HUGE = 3e38  # finite in FP32 and BF16, and no product with it is
+HUGE = 3e38  # finite in FP32 and BF16, but its products overflow
 NON_FINITE = pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, HUGE], ids=str)
 SHAMPOOS = pytest.mark.parametrize("case", CASES[2:], ids=lambda case: case.name)
 OF_THE_PAPER = pytest.mark.parametrize("case", CASES[2:-1], ids=lambda case: case.name)
@@ -32,8 +32,11 @@ def initial_state(case: Case) -> dict[str, Tensor]:
 
 
 def runs_with_and_without(case: Case, steps_before: int, param: str, index: Any, bad: float) -> tuple:
-    """Snapshots before one more step, after it with a bad number in one gradient, and after it with none; and the
-    model and the optimizer that met the bad number."""
+    """Take one more step, with and without a bad element in one gradient.
+
+    Return snapshots before the step, after the bad step and after the clean step, and the model and optimizer of the
+    bad step.
+    """
     model, optimizer = case.start()
     train(model, optimizer, range(steps_before))
     before = snapshot(optimizer) if steps_before else initial_state(case)
@@ -59,7 +62,7 @@ def assert_recovers(model: Model, optimizer: torch.optim.Optimizer, steps: range
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, HUGE], ids=str)
 def test_the_first_gradient_may_be_non_finite(case: Case, bad: float) -> None:
-    """Weights and state are those of the start, except for the counts."""
+    """Weights and state keep their initial values, except for the counts."""
     model, optimizer = case.start()
     start = snapshot(optimizer)
     model(0).backward()
@@ -80,8 +83,8 @@ def test_the_first_gradient_may_be_non_finite(case: Case, bad: float) -> None:
 BLOCK_ENTRIES = ("curvature", "factor_c", "factor_k", "momentum_c", "momentum_k", "residual_c", "residual_k")
 
 
-def assert_leaves_out_one_block(case: Case, bad: float, steps_before: int) -> None:
-    """Check that this block does not change bitwise, and that every other block steps as usual."""
+def assert_skips_one_block(case: Case, bad: float, steps_before: int) -> None:
+    """Check that the block with the bad element does not change, and that all other blocks step as usual."""
     before, actual, clean, model, optimizer = runs_with_and_without(case, steps_before, "weight", (ROW, COL), bad)
     side = case.options.get("max_preconditioner_dim", 7)
     region = ref.block_slices(7, side)[-1], ref.block_slices(5, side)[-1]
@@ -105,27 +108,29 @@ def assert_leaves_out_one_block(case: Case, bad: float, steps_before: int) -> No
 @NON_FINITE
 @pytest.mark.parametrize("steps_before", [0, 3, 4], ids=["first-step", "update-step", "other-step"])
 def test_a_non_finite_gradient_skips_only_its_block(case: Case, bad: float, steps_before: int) -> None:
-    assert_leaves_out_one_block(case, bad, steps_before)
+    assert_skips_one_block(case, bad, steps_before)
 
 
 @OF_THE_PAPER
 @pytest.mark.parametrize("steps_before", [0, 3], ids=["first-step", "update-step"])
 def test_an_overflow_of_the_factors_skips_the_weights_as_well(case: Case, steps_before: int) -> None:
-    """AAᵀ of such a gradient has no finite norm in FP32, but the step of the weights would have one. (In the recipe
-    the gradient's scale plays no part.)"""
-    assert_leaves_out_one_block(case, 1e17, steps_before)
+    """The norm of AAᵀ overflows in FP32, but the update of the weights would be finite.
+
+    The recipe is not tested, because the scale of the gradient does not matter there.
+    """
+    assert_skips_one_block(case, 1e17, steps_before)
 
 
 @NON_FINITE
 @pytest.mark.parametrize("steps_before", [0, 3], ids=["first-step", "later"])
 def test_the_diagonal_step_skips_only_elements_that_are_not_finite(case: Case, bad: float, steps_before: int) -> None:
     """The recipe skips the whole tensor, because the norm of an update depends on all elements."""
-    left_out = slice(None) if case.is_recipe else 2
+    skipped = slice(None) if case.is_recipe else 2
     before, actual, clean, model, optimizer = runs_with_and_without(case, steps_before, "bias", 2, bad)
     expected = {name: value.clone() for name, value in clean.items()}
     for name in ("3 weight", "3 square", "3 momentum_buffer", "3 weight_residual"):
         if name in expected:
-            expected[name][left_out] = before[name][left_out]
+            expected[name][skipped] = before[name][skipped]
     if case.is_recipe:
         expected["3 curvature"] = before["3 curvature"]
     expected["3 skipped"] += 1

@@ -1,4 +1,4 @@
-"""The optimizers with the C++ kernels."""
+"""The optimizers with C++ kernels, compared with eager PyTorch."""
 
 from __future__ import annotations
 
@@ -77,9 +77,9 @@ def values(optimizer: Any) -> dict[str, Tensor]:
     ],
 )
 def test_steps_match_eager_pytorch(optimizer, dtype, options, products):
-    """The state of eager PyTorch is copied before each step, so that errors do not add up.
+    """Before each step, eager PyTorch's weights and state are copied to the other run, so errors do not add up.
 
-    The writes are hidden from autograd, so that products which are kept stay valid.
+    The copies do not change the versions of tensors, so cached products stay valid.
     """
     twins = [start(optimizer, dtype, **options, fused=fused) for fused in (False, None)]
     for step in range(5):

@@ -32,17 +32,17 @@ def values(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 class Twins:
-    """Step the same parameters and state by eager PyTorch and by Triton, and compare after each step."""
+    """Step equal parameters and state with eager PyTorch and with Triton, and compare them after each step."""
 
     def __init__(self, tensors: Sequence[Tensor], optimizer: Callable[..., Any], **options: Any) -> None:
         if optimizer is IFShampoo:
-            options["matmul_dtype"] = BF16  # which eager PyTorch would choose for itself on some processors alone
+            options["matmul_dtype"] = BF16  # eager PyTorch's default depends on the CPU
         self.tolerance = one_step(FP32, products=BF16 if optimizer is IFShampoo else None)
         self.params = {name: parameters(tensors) for name in BOTH}
         self.optimizers = {name: optimizer(self.params[name], **{**OPTIONS, **options}) for name in BOTH}
 
     def step(self, step: int, present: Iterable[int] | None = None, scale: float = 1.0) -> None:
-        self.resynchronise()
+        self.resynchronize()
         before = values(self.optimizers["eager"])
         for name in BOTH:
             set_gradients(self.params[name], step, scale)
@@ -57,7 +57,7 @@ class Twins:
             self.compare(name, actual[name], value, before.get(name))
 
     def compare(self, name: str, actual: Tensor, expected: Tensor, before: Tensor | None) -> None:
-        """Check that the change agrees within the tolerance, and the value within a rounding to its dtype."""
+        """Check a value. Its error may be the tolerance times the change, plus one rounding to its dtype."""
         assert actual.dtype == expected.dtype and actual.shape == expected.shape
         if not expected.is_floating_point():
             assert torch.equal(actual, expected), name
@@ -67,10 +67,10 @@ class Twins:
         error, allowed = (actual.double() - expected.double()).norm(), self.tolerance * moved.norm() + rounding
         assert error <= allowed, f"{name}: error {error:.1e}, allowed {allowed:.1e}, moved by {moved.norm():.1e}"
 
-    def resynchronise(self) -> None:
-        """Copy eager PyTorch's weights and state, so that errors do not add up.
+    def resynchronize(self) -> None:
+        """Copy eager PyTorch's weights and state to the other run, so errors do not add up.
 
-        The writes are hidden from autograd, so that products which are kept stay valid.
+        The copies do not change the versions of tensors, so cached products stay valid.
         """
         for source, target in zip(*self.params.values(), strict=True):
             target.data.copy_(source)
@@ -80,7 +80,7 @@ class Twins:
 
 
 SHAPES = [(24, 16), (24, 16), (8, 3, 2, 2), (24,), ()]
-"""Two of one shape, a convolution of 8 × 12, and two that take the diagonal step."""
+"""Two equal shapes, a convolution that is 8 × 12 as a matrix, and two shapes for the diagonal step."""
 
 
 @pytest.mark.parametrize(
@@ -101,16 +101,16 @@ def test_if_shampoo_steps_as_eager_pytorch(dtype: torch.dtype, options: dict[str
         twins.step(step)
 
 
-@pytest.mark.parametrize("options", [{}, {"cache_products": False}], ids=["kept", "not kept"])
+@pytest.mark.parametrize("options", [{}, {"cache_products": False}], ids=["cached products", "no cached products"])
 def test_if_shampoo_steps_as_eager_pytorch_between_updates(options: dict[str, Any]) -> None:
-    """Blocks of 16 × 18 and of 15 × 18."""
+    """The weight has blocks of 16 × 18 and of 15 × 18."""
     twins = Twins(start([(31, 18)]), IFShampoo, precondition_frequency=3, max_preconditioner_dim=20, **options)
     for step in range(5):
         twins.step(step)
 
 
-def test_if_shampoo_steps_as_eager_pytorch_where_gradients_come_and_go() -> None:
-    """Some parameters of a batch are due for an update, some are not, and some have no gradient."""
+def test_if_shampoo_steps_as_eager_pytorch_if_gradients_are_missing() -> None:
+    """In one batch, some parameters need an update, some do not, and some have no gradient."""
     twins = Twins(start([(9, 5)] * 3), IFShampoo, precondition_frequency=2)
     for step, present in enumerate([(0, 1), (0, 2), (0, 1, 2), (2,)]):
         twins.step(step, present)
@@ -130,7 +130,7 @@ def test_a_gradient_that_is_negated_when_it_is_read_has_the_right_sign(optimizer
     assert all(map(torch.equal, *stepped))
 
 
-def test_if_shampoo_steps_as_eager_pytorch_weights_of_any_strides() -> None:
+def test_if_shampoo_steps_weights_of_any_strides_as_eager_pytorch() -> None:
     shapes, layouts = [(8, 3, 2, 2), (4, 3, 2, 2), (9, 5), (7, 5)], [channels_last, permuted, permuted, sliced]
     tensors = [arrange(x) for arrange, x in zip(layouts, start(shapes, BF16), strict=True)]
     twins = Twins(tensors, IFShampoo, **COMPENSATED)
@@ -158,7 +158,7 @@ def test_the_diagonal_optimizers_step_as_eager_pytorch(optimizer: Any, dtype: to
 
 
 @pytest.mark.parametrize("optimizer", [IFShampoo, RFRMSProp])
-def test_grad_scaler_s_numbers_act_as_in_eager_pytorch(optimizer: Any) -> None:
+def test_grad_scaler_has_the_same_effect_as_in_eager_pytorch(optimizer: Any) -> None:
     twins = Twins(start([(9, 5), (6,)], FP16), optimizer)
     for step, overflow in enumerate([0.0, 1.0, 0.0]):
         for each in twins.optimizers.values():
@@ -168,7 +168,7 @@ def test_grad_scaler_s_numbers_act_as_in_eager_pytorch(optimizer: Any) -> None:
     assert {int(state["skipped"]) for state in twins.optimizers["triton"].state.values()} == {1}
 
 
-# ---- requests that cannot be served ----------------------------------------------------------------------------------
+# ---- unsupported arguments -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""`packed_momentum=True`: the same steps in less memory, with m_C and m_K stored as triangles."""
+"""`packed_momentum=True`: equal steps with less memory. m_C and m_K are stored as triangles."""
 
 from __future__ import annotations
 
@@ -25,8 +25,11 @@ from tests.calls.tolerances import tolerance
 
 SHAPES = {"eager": [(7, 5), (7, 5), (7, 5), (6, 4), (6,)], "cpp": [(40, 33)] * 3 + [(70, 64), (6,)]}
 SHAPES["triton"] = [(9, 5), (9, 5), (16, 24)]
-"""Sides odd and even; some of one shape, of which one may wait. Eager PyTorch multiplies such small blocks in one
-order, so that its m is symmetric to the bit as well; Triton pads all but the last."""
+"""Shapes have odd and even sides. Several are equal, so that a batch can have a block without a gradient.
+
+Eager PyTorch computes products of such small blocks in a fixed order, so m is bitwise symmetric. Triton pads all shapes
+except the last.
+"""
 
 CONFIGURATIONS = {
     "fp32": {"factor_dtype": FP32},
@@ -55,13 +58,13 @@ COMBINATIONS = [
     )
     for backend in SHAPES
     for name, options in CONFIGURATIONS.items()
-    if backend != "triton" or name not in ("fp32", "tiles")  # its factors are BF16, and its interpreter is slow
+    if backend != "triton" or name not in ("fp32", "tiles")  # Triton needs BF16 factors, and its interpreter is slow
 ]
 
 
 @contextmanager
 def served_by(backend: str) -> Iterator[torch.device]:
-    """Return the device on which these tests use `backend`."""
+    """Force `backend`, and return the device for its tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ROOTFREE_BACKEND", backend)
         yield torch.device("cuda" if backend == "triton" and torch.cuda.is_available() else "cpu")
@@ -81,7 +84,7 @@ def set_gradients(params: Sequence[nn.Parameter], step: int, present: Sequence[i
 
 
 STEPS = [None, None, (0, 2, 4), (1, 3), None, None, None]
-"""Indices of the parameters that have a gradient in each step, None for all. Triton takes the first four steps."""
+"""For each step, the indices of the parameters with a gradient, or None for all. Triton takes only four steps."""
 
 NOT_FINITE = (1, 5)
 """Steps in which a gradient has a NaN."""
@@ -89,7 +92,7 @@ NOT_FINITE = (1, 5)
 
 @pytest.mark.parametrize(("backend", "options"), COMBINATIONS)
 def test_packed_and_unpacked_runs_are_bitwise_equal(backend: str, options: dict[str, Any]) -> None:
-    """Runs have updates and other steps, missing gradients, and gradients that are skipped."""
+    """Runs include updates, steps without an update, missing gradients and skipped gradients."""
     with served_by(backend) as device:
         params = [
             [nn.Parameter(x.to(device)) for x in gradients(SHAPES[backend], -1, FP32)] for packed in (False, True)
@@ -116,7 +119,7 @@ def test_packed_and_unpacked_runs_are_bitwise_equal(backend: str, options: dict[
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 @needs_cpp
 def test_kernels_keep_m_bitwise_symmetric(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    """One triangle is therefore enough."""
+    """This is why storing one triangle is enough."""
     with served_by("cpp"):
         params = [nn.Parameter(x) for x in gradients([shape], -1, FP32)]
         optimizer = IFShampoo(params, **OPTIONS, factor_dtype=dtype)
@@ -128,7 +131,7 @@ def test_kernels_keep_m_bitwise_symmetric(shape: tuple[int, int], dtype: torch.d
 
 
 def test_packing_an_almost_symmetric_m_changes_a_run_by_roundings_only() -> None:
-    """In FP64 on some processors, eager PyTorch makes m only almost symmetric."""
+    """On some CPUs, m is only almost symmetric in eager PyTorch with FP64."""
     params = [[nn.Parameter(x) for x in gradients([(65, 34)], -1, FP64)] for _ in range(2)]
     options = {**OPTIONS, "factor_dtype": FP64}
     plain, packed = (IFShampoo(some, **options, packed_momentum=bool(i)) for i, some in enumerate(params))
@@ -169,7 +172,7 @@ SMALL = {"packed_momentum": True, "state_dtype": BF16, "cache_products": False}
 
 @pytest.mark.parametrize(("options", "limit"), [({}, 12.001), (SMALL, 8.01)], ids=["default", "small"])
 def test_bytes_of_state_per_weight(options: dict[str, Any], limit: float) -> None:
-    """The weight is one square block. No other memory of this size is kept."""
+    """The weight is one square block. The optimizer keeps no other large tensors."""
     param = nn.Parameter(torch.zeros(512, 512))
     param.grad = torch.ones_like(param)
     optimizer = IFShampoo([param], **{**OPTIONS, **options})
@@ -194,7 +197,7 @@ def trained(steps: range = range(3), **options: Any) -> tuple[Model, IFShampoo]:
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_loading_a_checkpoint_sets_its_layout(packed: bool) -> None:
-    """Packing is an option, and checkpoints contain options. It cannot be changed when there is state."""
+    """A checkpoint contains the option. The option cannot be changed after the state was created."""
     source, saver = trained(packed_momentum=packed)
     model, loader = trained(packed_momentum=not packed)
     model.load_state_dict(source.state_dict())
@@ -221,9 +224,9 @@ def test_state_of_the_other_layout_is_an_error(packed: bool) -> None:
     assert_same_bits(snapshot(optimizer), before)
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning:torch.distributed")  # no process group: one process, as is meant
+@pytest.mark.filterwarnings("ignore::UserWarning:torch.distributed")  # warns that there is no process group
 def test_a_distributed_checkpoint_of_the_other_layout_is_an_error(tmp_path: Path) -> None:
-    """PyTorch reads into the existing state, and names the entry and the shapes that do not fit."""
+    """PyTorch loads into the existing state, and its error names the entry and the mismatched shapes."""
     saved = get_optimizer_state_dict(*trained(packed_momentum=True))
     dcp.save({"optimizer": saved}, checkpoint_id=tmp_path, no_dist=True)
     into = {"optimizer": get_optimizer_state_dict(*trained(packed_momentum=False))}

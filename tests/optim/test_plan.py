@@ -1,6 +1,6 @@
-"""Plans are made once, as long as they are valid, and a step for which there is too little memory changes nothing.
+"""Valid plans are reused, and a step that runs out of memory changes nothing.
 
-Other tests show that nothing is kept for too long: those of groups, steps and checkpoints.
+The tests of groups, steps and checkpoints show that stale plans are replaced.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_plans_are_made_once(case: Case, made: list[str]) -> None:
-    """At T = 3 there is one for updates and one for other steps. Some options may change without a new plan."""
+    """At T = 3 there is one plan for updates and one for other steps. Some options may change without a new plan."""
     model, optimizer = case.start()
     train(model, optimizer, range(4))
     first = list(made)
@@ -97,7 +97,7 @@ def test_counts_of_steps_are_one_tensor(case: Case) -> None:
     train(model, optimizer, range(2))
     steps = [state["step"] for state in optimizer.state.values()]
     assert len({step.untyped_storage().data_ptr() for step in steps}) == 1
-    steps[0].fill_(7)  # a user's number counts
+    steps[0].fill_(7)  # a value set by the user
     train(model, optimizer, range(2, 3))
     assert [step.item() for step in steps] == [8, *[3] * (len(steps) - 1)]
 
@@ -116,7 +116,7 @@ class Count(TorchDispatchMode):
 def test_the_number_of_operations_does_not_grow_with_that_of_parameters(
     optimizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """This does not count operations inside of the operators, which do nothing here."""
+    """Operations inside operators do not count: operators are replaced by functions that do nothing."""
     stand_in(monkeypatch, "eager", **idle_functions())
 
     def operations(num_layers: int) -> int:
@@ -177,7 +177,7 @@ def test_a_capture_that_cannot_be_replayed_is_refused(case: Case, monkeypatch: p
 
 
 class Peak(TorchDispatchMode):
-    """Measure the peak memory of storages that are created under this mode."""
+    """Measure the peak memory of storages that are created while this mode is active."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -201,8 +201,11 @@ def storages(x: Any) -> list[torch.UntypedStorage]:
 
 @contextmanager
 def peak_of_triton() -> Iterator[Peak]:
-    """Watches the Triton backend's operators, which hide from a mode around a step, but not what Triton's interpreter
-    makes for itself."""
+    """Measure the peak memory of a step with Triton.
+
+    A mode around a step does not see inside operators, so the mode is also enabled there. Memory of Triton's
+    interpreter does not count.
+    """
     interpreter = pytest.importorskip("triton.runtime.interpreter")
     peak, run_kernel = Peak(), interpreter.GridExecutor.__call__
 
@@ -227,7 +230,7 @@ def peak_of_triton() -> Iterator[Peak]:
 
 interpreted = [
     pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed"),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is used where there is no GPU"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is used only without a GPU"),
     pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning:triton"),
 ]
 
@@ -250,7 +253,7 @@ TAKEN = [
 def test_reserved_memory_suffices_for_the_kernels(
     shape: tuple[int, ...], options: dict[str, Any], partly: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is at most 1.5 times as much, also if some parameters of a batch have no gradient."""
+    """It is at most 1.5 times the peak memory, even if some parameters of a batch have no gradient."""
     monkeypatch.setenv("ROOTFREE_BACKEND", "triton")
     params = [nn.Parameter(torch.ones(shape)) for _ in range(3)]
     optimizer = IFShampoo(params, **{**OPTIONS, **options})
@@ -266,7 +269,7 @@ def test_reserved_memory_suffices_for_the_kernels(
 
 
 class Memory:
-    """A `Tensor.new_empty` that raises if a limit of bytes is exceeded."""
+    """A replacement of `Tensor.new_empty` that raises if workspaces exceed a number of bytes."""
 
     def __init__(self, limit: int) -> None:
         self.limit, self.new_empty = limit, Tensor.new_empty
@@ -287,7 +290,7 @@ class Memory:
 def test_a_step_without_memory_for_its_largest_batch_changes_nothing(
     group: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It may be any of the batches."""
+    """The largest batch may be in any group."""
     monkeypatch.setenv("ROOTFREE_BACKEND", "triton")
     monkeypatch.setattr(plan, "RESERVING_DEVICES", ("cpu",))
     params = [nn.Parameter(torch.ones(size, size)) for size in ((24, 8), (8, 24))[group]]

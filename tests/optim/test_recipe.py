@@ -37,7 +37,7 @@ def losses(model: nn.Module, steps: range) -> list[Tensor]:
 
 
 def trained(make: Callable[[nn.Module], Any], scale: float = 1.0, dtype: torch.dtype = FP64, steps: int = 6) -> Any:
-    """Return the weights after some steps, each gradient of the loss times `scale`."""
+    """Return the weights after some steps with the loss multiplied by `scale`."""
     model = language_model().to(dtype)
     optimizer = make(model)
     generator = torch.Generator().manual_seed(1)
@@ -59,7 +59,7 @@ def assert_close(actual: list[np.ndarray], expected: list[np.ndarray], allowed: 
 @RULES
 @pytest.mark.parametrize("update_norm", ["muon", "rms"])
 def test_steps_match_the_reference_in_blocks(rule: dict[str, Any], update_norm: str) -> None:
-    """A weight of 7 × 5 has blocks of at most 4. Each block has its own factors and its share of the update's norm."""
+    """A 7 × 5 weight has blocks with at most 4 rows. Each has its own factors and its share of the update's norm."""
     torch.manual_seed(0)
     weight = nn.Parameter(torch.randn(7, 5, dtype=FP64))
     options = {**rule, "update_norm": update_norm, "update_scale": 0.5, "weight_decay": 0.3, "factor_dtype": FP64}
@@ -104,7 +104,7 @@ def test_vectors_of_a_group_take_the_scaled_diagonal_step(rule: dict[str, Any]) 
     assert_close([fp64(bias.detach())], [expected], 1e-12)
 
 
-# ---- what cancels ------------------------------------------------------------------------------------------------
+# ---- batch size and scale of the loss cancel ---------------------------------------------------------------------
 
 
 @RULES
@@ -134,7 +134,7 @@ def test_the_scale_of_the_loss_changes_nothing_in_fp64() -> None:
 
 
 @pytest.mark.parametrize("missing", ["relative_damping", "factor_init", "update_norm"])
-def test_batch_size_is_required_where_it_does_not_cancel(missing: str) -> None:
+def test_batch_size_is_required_unless_it_cancels(missing: str) -> None:
     options = {**RECIPE, missing: PAPER_RULE[missing]}
     with pytest.raises(ValueError, match=r"batch_size=None: .* It cancels only with factor_init='gradient'"):
         IFShampoo([nn.Parameter(torch.zeros(2, 2))], **options)
@@ -184,7 +184,7 @@ def test_bad_options_of_the_recipe_are_an_error(options: dict[str, Any], message
 
 @pytest.mark.parametrize("option", ["direction", "relative_damping", "factor_init", "momentum_on", "update_norm"])
 def test_every_option_alone_makes_a_difference_and_trains(option: str) -> None:
-    """T is 2, and the option is set for one group only."""
+    """T is 2, and only one group sets the option."""
     finals = []
     for rule in ({}, {option: RECIPE[option]}):
         model = Model()
@@ -210,7 +210,7 @@ def test_whitened_factors_stay_symmetric_and_positive_definite() -> None:
 
 
 def test_a_parameter_without_a_gradient_at_first_starts_later() -> None:
-    """An example is an adapter whose other matrix is 0."""
+    """An example is a matrix of an adapter whose other matrix is 0."""
     late, early = (nn.Parameter(torch.ones(4, 3)) for _ in range(2))
     optimizer = IFShampoo([late, early], lr=0.1, **RECIPE)
     for step in range(4):
@@ -255,7 +255,7 @@ def test_the_rule_is_not_changed_after_the_first_step(option: str) -> None:
 
 
 @RULES
-def test_factors_start_at_the_first_update_where_step_0_is_none(rule: dict[str, Any]) -> None:
+def test_factors_start_at_the_first_update_even_after_step_0(rule: dict[str, Any]) -> None:
     weight = nn.Parameter(torch.ones(4, 3, dtype=FP64))
     options = {**rule, "factor_dtype": FP64, "precondition_frequency": lambda step: step == 2}
     optimizer = IFShampoo([weight], lr=0.1, **options)
@@ -271,10 +271,10 @@ def test_factors_start_at_the_first_update_where_step_0_is_none(rule: dict[str, 
 @RULES
 @pytest.mark.parametrize("fused", [False, None], ids=["eager", "best backend"])
 @pytest.mark.parametrize("frequency", [1, 2])
-def test_parameters_without_a_gradient_stay_and_the_others_of_a_batch_step(
+def test_only_parameters_of_a_batch_with_a_gradient_step(
     rule: dict[str, Any], fused: bool | None, frequency: int
 ) -> None:
-    """Each steps as if alone. The update of a weight of 8 × 8 is larger if it is a block of 8 × 16."""
+    """Each steps as it would alone. Updates of the 8 × 8 weights and of blocks of the 8 × 16 weight differ in norm."""
     options = {**rule, "factor_dtype": FP32, "fused": fused, "precondition_frequency": frequency}
     options |= {"max_preconditioner_dim": 8, "weight_decay": 0.1}
     finals = []
@@ -311,7 +311,7 @@ def test_a_vector_whose_curvature_overflows_is_skipped(fused: bool | None) -> No
     assert optimizer.state[bias]["square"].isfinite().all()
 
 
-# ---- checkpoints of before there were these options --------------------------------------------------------------
+# ---- checkpoints from versions without these options -------------------------------------------------------------
 
 
 def without_the_new_options(saved: dict[str, Any]) -> dict[str, Any]:

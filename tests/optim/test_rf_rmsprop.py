@@ -1,4 +1,4 @@
-"""RF-RMSProp and RF-AdaGrad against the FP64 reference: whole runs."""
+"""Whole runs of RF-RMSProp and RF-AdaGrad, compared with the FP64 reference."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SHAPES = [(), (1,), (13,), (5, 3), (2, 3, 4)]
 
 
 def train(optimizer_class, dtype, steps=6, gamma=1.0, shapes=SHAPES, **options):
-    """Return pairs of our weights and those of the reference after some steps with the same random gradients."""
+    """Return pairs of the optimizer's and the reference's weights after some steps with equal random gradients."""
     rng = np.random.default_rng(0)
     weights = [rng.normal(size=shape) for shape in shapes]
     params = [torch.nn.Parameter(torch.tensor(weight).to(dtype)) for weight in weights]
@@ -70,7 +70,7 @@ def test_bf16_weights_follow_the_reference(rounding):
         assert_close(actual, expected, torch.bfloat16, "a chain")
 
 
-def test_compensated_bf16_weights_are_fp32_weights_bit_for_bit():
+def test_compensated_bf16_weights_equal_fp32_weights_bitwise():
     generator = torch.Generator().manual_seed(0)
     narrow = torch.nn.Parameter(torch.randn(50, generator=generator).bfloat16())
     wide = torch.nn.Parameter(narrow.detach().float())
@@ -87,7 +87,7 @@ def test_compensated_bf16_weights_are_fp32_weights_bit_for_bit():
 
 @pytest.mark.parametrize("optimizer_class", [RFRMSProp, IFShampoo])
 def test_weights_that_were_set_to_zero_continue_to_learn(optimizer_class):
-    """The residual of another weight would turn ±0 into a NaN."""
+    """±0 with the residual of the old weight would join to NaN."""
     param = torch.nn.Parameter(torch.randn(16, 16, generator=torch.Generator().manual_seed(0)).bfloat16())
     optimizer = optimizer_class([param], **OPTIONS, weight_rounding="compensated")
     for step in range(8):

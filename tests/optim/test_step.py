@@ -1,4 +1,4 @@
-"""The step, as in every optimizer of PyTorch: closures, modes, hooks, options and schedules."""
+"""Steps behave as in PyTorch's optimizers: closures, modes, hooks, options and schedules."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_step_counts_the_calls_with_a_gradient(case: Case) -> None:
     assert [state["step"].item() for state in optimizer.state.values()] == [3] * len(SHAPES)
 
 
-def test_gradients_are_left_untouched(case: Case) -> None:
+def test_gradients_do_not_change(case: Case) -> None:
     model, optimizer = trained(case)
     grads = {name: param.grad for name, param in model.named_parameters()}
     copies = {name: grad.clone() for name, grad in grads.items()}
@@ -111,7 +111,7 @@ AMBIENT = {
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
     "inference-mode": torch.inference_mode,
     "default-dtype": lambda: default_dtype(torch.float64),
-    "default-device": lambda: torch.device("meta"),  # stands in for any other device
+    "default-device": lambda: torch.device("meta"),  # an example of another device
 }
 
 
@@ -157,12 +157,12 @@ def test_maximize_is_a_step_along_the_negated_gradient(case: Case) -> None:
 
 @pytest.mark.parametrize("foreach", [False, True])
 def test_foreach_does_not_change_the_result(case: Case, foreach: bool) -> None:
-    """Bitwise, because the blocks are small. Larger products may be summed in another order in a batch."""
+    """Results are bitwise equal, because blocks are small. A batch may sum larger products in another order."""
     assert_same_bits(results(case, foreach=foreach), results(case, foreach=None))
 
 
 def test_foreach_agrees_at_larger_sizes(case: Case) -> None:
-    """FP64 has no rounding modes, and another order of summation over 64 terms changes 64 · 1e-16."""
+    """FP64 is never rounded to a storage dtype. Another order of summation of 64 terms changes a sum by 64 · 1e-16."""
     wide = {"factor_dtype": torch.float64} if case.is_shampoo else {}
 
     def run(foreach: bool) -> list[Tensor]:
@@ -183,7 +183,7 @@ def test_fused_false_is_eager_pytorch(case: Case, monkeypatch: pytest.MonkeyPatc
     assert_same_bits(not_fused, results(case))
 
 
-def test_fused_true_says_why_it_cannot_be_served(case: Case) -> None:
+def test_fused_true_says_why_no_kernel_can_run(case: Case) -> None:
     """Kernels compute in FP32."""
     model = Model(torch.float64)
     params = list(model.parameters())
@@ -219,14 +219,14 @@ def test_repr_shows_the_options(case: Case) -> None:
 SCHEDULERS = {
     "LambdaLR": lambda opt: lr_scheduler.LambdaLR(opt, lambda step: 1 / (1 + step)),
     "CosineAnnealingLR": lambda opt: lr_scheduler.CosineAnnealingLR(opt, T_max=6),
-    "OneCycleLR": lambda opt: lr_scheduler.OneCycleLR(opt, max_lr=0.05, total_steps=6),  # and the momentum
+    "OneCycleLR": lambda opt: lr_scheduler.OneCycleLR(opt, max_lr=0.05, total_steps=6),  # also changes the momentum
 }
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("as_tensor", [False, True], ids=["float", "tensor"])
-def test_schedulers_set_what_the_next_step_uses(case: Case, scheduler: str, as_tensor: bool) -> None:
-    """The run equals one in which lr and momentum are set by hand."""
+def test_schedulers_set_lr_and_momentum_of_the_next_step(case: Case, scheduler: str, as_tensor: bool) -> None:
+    """The run equals a run in which lr and momentum are set by hand."""
     model, optimizer = case.start(lr=torch.tensor(0.01) if as_tensor else 0.01)
     original, (group,) = optimizer.param_groups[0]["lr"], optimizer.param_groups
     schedule = SCHEDULERS[scheduler](optimizer)

@@ -1,4 +1,4 @@
-"""`step_reports`: which batches an optimizer steps, and which backend steps each."""
+"""`step_reports`: the batches that an optimizer steps, and their backends."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.calls.tensors import BF16, FP32
 
 
 def stepped(optimizer: type, steps: int, **options: object) -> torch.optim.Optimizer:
-    """Return an optimizer of two matrices of one shape, a larger one and a vector, after some steps."""
+    """Return an optimizer after some steps. It has two equal matrices, a larger matrix and a vector."""
     params = [nn.Parameter(torch.ones(shape)) for shape in ((7, 5), (7, 5), (9, 12), (6,))]
     made = optimizer(params, **{**OPTIONS, **options})
     for _ in range(steps):
@@ -41,7 +41,7 @@ def test_a_report_for_steps_with_an_update_and_one_for_others(monkeypatch: pytes
         assert found[9, 6].label == "2 blocks of 9x6"
         for batch in batches:
             assert batch.backend.name == "eager" and (batch.grad_dtype, batch.state_dtype) == (FP32, BF16)
-        assert all(batch.computes_products for batch in matrices)  # kept, since T is not 1
+        assert all(batch.computes_products for batch in matrices)  # products are cached, because T > 1
 
 
 def test_the_diagonal_step_is_one_batch() -> None:

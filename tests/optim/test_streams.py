@@ -1,7 +1,7 @@
 """Steps in several streams: tables and constants are filled before they are read, and freed after the last read.
 
-PyTorch's CUDA sanitizer follows reads and writes of tensors through streams and events. It does not see launches of
-Triton's kernels; here they are told to it, with every tensor that they are handed as one that is read.
+PyTorch's CUDA sanitizer tracks reads and writes of tensors in streams. It does not see launches of Triton kernels, so
+the tests report each launch to it, with all tensors of the launch as read.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def nothing_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextmanager
 def races() -> Iterator[list[str]]:
-    """Collect the races that the sanitizer finds in this context."""
+    """Collect the races that the sanitizer finds in a `with` block."""
     from torch.cuda._sanitizer import CUDASanitizerDispatchMode, CUDASanitizerErrors
 
     found: list[str] = []
@@ -86,7 +86,7 @@ def races() -> Iterator[list[str]]:
     with ExitStack() as stack:
         for module in modules:
             stack.enter_context(patch.object(module, "launch", told(module.launch)))
-        stack.enter_context(patch.object(operators, "_is_observed", lambda: False))  # it has to see what a backend does
+        stack.enter_context(patch.object(operators, "_is_observed", lambda: False))  # show operations to it
         stack.enter_context(mode)
         try:
             yield found
@@ -108,7 +108,7 @@ MAKERS: dict[str, Maker] = {"if_shampoo": if_shampoo, "recipe": recipe, "rf_rmsp
 
 
 def all_races() -> dict[str, list[str]]:
-    """Return the races of every pair of optimizers, and those without waits between streams."""
+    """Return the races of every pair of optimizers, and the races if streams do not wait for each other."""
     every = {}
     for (first, make_first), (second, make_second) in product(MAKERS.items(), repeat=2):
         for name in STORES:
@@ -135,12 +135,12 @@ def found() -> dict[str, list[str]]:
 
 @pytest.mark.parametrize("second", MAKERS)
 @pytest.mark.parametrize("first", MAKERS)
-def test_another_stream_waits_for_what_is_shared(first: str, second: str, found: dict[str, list[str]]) -> None:
+def test_another_stream_waits_for_shared_tables(first: str, second: str, found: dict[str, list[str]]) -> None:
     assert found[f"{first}, {second}"] == []
 
 
 def test_the_check_finds_a_race_without_waiting(found: dict[str, list[str]]) -> None:
-    """The test above can fail."""
+    """This shows that the test above can fail."""
     assert found["without waiting"]
 
 

@@ -44,7 +44,7 @@ def test_parameters_of_any_strides_step_as_contiguous_ones(case: Case, shape: An
     assert finals[0].stride() != finals[1].stride()
     assert_same_bits(*states)
     memory = torch.tensor([], dtype=case.dtype).set_(finals[0].untyped_storage())
-    assert memory.count_nonzero() == finals[0].count_nonzero()  # the gaps hold zeros still
+    assert memory.count_nonzero() == finals[0].count_nonzero()  # the gaps are still 0
 
 
 GRADIENT_LAYOUTS = [
@@ -76,8 +76,10 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_floating_dtype_of_weights_is_supported(case: Case, dtype: torch.dtype) -> None:
-    """The trajectory of FP64 weights but for seven roundings of the weight, at the start and after each of six
-    steps, of at most one unit in the last place (eps · |w|) each; one more for those of the gradients."""
+    """Weights match FP64 weights within eight roundings of eps · |w|.
+
+    Weights are rounded at the start and after each of six steps. The eighth rounding covers the gradients.
+    """
 
     def run(dtype: torch.dtype) -> Tensor:
         changes = {"factor_dtype": torch.float64, "state_dtype": torch.float64} if case.is_shampoo else {}
@@ -96,7 +98,7 @@ def test_every_floating_dtype_of_weights_is_supported(case: Case, dtype: torch.d
 
 @pytest.mark.parametrize("grad_dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_a_gradient_may_have_another_floating_dtype(case: Case, grad_dtype: torch.dtype) -> None:
-    """For example after gradients were reduced in another precision. The casts of these numbers are exact."""
+    """An example are gradients that were reduced in another precision. Casts of these gradients are exact."""
     states = []
     for dtype in (grad_dtype, case.dtype):
         params = [nn.Parameter(torch.ones(shape, dtype=case.dtype)) for shape in SHAPES.values()]
@@ -114,7 +116,7 @@ def test_a_gradient_may_have_another_floating_dtype(case: Case, grad_dtype: torc
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_momentum_is_kept_in_fp32_or_better_unless_told_otherwise(case: Case, dtype: torch.dtype) -> None:
+def test_momentum_is_stored_in_fp32_or_fp64_by_default(case: Case, dtype: torch.dtype) -> None:
     for chosen in (None, torch.bfloat16, torch.float32):
         model = Model(dtype)
         optimizer = case.make(model.parameters(), state_dtype=chosen)

@@ -1,4 +1,4 @@
-"""Runs of optimizers on Triton's kernels."""
+"""Runs of optimizers with Triton kernels."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def backend(name: str) -> Iterator[None]:
 
 
 def on_device(x: Tensor) -> Tensor:
-    """A copy on the device that lies in memory as `x` does, gaps included."""
+    """Copy `x` to the device with the same strides and gaps in memory."""
     memory = torch.tensor([], dtype=x.dtype).set_(x.untyped_storage()).to(DEVICE, copy=True)
     return memory.as_strided(x.shape, x.stride(), x.storage_offset())
 

@@ -1,7 +1,7 @@
 """States, losses and comparisons for tests of the reference.
 
-Exact identities must hold to 1e-12 of the largest entry: FP64 keeps 1e-16 a product, and a few steps of products with
-well-conditioned matrices lose less than four digits of it.
+Exact identities must hold within 1e-12 of the largest entry. FP64 has a relative precision of 1e-16, and a few steps
+with well-conditioned matrices lose fewer than four digits.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def assert_different(actual, expected):
 
 
 def update_arguments(clip="frobenius", **changes):
-    beta2 = 0.3 if clip else 0.03  # without a clip large steps diverge and leave no digits to compare
+    beta2 = 0.3 if clip else 0.03  # without clipping, large steps diverge and lose all digits
     return {
         "batch_size": 4,
         "beta2": beta2,
@@ -73,7 +73,7 @@ def signed_permutation(rng, n):
 
 
 def random_state(rng, p, d, **factors):
-    """Any state a few steps could have led to: symmetric momentum, factors far from I."""
+    """Return a state as after a few steps: momenta are symmetric and factors are far from I."""
     m_C, m_K = rng.standard_normal((p, p)), rng.standard_normal((d, d))
     state = {
         "C": well_conditioned(rng, p),
@@ -86,13 +86,13 @@ def random_state(rng, p, d, **factors):
 
 
 def smooth_loss_gradient(rng, p, d):
-    """W -> the gradient of sum log cosh(P W R - Y), which couples every weight with every other."""
+    """Return W -> gradient of sum log cosh(P W R - Y), a loss that couples all weights."""
     left, right, target = well_conditioned(rng, p), well_conditioned(rng, d), rng.standard_normal((p, d))
     return lambda weight: left.T @ np.tanh(left @ weight @ right - target) @ right.T
 
 
 def trajectory(weight, gradient, state, **changes):
-    """The weights after each of a few IF-Shampoo steps, and the last state."""
+    """Return the weights after each of NUM_STEPS IF-Shampoo steps, and the last state."""
     weights = []
     for _ in range(NUM_STEPS):
         weight, state = ref.kron_step(weight, gradient(weight), state, **step_arguments(**changes))

@@ -1,4 +1,4 @@
-"""BF16 numbers of the reference, on bit patterns."""
+"""BF16 rounding of the reference, on bit patterns."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.calls import reference as ref
 
 
 def all_patterns_near_ties():
-    """fp32 bit patterns around every tie between BF16 numbers, infinities and NaNs among them."""
+    """Return fp32 bit patterns around every tie between BF16 values, including infinities and NaNs."""
     upper = np.arange(0, 1 << 16, dtype=np.uint32)[:, None] << np.uint32(16)
     return (upper + np.array([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], dtype=np.uint32)).ravel()
 
@@ -40,7 +40,7 @@ def test_round_stochastic_rounds_up_for_the_largest_bits_and_keeps_infinities_an
     assert np.isnan(ref.bfloat16_value(ref.round_stochastic(nans, [0, 0xFFFF, 1]))).all()
 
 
-def test_compensated_pair_equals_the_fp32_number_bitwise():
+def test_compensated_pair_equals_the_fp32_value_bitwise():
     x = all_patterns_near_ties()
     hi, lo = ref.compensated_split(x)
     assert (hi.dtype, lo.dtype) == (np.uint16, np.int16)

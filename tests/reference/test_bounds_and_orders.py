@@ -1,4 +1,4 @@
-"""Bounds of an update of the reference, and the orders to which methods agree."""
+"""Bounds on updates of the reference, and orders of agreement between methods."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from tests.reference.cases import (
 
 
 def relative_change(old, new):
-    """The eigenvalues of C^-1 C_new; real, as they are those of I minus a multiple of the symmetric m."""
+    """Return the eigenvalues of C^-1 C_new = I - b m. They are real, because m is symmetric."""
     return np.linalg.eigvals(np.linalg.inv(old) @ new).real
 
 
 def changes_of_both_factors(clip, beta2, grad_scale):
-    """Eigenvalues of C^-1 C_new and K^-1 K_new over a few steps with gradients of the given size."""
+    """Return the eigenvalues of C^-1 C_new and K^-1 K_new over a few steps with gradients of the given size."""
     rng = np.random.default_rng(10)
     state, changes = ref.KronState.initial(6, 4), []
     for _ in range(NUM_STEPS):
@@ -52,7 +52,7 @@ def test_a_clipped_update_shrinks_no_direction_by_more_than_beta2_nor_grows_it_b
 
 
 def test_both_bounds_of_a_clipped_update_are_reached():
-    """With one weight, a large gradient makes m its own norm, and a zero gradient leaves m = -gamma/2."""
+    """There is one weight. A large gradient is clipped to m = 1, and a zero gradient gives m = -gamma/2."""
     arguments = update_arguments(beta2=0.25, riemannian_momentum=0, damping=0)
     shrunk = ref.kron_update(ref.KronState.initial(1, 1), np.full((1, 1), 100.0), **arguments)
     grown = ref.kron_update(ref.KronState.initial(1, 1), np.zeros((1, 1)), **arguments)
@@ -65,7 +65,7 @@ def test_an_unclipped_update_exceeds_the_bounds_and_can_change_the_sign_of_a_fac
 
 
 def test_an_unclipped_update_can_make_the_preconditioner_singular():
-    """C = K = I, beta2 = 1/2, G = diag(10^.5, 0): Delta_C = diag(2, -1/2), I - Delta_C/2 is singular."""
+    """C = K = I, beta2 = 1/2 and G = diag(10^.5, 0) give Delta_C = diag(2, -1/2). I - Delta_C/2 is singular."""
     grad = np.diag([np.sqrt(10), 0])
     arguments = update_arguments(batch_size=1, beta2=0.5, riemannian_momentum=0, damping=0)
     unclipped = ref.kron_update(ref.KronState.initial(2, 2), grad, **(arguments | {"clip": None}))
@@ -74,7 +74,7 @@ def test_an_unclipped_update_can_make_the_preconditioner_singular():
     assert np.linalg.eigvalsh(clipped.C @ clipped.C.T)[0] > (1 - 0.5) ** 2 - EXACT
 
 
-# ---- orders: log2 of the ratio of errors as beta2 is halved ----------------------------------------------------------
+# ---- orders: log2 of the ratio of errors when beta2 is halved --------------------------------------------------------
 
 
 def observed_order(error, beta2):
@@ -82,13 +82,13 @@ def observed_order(error, beta2):
 
 
 def gradient_path(rng, *shape):
-    """t -> a smooth curve of gradients, so that a horizon can be cut into ever more steps."""
+    """Return t -> gradient, a smooth curve. A fixed horizon can then be divided into any number of steps."""
     start, slope = rng.standard_normal(shape), rng.standard_normal(shape)
     return lambda t: start * np.cos(t) + slope * np.sin(t)
 
 
 def distance_from_inverses(gradient, beta2, num_steps, project=None, random_matrix=well_conditioned, **hyper):
-    """||C C^T - S_C^-1|| + ||K K^T - S_K^-1||, both fed gradient(k beta2) from one preconditioner."""
+    """Return ||C C^T - S_C^-1|| + ||K K^T - S_K^-1|| after steps from equal preconditioners with equal gradients."""
     rng = np.random.default_rng(11)
     p, d = gradient(0).shape
     state = random_state(rng, p, d, C=random_matrix(rng, p), K=random_matrix(rng, d))
@@ -126,7 +126,7 @@ def test_triangular_factors_with_a_doubled_triangle_follow_root_free_shampoo_to_
 
 
 def full_matrix_inverses(beta2, gamma):
-    """S^-1 after a few steps from one S and the same gradients: by inversion, by Eq. 18 and by Eq. 27."""
+    """Return S^-1 after a few steps from one S and equal gradients, by inversion, by Eq. 18 and by Eq. 27."""
     rng = np.random.default_rng(14)
     S, hyper = positive_definite(rng, 6), {"batch_size": 3, "beta2": beta2, "gamma": gamma}
     S_inv = np.linalg.inv(S)
@@ -167,7 +167,7 @@ def test_the_second_order_term_keeps_the_full_inverse_above_half_the_old_one_at_
 
 
 def test_one_weight_makes_the_full_diagonal_and_matrix_preconditioners_agree():
-    """n = p = d = 1: S = s, and from S_C = S_K = 1 both of root-free Shampoo's are the same number."""
+    """For n = p = d = 1, S = s. From S_C = S_K = 1, both factors of root-free Shampoo equal S."""
     hyper = {"batch_size": 3, "beta2": 0.2, "gamma": 1.0}
     S = ref.full_matrix_update(np.array([[1.0]]), np.array([2.0]), **hyper)
     _, state = ref.diagonal_step(

@@ -30,7 +30,7 @@ from tests.reference.cases import (
 
 
 def scaled_loss_trajectories(shape, C, K, C_mean, K_mean, **changes):
-    """Weights under the summed loss with batch size 1, and under the loss over B with batch size B."""
+    """Return the weights for the summed loss with batch size 1, and for the mean loss with batch size B."""
     rng = np.random.default_rng(1)
     B, weight, gradient = 16, rng.standard_normal(shape), smooth_loss_gradient(rng, *shape)
     zeros = {"m_C": 0 * C, "m_K": 0 * K, "buffer": np.zeros(shape)}
@@ -76,11 +76,11 @@ def test_diagonal_weights_do_not_depend_on_averaging_the_loss_when_s_starts_B_ti
         assert_same(mean, summed)
 
 
-# ---- affine reparametrisation M = E N Fᵀ + O -------------------------------------------------------------------------
+# ---- affine reparametrization M = E N Fᵀ + O -------------------------------------------------------------------------
 
 
-def reparametrised_trajectories(rng, E, F, offset, state, rep_state, **changes):
-    """E N F^T + O after each step on N, and M after each step on M; then both last states."""
+def reparametrized_trajectories(rng, E, F, offset, state, rep_state, **changes):
+    """Return E N F^T + O after each step on N, M after each step on M, and both last states."""
     shape = offset.shape
     weight, gradient = rng.standard_normal(shape), smooth_loss_gradient(rng, *shape)
     M, state = trajectory(weight, gradient, state, **changes)
@@ -102,12 +102,12 @@ def corresponding_states(rng, E, F, random_matrix):
 
 @by_shape
 @by_clip
-def test_affine_reparametrisation_gives_the_same_weights_from_corresponding_factors(shape, clip):
+def test_affine_reparametrization_gives_the_same_weights_from_corresponding_factors(shape, clip):
     rng = np.random.default_rng(3)
     E, F = well_conditioned(rng, shape[0]), well_conditioned(rng, shape[1])
     offset = rng.standard_normal(shape)
     states = corresponding_states(rng, E, F, well_conditioned)
-    actual, expected, *_ = reparametrised_trajectories(rng, E, F, offset, *states, damping=0, weight_decay=0, clip=clip)
+    actual, expected, *_ = reparametrized_trajectories(rng, E, F, offset, *states, damping=0, weight_decay=0, clip=clip)
     assert_same(actual, expected)
 
 
@@ -115,7 +115,7 @@ def identity_start_trajectories(shape, random_matrix, clip):
     rng = np.random.default_rng(4)
     E, F = random_matrix(rng, shape[0]), random_matrix(rng, shape[1])
     states = ref.KronState.initial(*shape), ref.KronState.initial(*shape)
-    return reparametrised_trajectories(rng, E, F, np.zeros(shape), *states, clip=clip)
+    return reparametrized_trajectories(rng, E, F, np.zeros(shape), *states, clip=clip)
 
 
 @by_shape
@@ -143,13 +143,11 @@ def test_rotated_weights_take_another_path_under_the_row_sum_clip_whose_norm_dep
     [(diagonal, ref.project_diagonal), (lower_triangular, ref.project_lower_triangular)],
     ids=["diagonal", "lower triangular"],
 )
-def test_reparametrisation_inside_a_structure_gives_the_same_weights_and_keeps_the_structure(
-    shape, random_matrix, project
-):
+def test_structured_reparametrization_gives_the_same_weights_and_keeps_the_structure(shape, random_matrix, project):
     rng = np.random.default_rng(5)
     E, F, offset = random_matrix(rng, shape[0]), random_matrix(rng, shape[1]), rng.standard_normal(shape)
     states = corresponding_states(rng, E, F, random_matrix)
-    actual, expected, *last = reparametrised_trajectories(
+    actual, expected, *last = reparametrized_trajectories(
         rng, E, F, offset, *states, damping=0, weight_decay=0, project=project
     )
     assert_same(actual, expected)
@@ -159,7 +157,7 @@ def test_reparametrisation_inside_a_structure_gives_the_same_weights_and_keeps_t
         assert np.abs(factor[outside]).max(initial=0) <= EXACT * np.abs(factor).max()
 
 
-# ---- other factors of the same preconditioner ------------------------------------------------------------------------
+# ---- different factors of one preconditioner -------------------------------------------------------------------------
 
 
 @by_shape

@@ -47,7 +47,7 @@ def test_a_step_without_an_update_leaves_the_factors_and_their_momentum():
 
 
 def test_a_step_changes_none_of_its_arguments():
-    """Arrays that refuse to be written, so that a change in place raises."""
+    """All arrays are read-only, so a change in place raises."""
     rng = np.random.default_rng(19)
     weight, grad = rng.standard_normal((3, 5)), rng.standard_normal((3, 5))
     kron, diagonal_state = random_state(rng, 3, 5), ref.DiagonalState.initial((3, 5))
@@ -82,14 +82,14 @@ def test_a_step_changes_none_of_its_arguments():
     ("size", "max_dim", "lengths"),
     [(7, 8, [7]), (8, 8, [8]), (9, 8, [5, 4]), (10, 4, [4, 3, 3]), (11, 4, [4, 4, 3]), (3, 1, [1, 1, 1])],
 )
-def test_a_long_side_is_cut_into_the_fewest_nearly_equal_blocks_the_longer_first(size, max_dim, lengths):
+def test_a_long_side_is_split_into_the_fewest_blocks_of_nearly_equal_length(size, max_dim, lengths):
     slices = ref.block_slices(size, max_dim)
     assert [block.stop - block.start for block in slices] == lengths
     assert [i for block in slices for i in range(block.start, block.stop)] == list(range(size))
 
 
 def test_every_block_of_a_convolution_weight_steps_by_itself():
-    """A 5 x 3 x 2 x 1 weight is a 5 x 6 matrix, cut at 4 into rows of 3 and 2 by columns of 3 and 3."""
+    """A 5 x 3 x 2 x 1 weight is a 5 x 6 matrix. With max_dim 4, blocks have 3 or 2 rows, and 3 columns."""
     rng = np.random.default_rng(20)
     weight, states = rng.standard_normal((5, 3, 2, 1)), ref.initial_blocked_states((5, 3, 2, 1), max_dim=4)
     cuts = {(0, 0): np.s_[:3, :3], (0, 1): np.s_[:3, 3:], (1, 0): np.s_[3:, :3], (1, 1): np.s_[3:, 3:]}

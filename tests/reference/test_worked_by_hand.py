@@ -1,4 +1,4 @@
-"""Steps of the reference that were worked by hand: they pin the constants that every invariance leaves free."""
+"""Steps of the reference computed by hand. They test constants that no invariance determines."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_the_plain_factor_update_is_the_formula_of_the_paper(shape):
 @pytest.mark.parametrize("maximize", [False, True], ids=["minimize", "maximize"])
 @pytest.mark.parametrize("decoupled", [False, True], ids=["coupled", "decoupled"])
 def test_two_matrix_steps_of_one_weight_worked_by_hand(decoupled, maximize):
-    """C = 2, K = 3 held fixed, so that U = 36 G; G = 1 then 2, lr 1/10, momentum 1/2, kappa 1/5, W = 10."""
+    """C = 2 and K = 3 are fixed, so U = 36 G. G = 1, then 2; lr = 1/10, momentum = 1/2, kappa = 1/5, W = 10."""
     state = ref.KronState([[2.0]], [[3.0]], [[0.0]], [[0.0]], [[0.0]])
     weight, sign = np.array([[10.0]]), -1 if maximize else 1
     for grad in (1.0, 2.0):
@@ -81,7 +81,7 @@ def test_two_matrix_steps_of_one_weight_worked_by_hand(decoupled, maximize):
 @pytest.mark.parametrize("decoupled", [False, True], ids=["coupled", "decoupled"])
 @pytest.mark.parametrize(("gamma", "damping", "squares"), [(1.0, 0.3, [2.7, 3.23]), (0.0, 0.2, [2.8, 3.6])])
 def test_two_diagonal_steps_worked_by_hand(gamma, damping, squares, decoupled, maximize):
-    """beta2 = 1/10, B = 2, G = 3 then 2: s = 0.9 + 1.8, 0.9 * 2.7 + 0.8; as a sum, 1 + 1.8, 2.8 + 0.8."""
+    """beta2 = 1/10, B = 2; G = 3, then 2. s = 0.9 + 1.8, then 0.9 * 2.7 + 0.8; as a sum, 1 + 1.8, then 2.8 + 0.8."""
     state, weight, sign = ref.DiagonalState([1.0], [4.0]), np.array([2.0]), -1 if maximize else 1
     arguments = {
         "lr": 0.2,
@@ -95,7 +95,7 @@ def test_two_diagonal_steps_worked_by_hand(gamma, damping, squares, decoupled, m
         "maximize": maximize,
     }
     weight, state = ref.diagonal_step(weight, [sign * 3.0], state, **arguments)
-    # s + lambda = 3 either way, so U = 1; coupled: buf = 2 + 1 + 0.2; decoupled: buf = 2 + 1
+    # s + lambda = 3 for both gammas, so U = 1; coupled: buf = 2 + 1 + 0.2; decoupled: buf = 2 + 1
     assert_same(state.square, squares[:1])
     assert_same(state.buffer, [3.0 if decoupled else 3.2])
     assert_same(weight, [1.36])

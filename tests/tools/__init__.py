@@ -1,1 +1,1 @@
-"""Hold what developers run by hand: each module is a command, `python -m tests.tools.NAME`, and functions for tests."""
+"""Tools for developers. Each module is a command, `python -m tests.tools.NAME`, and has functions for tests."""

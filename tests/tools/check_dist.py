@@ -1,4 +1,4 @@
-"""`python -m tests.tools.check_dist dist`: check the files that are to be uploaded to a package index."""
+"""`python -m tests.tools.check_dist dist`: check distribution files before their upload to a package index."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def tags(wheel: Path) -> set[str]:
 
 
 def relative_links(markdown: str) -> list[str]:
-    """Return the targets of links and images that lead nowhere on a package index."""
+    """Return the targets of relative links and images, which do not work on a package index."""
     without_code = re.sub(r"^```.*?^```|(`+).+?\1", "", markdown, flags=re.DOTALL | re.MULTILINE)
     patterns = r"""\]\(([^)\s]+)|^\[[^\]]+\]:\s*(\S+)|(?:src|href)=["']([^"']+)"""
     targets = map("".join, re.findall(patterns, without_code, re.MULTILINE))
@@ -43,7 +43,7 @@ def relative_links(markdown: str) -> list[str]:
 
 
 def wheel_problems(wheel: Path) -> list[str]:
-    """Return what is wrong with a wheel in pure Python."""
+    """Return the problems of a pure Python wheel."""
     problems = []
     if tags(wheel) != {"py3-none-any"}:
         problems.append("it is not for every platform")
@@ -54,14 +54,14 @@ def wheel_problems(wheel: Path) -> list[str]:
 
 
 def sdist_problems(sdist: Path) -> list[str]:
-    """Return what is wrong with a source distribution."""
+    """Return the problems of a source distribution."""
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     return [f"it lacks {name}" for name in SDIST_CONTAINS if name not in names]
 
 
 def main(folder: Path) -> int:
-    """Print what is wrong with the files of a folder. Return the exit status."""
+    """Print the problems of all files in a folder. Return the exit status."""
     wheels, sdists = sorted(folder.glob("*.whl")), sorted(folder.glob("*.tar.gz"))
     problems = [f"{wheel}: {problem}" for wheel in wheels for problem in wheel_problems(wheel)]
     problems += [f"{sdist}: {problem}" for sdist in sdists for problem in sdist_problems(sdist)]

@@ -1,15 +1,15 @@
-"""Compare what two versions of the package make of the same work, to the bit.
+"""Compare the results of two versions of the package bitwise.
 
     python -m tests.tools.compare_versions OTHER_TREE [--save FILE] [--backends eager,cpp,triton] [--verbose]
     python -m tests.tools.compare_versions --against FILE
 
-Both versions, that of this tree and that of OTHER_TREE, do the work of `version_worker` in processes of their own,
-once for each backend: operators by their flat schemas, training with every kind of option, checkpoints that the other
-version saved, and mistakes. Triton's kernels are interpreted. Every tensor that comes of it is compared by a hash of
-its bytes; the exit status is 1 where any differs. Words of error messages may be improved, and are listed apart.
+The versions are those of this tree and of OTHER_TREE. Each runs `version_worker` in its own process, once for each
+backend. The worker calls operators with flat arguments, trains with all options, resumes from checkpoints of the other
+version, and makes mistakes. Triton's kernels run in the interpreter. All resulting tensors are compared by a hash of
+their bytes. The exit status is 1 if any tensor differs. Changed error messages are listed separately and are no error.
 
---save FILE keeps what OTHER_TREE made, with its checkpoints, and --against FILE takes that in place of OTHER_TREE.
-Other machines and versions of PyTorch may round otherwise: what was used is kept too, and a difference is pointed out.
+--save FILE saves the results and checkpoints of OTHER_TREE. --against FILE uses saved results instead of OTHER_TREE.
+Results may depend on the machine and on PyTorch, so both are saved, and a difference is reported.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent.parent
 WORKER = Path(__file__).resolve().parent / "version_worker"
 BACKENDS = ("triton", "eager", "cpp")
-"""Backends that run on a CPU, the one that takes longest first."""
+"""Backends that run on a CPU. The slowest comes first."""
 
 TIME_LIMIT = 600.0
 SHOWN = 8
-"""Entries of a case that are listed."""
+"""Maximum number of differing entries to list for a case."""
 
 Outcome = dict[str, Any]
-"""What a version made on one backend: `machine`, and `left_out`, or else `cases`, `messages` and `checkpoints`."""
+"""Results of a version on one backend: `machine`, and either `left_out` or `cases`, `messages` and `checkpoints`."""
 
 
 def environment(tree: Path, backend: str) -> dict[str, str]:
-    """Return the environment in which a tree's version runs on a backend."""
+    """Return the environment variables for a run of a tree's version on a backend."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("ROOTFREE_", "TRITON_"))}
     own = {"PYTHONPATH": str(tree), "ROOTFREE_BACKEND": backend, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
     return {**inherited, **own, **({"TRITON_INTERPRET": "1"} if backend == "triton" else {})}
 
 
 def work(tree: Path, backend: str, checkpoints: Path | None, output: Path) -> Outcome:
-    """Let the version of a tree work on a backend, and return the outcome.
+    """Run the worker with a tree's version on a backend; return the outcome.
 
     Raises:
         RuntimeError: the process failed.
@@ -62,7 +62,10 @@ def work(tree: Path, backend: str, checkpoints: Path | None, output: Path) -> Ou
 
 
 def work_of_both(other: Path | Mapping[str, Outcome], backend: str, folder: Path) -> tuple[Outcome, Outcome]:
-    """Return the outcomes of the other version, a tree's or a saved one, and of this tree, with its checkpoints."""
+    """Return the outcomes of the other version and of this tree, which resumes from the other's checkpoints.
+
+    `other` is a tree, or saved outcomes by backend.
+    """
     theirs = folder / f"{backend}-other.json"
     if isinstance(other, Path):
         made = work(other, backend, None, theirs)
@@ -76,26 +79,29 @@ def work_of_both(other: Path | Mapping[str, Outcome], backend: str, folder: Path
 
 
 def differing(theirs: Mapping[str, str], ours: Mapping[str, str]) -> list[str]:
-    """Return the names under which two dictionaries differ, in the order of the first."""
+    """Return the keys whose values differ between two dictionaries, in the order of the first."""
     return [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
 
 
 def explain(theirs: Mapping[str, str], ours: Mapping[str, str]) -> list[str]:
-    """Return lines on how two cases differ, none where they do not."""
+    """Return lines that describe how two cases differ, or an empty list if they are equal."""
     names = differing(theirs, ours)
     lines = [f"    {name}: {theirs.get(name, 'absent')} -> {ours.get(name, 'absent')}" for name in names[:SHOWN]]
     return [*lines, f"    and {len(names) - SHOWN} more"] if len(names) > SHOWN else lines
 
 
 def unlike_resumed(cases: Mapping[str, Mapping[str, str]]) -> Iterator[tuple[str, list[str]]]:
-    """Yield (case, lines) where a resumed run is unlike the one that was not interrupted."""
+    """Yield (case, lines) for each resumed run that differs from the uninterrupted run."""
     for name in cases:
         if name.startswith("checkpoint, ") and (lines := explain(cases[name], cases[f"resumed {name}"])):
-            yield f"resumed {name}, beside the run that went on", lines
+            yield f"resumed {name}, compared with the uninterrupted run", lines
 
 
 def compare(theirs: Outcome, ours: Outcome) -> dict[str, list[str]]:
-    """Return how two outcomes on one backend differ: lines by the names of all cases, none where they are identical."""
+    """Return {case: lines that describe its differences} for two outcomes on one backend.
+
+    The list of lines is empty if a case is identical.
+    """
     if "left_out" in theirs and "left_out" in ours:
         return {}
     if "left_out" in theirs or "left_out" in ours:
@@ -106,14 +112,14 @@ def compare(theirs: Outcome, ours: Outcome) -> dict[str, list[str]]:
 
 
 def report_messages(theirs: Outcome, ours: Outcome) -> None:
-    """Print the messages that differ."""
+    """Print changed error messages."""
     old, new = theirs.get("messages", {}), ours.get("messages", {})
     for name in differing(old, new):
-        print(f"  message that differs, {name}:\n    {old.get(name, 'none')}\n    {new.get(name, 'none')}")
+        print(f"  changed message, {name}:\n    {old.get(name, 'none')}\n    {new.get(name, 'none')}")
 
 
 def report(backend: str, theirs: Outcome, ours: Outcome, verbose: bool) -> int:
-    """Print how two outcomes on a backend compare, and return the number of cases that differ."""
+    """Print the comparison of two outcomes on a backend; return the number of cases that differ."""
     found = compare(theirs, ours)
     differ = {name: lines for name, lines in found.items() if lines}
     if "left_out" in theirs and "left_out" in ours:
@@ -121,7 +127,7 @@ def report(backend: str, theirs: Outcome, ours: Outcome, verbose: bool) -> int:
     else:
         print(f"{backend}: {len(found) - len(differ)} cases identical, {len(differ)} differ")
     if theirs["machine"] != ours["machine"]:
-        print(f"  not made alike, so that numbers may differ: {theirs['machine']}; now {ours['machine']}")
+        print(f"  different machines or versions, so values may differ: {theirs['machine']}; now {ours['machine']}")
     for name, lines in found.items():
         if lines or verbose:
             print("\n".join([f"  {name}: {'differs' if lines else 'identical'}", *lines]))
@@ -135,11 +141,11 @@ def report(backend: str, theirs: Outcome, ours: Outcome, verbose: bool) -> int:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the arguments of the command."""
     parser = argparse.ArgumentParser(prog="python -m tests.tools.compare_versions", description=__doc__.split("\n")[0])
-    parser.add_argument("other_tree", nargs="?", type=Path, help="a checkout of another version, with what it compiled")
-    parser.add_argument("--against", type=Path, metavar="FILE", help="what --save kept, in place of another tree")
-    parser.add_argument("--save", type=Path, metavar="FILE", help="keep what the other version made")
+    parser.add_argument("other_tree", nargs="?", type=Path, help="a compiled checkout of another version")
+    parser.add_argument("--against", type=Path, metavar="FILE", help="results of --save, instead of another tree")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="save the results of the other version")
     parser.add_argument("--backends", default=",".join(BACKENDS), help="separated by commas")
-    parser.add_argument("--verbose", action="store_true", help="list the cases that are identical too")
+    parser.add_argument("--verbose", action="store_true", help="also list identical cases")
     arguments = parser.parse_args(argv)
     if (arguments.other_tree is None) == (arguments.against is None):
         parser.error("pass another tree, or --against FILE")
@@ -147,7 +153,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run both versions, two processes at a time, report, and return the exit status."""
+    """Run both versions, two processes at a time. Print a report and return the exit status."""
     arguments = parse(argv)
     backends = arguments.backends.split(",")
     against = arguments.against

@@ -1,9 +1,9 @@
-"""Count how often execution changes from one file of the package to another in a step.
+"""Count how often a step moves from one source file of the package to another.
 
     python -m tests.tools.file_changes [--backend eager|cpp] [--verbose]
 
-A reader who follows a step through the source turns a page that often. The step is the second one of IFShampoo, since
-the first one makes the state, on a matrix of 8 x 6 and a vector of 6.
+A reader who follows a step must switch files this often. The step is the second step of IFShampoo, because the first
+creates the state. The parameters are an 8 x 6 matrix and a vector of 6 elements.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ PACKAGES = ("rootfree_kernels", "triton_kernels")
 BACKENDS = ("eager", "cpp")
 
 Changes = Counter[tuple[str, str]]
-"""How often execution went from one file to another."""
+"""{(from file, to file): number of moves}."""
 
 
 @cache
 def file_of_package(name: str) -> str:
-    """Return a source file's path within the tree, empty where it is none of the package's."""
+    """Return the path of a source file in the tree, or an empty string if it is not a file of the package."""
     path = Path(os.path.realpath(name))
     inside = path.relative_to(ROOT) if path.is_relative_to(ROOT) else Path()
     return str(inside) if inside.parts and inside.parts[0] in PACKAGES else ""
 
 
 def trace(call: Callable[[], Any]) -> list[str]:
-    """Return the files of the package where execution was, after every call of a Python function and every return."""
+    """Run `call`; return the file of the package after every Python call and return, in order."""
     files: list[str] = []
 
     def note(frame: Any, event: str, argument: Any) -> None:
@@ -54,12 +54,12 @@ def trace(call: Callable[[], Any]) -> list[str]:
 
 
 def changes_in(files: Iterable[str]) -> Changes:
-    """Count the pairs of files that follow each other and differ."""
+    """Count the pairs of different files that follow each other."""
     return Counter(pair for pair in pairwise(files) if pair[0] != pair[1])
 
 
 def second_step() -> Changes:
-    """Take two steps here, and return the changes of the second."""
+    """Take two steps in this process; return the file changes of the second."""
     import torch
 
     from rootfree_kernels import IFShampoo
@@ -73,10 +73,10 @@ def second_step() -> Changes:
 
 
 def changes(backend: str) -> Changes:
-    """Return the changes of a step on a backend, taken in a process of its own.
+    """Return the file changes of a step on a backend, measured in a new process.
 
     Raises:
-        RuntimeError: that process failed.
+        RuntimeError: the process failed.
     """
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     environment = {**os.environ, "PYTHONPATH": path, "ROOTFREE_BACKEND": backend}
@@ -89,7 +89,7 @@ def changes(backend: str) -> Changes:
 
 
 def count(backend: str) -> int:
-    """Return how often execution changes from file to file in a step on a backend."""
+    """Return the number of file changes in a step on a backend."""
     return changes(backend).total()
 
 

@@ -1,6 +1,6 @@
-"""The pages of the documentation: their code, their commands, their links.
+"""Read the pages of the documentation: code blocks, commands and links.
 
-python -m tests.tools.pages      # every command line that a page names
+python -m tests.tools.pages      # print all command lines of all pages
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Block(NamedTuple):
 
     language: str
     text: str
-    output: str | None  # of the block of text that a sentence "prints" announces
+    output: str | None  # the next block, if only the word "prints" stands between them
 
 
 def name_of(page: Path) -> str:
@@ -52,7 +52,7 @@ def prose(page: Path) -> str:
 
 
 def commands(page: Path) -> list[str]:
-    """Return the command lines of a page: of shell blocks, of indented blocks and of code in sentences."""
+    """Return the command lines of a page, from shell blocks, indented blocks and inline code."""
     found = [line for block in blocks(page) for line in _shell_lines(block)]
     rest = prose(page)
     indented = "\n".join(re.findall(r"^    (\S.*|    .*)$", rest, re.MULTILINE))
@@ -69,7 +69,7 @@ def _shell_lines(block: Block) -> Iterator[str]:
 
 
 def _lines(text: str) -> list[str]:
-    """Return lines without comments, those that end in a backslash joined with the next."""
+    """Return the lines without comments. Lines that end in a backslash are joined with the next line."""
     joined = re.sub(r"\\\n\s*", " ", text)
     return [re.sub(r"(^|\s+)# .*", "", line).strip() for line in joined.splitlines()]
 
@@ -83,7 +83,7 @@ def links(page: Path) -> list[str]:
 
 
 def anchors(page: Path) -> set[str]:
-    """Return the anchors that GitHub and MyST make of the headings of a page."""
+    """Return the anchors that GitHub and MyST generate for the headings of a page."""
     headings = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
     return {
         re.sub(r"[^\w\- ]", "", heading.lower().replace("\\", "")).strip().replace(" ", "-") for heading in headings

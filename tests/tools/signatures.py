@@ -1,10 +1,10 @@
-"""List what is too long in the source, and what goes in circles.
+"""List long signatures, functions and files, and import cycles in the source.
 
     python -m tests.tools.signatures
 
-It reads the syntax trees of all files of the package: functions with more than 8 parameters, functions of more than 60
-lines (kernels, 90), files of more than 350 lines, import cycles, and names of backends as literals where it is not a
-file's business which backends there are.
+It parses all files of the package. It lists functions with more than 8 parameters, functions with more than 60 lines
+(kernels: 90), files with more than 350 lines, import cycles, and literal names of backends in files that should not
+depend on the list of backends.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ PACKAGE, EXTENSION = "rootfree_kernels", "_C"
 MAX_PARAMETERS, MAX_LINES, MAX_KERNEL_LINES, MAX_FILE_LINES = 8, 60, 90, 350
 BACKENDS = ("triton", "triton_bmm", "cuda", "cpp", "eager")
 ABOUT_DEVICES = ("type", "device", "device_type", "devices")
-"""Names by which "cuda" is a device's type and not a backend."""
+"""Names of variables and arguments whose value "cuda" is a device type and not a backend."""
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 class Finding(NamedTuple):
-    """Say what was found, and where."""
+    """A finding with its place in the source."""
 
     path: str
     line: int
@@ -40,7 +40,7 @@ class Finding(NamedTuple):
 
 
 class Source(NamedTuple):
-    """Hold a file of the package: its path in the tree, its name as a module, and what it says."""
+    """A file of the package: its path in the tree, its module name, its lines and its syntax tree."""
 
     path: str
     module: str
@@ -49,7 +49,7 @@ class Source(NamedTuple):
 
     @property
     def is_package(self) -> bool:
-        """Return whether the file is that of a package."""
+        """Return whether the file is the `__init__.py` of a package."""
         return self.path.endswith("__init__.py")
 
 
@@ -64,7 +64,7 @@ def _source(path: Path, root: Path) -> Source:
 
 @cache
 def sources(root: Path = ROOT, folders: tuple[str, ...] = PACKAGES) -> tuple[Source, ...]:
-    """Return all files of some folders; the link to triton_kernels within the package is no folder of its own."""
+    """Return all source files of some folders. The link to triton_kernels inside the package is ignored."""
     paths = [path for folder in folders for path in sorted((root / folder).rglob("*.py"))]
     link = root / PACKAGE / "triton_kernels"
     return tuple(_source(path, root) for path in paths if link not in path.parents)
@@ -84,7 +84,7 @@ def is_kernel(function: Function) -> bool:
 
 
 def functions(source: Source) -> Iterator[tuple[Function, ast.ClassDef | None]]:
-    """Yield every function of a file and the class whose method it is."""
+    """Yield every function of a file, and its class if it is a method."""
     for node in ast.walk(source.tree):
         for child in ast.iter_child_nodes(node):
             if isinstance(child, Function):
@@ -92,7 +92,7 @@ def functions(source: Source) -> Iterator[tuple[Function, ast.ClassDef | None]]:
 
 
 def num_parameters(function: Function, is_method: bool) -> int:
-    """Count the parameters of a function, all kinds, but for self."""
+    """Return the number of all parameters of a function except self or cls."""
     arguments = function.args
     names = [x.arg for x in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
     starred = [x for x in (arguments.vararg, arguments.kwarg) if x]
@@ -100,7 +100,7 @@ def num_parameters(function: Function, is_method: bool) -> int:
 
 
 def optimizer_classes(every: Iterable[Source]) -> set[str]:
-    """Return the names of all classes that come, over however many others, from one called Optimizer."""
+    """Return the names of all direct and indirect subclasses of a class named Optimizer."""
     found = [node for source in every for node in ast.walk(source.tree) if isinstance(node, ast.ClassDef)]
     bases = {node.name: {_last_name(base) for base in node.bases} for node in found}
     names, before = {"Optimizer"}, set[str]()
@@ -111,7 +111,7 @@ def optimizer_classes(every: Iterable[Source]) -> set[str]:
 
 
 def many_parameters(root: Path = ROOT, most: int = MAX_PARAMETERS) -> list[Finding]:
-    """Return the functions with more parameters; kernels and constructors of optimizers are allowed to have them."""
+    """Return the functions with more than `most` parameters. Kernels and constructors of optimizers may have more."""
     every = sources(root)
     optimizers = optimizer_classes(every)
     found = []
@@ -127,7 +127,7 @@ def many_parameters(root: Path = ROOT, most: int = MAX_PARAMETERS) -> list[Findi
 
 
 def long_functions(root: Path = ROOT) -> list[Finding]:
-    """Return the functions of too many lines, docstring included and decorators not."""
+    """Return the functions with too many lines. Docstrings count, decorators do not."""
     found = []
     for source in sources(root):
         for function, _ in functions(source):
@@ -139,7 +139,7 @@ def long_functions(root: Path = ROOT) -> list[Finding]:
 
 
 def long_files(root: Path = ROOT) -> list[Finding]:
-    """Return the files of too many lines."""
+    """Return the files with too many lines."""
     every = [(source, len(source.lines)) for source in sources(root)]
     return [Finding(x.path, 1, f"{number} lines", number) for x, number in every if number > MAX_FILE_LINES]
 
@@ -148,7 +148,7 @@ def long_files(root: Path = ROOT) -> list[Finding]:
 
 
 class Import(NamedTuple):
-    """Say which module a file imports, in which line, and whether only a call of a function does."""
+    """An import: the imported module, the line, and whether the statement is inside a function."""
 
     target: str
     line: int
@@ -156,7 +156,7 @@ class Import(NamedTuple):
 
 
 def _names(node: ast.Import | ast.ImportFrom, source: Source) -> Iterator[str]:
-    """Yield the full names of what a statement may import, modules or their contents."""
+    """Yield the full names of the modules or module members that a statement may import."""
     if isinstance(node, ast.Import):
         yield from (alias.name for alias in node.names)
         return
@@ -167,7 +167,7 @@ def _names(node: ast.Import | ast.ImportFrom, source: Source) -> Iterator[str]:
 
 
 def _module_of(name: str, modules: Mapping[str, Source]) -> str | None:
-    """Return the module of the package that a name is, or that it is something of; None for the extension."""
+    """Return the module of the package that a full name refers to, or None for the extension and other packages."""
     if name.split(".")[:2] == [PACKAGE, EXTENSION]:
         return None
     while name and name not in modules:
@@ -184,10 +184,10 @@ def _statements(node: ast.AST, in_function: bool = False) -> Iterator[tuple[ast.
 
 
 def imports(root: Path = ROOT) -> dict[str, list[Import]]:
-    """Return what every module of the package imports of it, under TYPE_CHECKING as well.
+    """Return the imports between modules of the package, including those under TYPE_CHECKING.
 
-    `from package import name` counts as an import of the module that `name` is, or else of the package. That Python
-    runs the packages around a module first is left out.
+    `from package import name` counts as an import of the module `name`, or of the package if there is no such module.
+    Implicit imports of parent packages do not count.
     """
     modules = {source.module: source for source in sources(root)}
     graph: dict[str, list[Import]] = {name: [] for name in modules}
@@ -209,16 +209,16 @@ def _reachable(start: str, edges: Mapping[str, set[str]]) -> set[str]:
 
 
 def _circles(edges: Mapping[str, set[str]]) -> list[list[str]]:
-    """Return the groups of modules that all reach each other."""
+    """Return the groups of modules that all import each other, directly or indirectly."""
     reachable = {name: _reachable(name, edges) for name in edges}
     groups = {frozenset(x for x in reachable[name] if name in reachable[x]) for name in edges}
     return sorted(sorted(group) for group in groups if group)
 
 
 def import_cycles(root: Path = ROOT, in_functions: bool = False) -> list[Finding]:
-    """Return the groups of modules that import each other in circles.
+    """Return the groups of modules that form import cycles.
 
-    With `in_functions`, those circles alone that close by an import within a function.
+    With `in_functions`, return only the cycles that need an import inside a function.
     """
     graph, modules = imports(root), {source.module: source for source in sources(root)}
     outer = _circles({name: {x.target for x in found if not x.in_function} for name, found in graph.items()})
@@ -241,7 +241,7 @@ def _is_about_devices(node: ast.keyword | ast.Assign) -> bool:
 
 
 def _device_literals(tree: ast.Module) -> set[int]:
-    """Return the identities of the literals "cuda" that are types of devices: compared with or passed to one."""
+    """Return the ids of the literals that are device types: compared with, passed or assigned as a device."""
     found: set[int] = set()
     for node in ast.walk(tree):
         parts: list[ast.AST] = []
@@ -256,7 +256,7 @@ def _device_literals(tree: ast.Module) -> set[int]:
 
 
 def backend_names(root: Path = ROOT, folders: tuple[str, ...] = ("rootfree_kernels/optim", "bench")) -> list[Finding]:
-    """Return the literals that name a backend; "cuda" where it is not plainly a type of device."""
+    """Return the literals that name a backend. "cuda" does not count if it is clearly a device type."""
     found = []
     for source in sources(root, folders):
         of_devices = _device_literals(source.tree)

@@ -1,6 +1,6 @@
 """Batches for the operators of IF-Shampoo in Triton.
 
-Kernels take FP32 factors as well, which shows errors of 1e-5: in Triton's interpreter alone, a GPU would multiply TF32.
+In Triton's interpreter, batches also have FP32 factors, whose products show errors of 1e-5. A GPU would use TF32.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ MODULES = [module_of(stem) for stem in (*(f"kron_{stem}" for stem in STEMS), "pr
 
 
 STACKED = ((0, 2, 0, 1),)
-"""Two blocks of one tensor, one above the other."""
+"""One tensor with two blocks, one above the other."""
 INSIDE = ((3, 1, 5, 1),)
-"""One block of a tensor that begins with rows and columns of no block."""
+"""One tensor with one block. Its first rows and columns belong to no block."""
 PLACES = (ONE, STACKED, INSIDE, ((8, 1, 16, 2), (0, 1, 0, 1)), THREE)
 SMALL_SIDES = [(1, 1), (1, 9), (5, 4), (8, 16), (13, 31), (13, 24), (64, 24)]
 LARGE_SIDES = [(17, 130), (64, 65), (72, 128), (130, 5)]
@@ -72,11 +72,11 @@ ANY_BATCH = settings(
     max_examples=10,
     deadline=None,
     derandomize=True,
-    phases=(Phase.explicit, Phase.generate),  # in Triton's interpreter, to shrink an example takes minutes
+    phases=(Phase.explicit, Phase.generate),  # without shrinking, which takes minutes in the interpreter
 )
 CALLS = st.sampled_from([through("triton"), dispatched("triton")])
 PER_PROGRAM = st.sampled_from([1 << 15, 256])
-"""Elements of a block that one program of the gather squares: the kernel's number, and so few that sums are many."""
+"""Elements of a block per program of the gather: the kernel's default, and a small number for many partial sums."""
 
 LARGE = triton_batch(136, 136, INSIDE, LAYOUTS[:3], grad=BF16, param=BF16, rounding="compensated", clip="row_sum")
 ALIGNED = triton_batch(136, 64, rounding="stochastic", weight_rounding="compensated", param=BF16)
@@ -84,7 +84,7 @@ ODD_ROWS = triton_batch(137, 72, STACKED, rounding="compensated", weight_roundin
 
 
 @contextmanager
-def numbers_per_program(numbers: int) -> Iterator[None]:
+def elements_per_program(numbers: int) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module_of("sizes"), "ELEMENTS_PER_PROGRAM", numbers)
         yield

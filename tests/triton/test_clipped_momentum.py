@@ -1,4 +1,4 @@
-"""The normalised momentum in Triton: against the FP64 reference, and what it does about blocks that are not finite."""
+"""Clipped momentum in Triton: comparison with the FP64 reference, and blocks that are not finite."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.calls.clipped_momentum import (
     Sides,
-    assert_is_the_reference_s,
+    assert_matches_reference,
     assert_memory_around_sides_is_untouched,
     sides,
 )
@@ -57,23 +57,23 @@ def test_momentum_and_clip_match_the_reference(num_blocks, sizes, dtype, clip, a
     old, given_deltas = clones(momenta), clones(deltas)
     clips = momentum(momenta, deltas, None, alpha, clip)
     assert clips.dtype == FP32 and clips.shape == (len(sizes), num_blocks)
-    assert_is_the_reference_s(momenta, given_deltas, old, clips, alpha, clip)
+    assert_matches_reference(momenta, given_deltas, old, clips, alpha, clip)
     assert_memory_around_sides_is_untouched(momenta, deltas)
 
 
 @pytest.mark.parametrize("clip", ["frobenius", "none"])
 @pytest.mark.parametrize("shape", [(1,), (17,), (3 * TILE + 5,), (2, 3, 5)], ids=str)
 def test_blocks_may_have_any_number_of_axes(shape, clip):
-    """An example is a diagonal. The norm includes all elements."""
+    """A diagonal, for example, has one axis. The norm includes all elements."""
     momenta, deltas = triton_sides(3, [shape, (7,)])
     old, given_deltas = clones(momenta), clones(deltas)
     clips = momentum(momenta, deltas, None, 0.5, clip)
-    assert_is_the_reference_s(momenta, given_deltas, old, clips, 0.5, clip)
+    assert_matches_reference(momenta, given_deltas, old, clips, 0.5, clip)
 
 
 @pytest.mark.parametrize("clip", CLIPS)
 def test_the_norm_of_a_large_block_includes_all_partial_sums(clip, monkeypatch):
-    """At the limit of their number, shares grow."""
+    """If the number of shares reaches its limit, shares become larger."""
     momenta, deltas = triton_sides(2, [(160, 160), (24, 24)])
     expected = call("eager", "clipped_momentum", clones(momenta), clones(deltas), None, 0.5, clip)
     for limit, least in ((MAX_SHARES, MIN_SHARE), (MAX_SHARES, 1), (3, 1)):
@@ -93,14 +93,14 @@ def test_bf16_is_rounded_to_nearest_with_ties_to_even():
     assert torch.equal(momenta[0], deltas[0].bfloat16())
 
 
-# ---- blocks that are left out ------------------------------------------------------------------------------------
+# ---- skipped blocks ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("clip", CLIPS)
 @pytest.mark.parametrize("bad", [float("nan"), -float("inf"), 1e38])
 @pytest.mark.parametrize("place", [(0, 0), (66, 66), (40, 5)], ids=str)
 def test_a_block_that_is_not_finite_keeps_all_momenta(clip, bad, place):
-    """1e38 is finite. Its square and the sum of a row are not."""
+    """1e38 is finite, but its square and the sum of a row with it are not."""
     momenta, deltas = triton_sides(3, [(2, 2), (67, 67)], BF16)
     if bad == 1e38 and clip == "row_sum":
         deltas[1][1, place[0]] = bad
@@ -153,7 +153,7 @@ def test_empty_blocks_have_no_norm(shape, clip):
     assert torch.equal(factors, torch.ones((1, shape[0]), device=DEVICE))
 
 
-def test_changed_numbers_do_not_recompile():
+def test_changed_values_do_not_recompile():
     def run(num_blocks, shapes, alpha, found_inf=None):
         momentum(*triton_sides(num_blocks, shapes), found_inf, alpha, "frobenius")
 
@@ -183,7 +183,7 @@ def test_changed_tensors_get_a_new_version():
 
 @pytest.mark.gpu
 @needs_gpu
-def test_a_batch_of_more_than_2_31_numbers():
+def test_a_batch_of_more_than_2_31_elements():
     num_blocks, n = 2**31 // 4096**2 + 1, 4096
     momenta = [torch.zeros((num_blocks, n, n), dtype=BF16, device=DEVICE)]
     deltas = [torch.zeros((num_blocks, n, n), device=DEVICE)]

@@ -1,4 +1,4 @@
-"""`kron_factor` in Triton: against the FP64 reference, and norms."""
+"""`kron_factor` in Triton: comparison with the FP64 reference, and norms."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.triton.kron_batches import (
     LARGE,
     PER_PROGRAM,
     STACKED,
-    numbers_per_program,
+    elements_per_program,
 )
 
 pytestmark = kernel_test
@@ -36,7 +36,7 @@ pytestmark = kernel_test
 def test_factor_update_matches_the_reference(batch, run, numbers):
     t = batch.tensors()
     expected, allowed = batch.reference_update(t), one_step(products=batch.matmul)
-    with numbers_per_program(numbers):
+    with elements_per_program(numbers):
         ok = batch.update(t, run)
     assert ok.all() and ok.shape == (len(expected),)
     for side, name in (("c", "C"), ("k", "K")):
@@ -58,7 +58,7 @@ def test_factor_update_matches_the_reference(batch, run, numbers):
     ],
 )
 def test_bf16_updates_of_wide_factors_match_the_reference(clip, options, norm):
-    """C′ − C by itself: the FP32 value of a compensated pair shows every step."""
+    """Compare C′ − C. Compensated pairs hold FP32 values, so small changes are visible."""
     batch = triton_batch(136, 70, rounding="compensated", clip=clip, options={"riemannian_momentum": 0.1, **options})
     t = batch.tensors()
     (state,), (expected,) = batch.reference_states(t), batch.reference_update(t)
@@ -74,11 +74,11 @@ def test_bf16_updates_of_wide_factors_match_the_reference(clip, options, norm):
 
 @pytest.mark.parametrize("rule", [WHITENED, ROOT_FREE, *MIXED], ids=str)
 def test_updates_of_every_rule_match_the_reference(rule):
-    """Of the three blocks, one gets its first gradient. With 256 elements a program, several start it."""
+    """One of the three blocks gets its first gradient. With 256 elements per program, several programs process it."""
     batch = triton_batch(13, 16, THREE, dtype=FACTOR_DTYPES[0], rule=rule)
     t = batch.tensors()
     expected = batch.reference_update(t)
-    with numbers_per_program(256):
+    with elements_per_program(256):
         assert batch.update(t).all()
     assert_factors_are(t, expected, one_step(products=batch.matmul))
     if batch.follows_curvature:
@@ -86,9 +86,9 @@ def test_updates_of_every_rule_match_the_reference(rule):
 
 
 @pytest.mark.parametrize("rule", [WHITENED, ROOT_FREE], ids=str)
-@pytest.mark.parametrize("seed", [0, 1], ids=["starts", "goes on"])
+@pytest.mark.parametrize("seed", [0, 1], ids=["first gradient", "later gradient"])
 def test_bf16_updates_of_wide_blocks_with_the_recipe_match_the_reference(rule, seed):
-    """In seven of eight steps of the inner product, the tile of C is not the one of m."""
+    """Blocks have several tiles, so most steps of the inner product load different tiles of C and m."""
     rest = {"rule": rule, "options": {"damping": 1e-3, "batch_size": 1.0}, "seed": seed}
     batch = triton_batch(136, 70, rounding="compensated", clip="row_sum", **rest)
     t = batch.tensors()
@@ -100,7 +100,7 @@ def test_bf16_updates_of_wide_blocks_with_the_recipe_match_the_reference(rule, s
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("sides", [(17, 130), (64, 24)], ids=str)
 def test_whitened_factors_are_rounded_as_in_eager_pytorch_and_stay_symmetric(sides, rounding):
-    """m' is -I/4, so that C' = C(1 + 2^-8) rounded once, whatever the order of sums."""
+    """m' = -I/4, so C' = C(1 + 2^-8) is rounded only once. The order of summation has no effect."""
     batch = triton_batch(*sides, clip="none", exact="rounding", rounding=rounding, rule={"direction": "whitened"})
     found = []
     for backend in ("triton", "eager"):
@@ -151,7 +151,7 @@ def test_zero_gradient_keeps_factors_and_overflow_is_not_ok(rule):
 
 @pytest.mark.parametrize(("block", "p", "d"), [(128, 1040, 8), (64, 64, 1088), (128, 72, 136)])
 def test_norms_are_the_largest_row_sums_or_infinite(block, p, d):
-    """Parts are [L, tiles, n]. Of the four blocks one is finite, one has a NaN, one an infinite part, and one is 0."""
+    """Partial sums are [L, tiles, n]. One block is finite, one has a NaN, one has an infinite part, and one is 0."""
     generator = torch.Generator().manual_seed(0)
     parts = [torch.rand((4, -(-n // block), n), generator=generator) for n in (p, d)]
     for sums in parts:
@@ -171,7 +171,7 @@ def test_norms_are_the_largest_row_sums_or_infinite(block, p, d):
 
 @pytest.mark.parametrize("side", ["m_c", "m_k"])
 def test_a_row_sum_that_is_nan_is_not_lost(side):
-    """It is in the last row of a block of several tiles; the other block is updated."""
+    """The NaN is in the last row of a block with several tiles. The other block is updated."""
     batch = triton_batch(136, 72, STACKED, clip="row_sum")
     was, t = batch.tensors(), batch.tensors()
     for each in (was, t):

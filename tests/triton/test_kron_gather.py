@@ -1,4 +1,4 @@
-"""`kron_gather` in Triton: blocks of gradients, bit by bit, and sums of their squares."""
+"""`kron_gather` in Triton: bitwise comparison of gathered blocks, and sums of their squares."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.triton.kron_batches import (
     ODD_ROWS,
     PER_PROGRAM,
     STACKED,
-    numbers_per_program,
+    elements_per_program,
 )
 
 pytestmark = kernel_test
@@ -39,7 +39,7 @@ pytestmark = kernel_test
 def test_gather_returns_the_scaled_blocks_bitwise_and_their_squared_norms(batch, run, numbers):
     """Scales are powers of two, so only the conversion to the dtype of G rounds."""
     t = batch.tensors()
-    with numbers_per_program(numbers):
+    with elements_per_program(numbers):
         grad, squares = batch.gather(t, run)
     factor = (-1 if batch.maximize else 1) / (batch.grad_scale or 1)
     expected = torch.stack([(x.float() * factor).to(batch.dtype) for x in batch.blocks(t.grads)])
@@ -55,15 +55,15 @@ def test_gather_returns_the_scaled_blocks_bitwise_and_their_squared_norms(batch,
 
 @pytest.mark.parametrize(("rows", "cols", "number"), [(8, 8, 1), (768, 768, 18), (4096, 4096, 512), (8192, 8192, 512)])
 def test_a_large_block_is_gathered_by_many_programs(rows, cols, number):
-    """Two blocks of 4096 × 4096 by 1024: seven for each of an H100's 132 multiprocessors."""
+    """Two blocks of 4096 × 4096 use 1024 programs. These are seven for each of an H100's 132 multiprocessors."""
     assert triton_operators.num_partial_sums(rows, cols) == number
 
 
 def test_many_programs_read_every_element_once():
-    """Of 138 programs, 130 read eight rows of G, and 133 a share of C."""
+    """There are 138 programs. 130 of them read eight rows of G, and 133 read a share of C."""
     batch = triton_batch(1040, 8, grad=BF16)
     t = batch.tensors()
-    with numbers_per_program(60):
+    with elements_per_program(60):
         grad, squares = batch.gather(t)
     assert same_bits(grad[0], t.grads[0].to(batch.dtype)) and squares.shape[-1] == 138
     assert squares[:, 0].count_nonzero(1).tolist() == [130, 133, 1]

@@ -13,7 +13,7 @@ pytestmark = kernel_test
 
 @pytest.mark.parametrize(("rows", "cols"), [(17, 130), (136, 64)])
 def test_recomputed_products_are_bitwise_equal_to_those_of_an_update(rows, cols):
-    """A resumed run therefore continues with the same numbers."""
+    """A resumed run recomputes products, so it continues bitwise."""
     batch = triton_batch(rows, cols, rounding="stochastic")
     t = batch.tensors()
     batch.update(t)

@@ -1,4 +1,4 @@
-"""`kron_step` in Triton: against the FP64 reference, and blocks that are left out of a step."""
+"""`kron_step` in Triton: comparison with the FP64 reference, and skipped blocks."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ PARTS = {
     "aligned": triton_batch(16, 136, STACKED, param=BF16, weight_rounding="compensated", found_inf=0.0),
     "odd rows": triton_batch(131, 8, param=BF16, buffer=BF16, weight_rounding="stochastic"),
 }
-"""Blocks of several tiles; the last one has a share of them for each of three programs."""
+"""Batches of blocks. In "odd rows", a block has several tiles, which three programs share."""
 RULES = (WHITENED, ROOT_FREE, *MIXED)
 
 
@@ -105,7 +105,7 @@ def test_an_update_of_zero_stays_zero():
     ],
 )
 def test_blocks_of_any_number_of_rows_use_the_aligned_path(sides, layout, aligned, monkeypatch):
-    """For instance 865 × 768 at the end of GPT-2's embedding. The number of columns must be a multiple of 8."""
+    """The number of columns must be a multiple of 8. An example is 865 × 768, the last block of GPT-2's embedding."""
     chosen = {}
 
     def launch(kernel: Any, grid: int, tensors: Any, numbers: Any, constants: tuple[Any, ...], *options: Any) -> None:
@@ -129,25 +129,25 @@ def test_the_learning_rate_is_a_number_or_a_tensor_on_the_device(monkeypatch):
     for dtype in (FP32, torch.float64):
         lr = torch.tensor(batch.lr, dtype=dtype)
         assert_same(replace(batch, lr=lr).run(), expected, "params", "buffers")
-        if DEVICE.type == "cpu":  # where it is read as a number otherwise
+        if DEVICE.type == "cpu":  # on a CPU it would be read as a Python float
             monkeypatch.setattr(module_of("kron_step"), "split_lr", lambda lr, device: (0.0, lr.to(device, FP32)))
         assert_same(replace(batch, lr=lr.to(DEVICE)).run(), expected, "params", "buffers")
         monkeypatch.undo()
 
 
-# ---- blocks that are left out ----------------------------------------------------------------------------------------
+# ---- skipped blocks --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [200, 512])
 def test_the_last_of_many_partial_sums_is_read(number):
-    """All is in the last one: results are those of one sum; and a NaN there leaves the block out of the step."""
+    """The last partial sum holds the whole sum, and all others are 0. A NaN in it skips the block."""
     batch = triton_batch(13, 9, STACKED)
     expected, t = batch.tensors(), batch.tensors()
     batch.update(expected)
     batch.step(expected, None, True)
 
     def in_last(stem: str, *args: Any) -> Any:
-        """Call an operator; the partial sums of a gather are moved to the end of so many."""
+        """Call an operator. After a gather, move its partial sum to the last of `number` partial sums."""
         found = call("triton", stem, *args)
         if stem == "kron_gather":
             squares = torch.zeros((3, 2, number), device=DEVICE)

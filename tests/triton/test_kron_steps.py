@@ -1,4 +1,4 @@
-"""An update and a step in Triton together: bits, blocks that are not finite, and what changes."""
+"""Updates and steps in Triton: reproducibility, rounding, blocks that are not finite, and changed tensors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.triton.kron_batches import ALIGNED, LARGE, STACKED
 pytestmark = kernel_test
 
 
-# ---- bits ------------------------------------------------------------------------------------------------------------
+# ---- reproducibility and rounding ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_the_same_call_gives_the_same_bits(batch):
     ids=["ragged", "aligned", "odd rows", "clipped"],
 )
 def test_bf16_is_rounded_bitwise_as_in_eager_pytorch(batch, rounding):
-    """G and m are 0, so that m' is −γ/4 or −γ/2 times I, and C' = C(1 + 2⁻ⁿ) rounded but once."""
+    """G and m are 0, so m' is −γ/4 · I or −γ/2 · I. Then C' = C(1 + 2⁻ⁿ) is rounded only once."""
     modes = {"rounding": rounding, "weight_rounding": rounding, "param": BF16, "buffer": BF16, "exact": "rounding"}
     batch = replace(batch, **modes, lr=2.0**-5)
     before, actual, expected = batch.tensors(), batch.run(), batch.run(run=through("eager"))
@@ -79,7 +79,7 @@ def test_random_bits_depend_on_the_step():
     ],
 )
 def test_a_block_that_is_not_finite_is_skipped_and_counted(bad, clip, rounding, rule):
-    """The square of 1e30 is infinite. That of 1e15 is not, but the norm of its m is. Other blocks step as usual."""
+    """The square of 1e30 is infinite. The square of 1e15 is finite, but the norm of m is not. Other blocks step."""
     batch = triton_batch(13, 9, ((0, 1, 0, 2), (0, 1, 0, 1)), clip=clip, param=BF16)
     batch = replace(batch, rounding=rounding, weight_rounding=rounding, rule=rule)
     was, clean, t = batch.tensors(), batch.run(), batch.tensors()
@@ -123,11 +123,11 @@ def test_found_inf_skips_and_counts_every_block(rounding, rule):
     assert torch.equal(t.skipped, was.skipped + 1) and not t.ok.any()
 
 
-# ---- what changes ----------------------------------------------------------------------------------------------------
+# ---- compilations and versions of tensors ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rule", [{}, WHITENED], ids=str)
-def test_changed_numbers_do_not_recompile(rule):
+def test_changed_values_do_not_recompile(rule):
     batch = triton_batch(16, 8, param=BF16, rounding="stochastic", weight_rounding="stochastic", rule=rule)
     batch.run()
     before = launches.num_compilations()

@@ -1,4 +1,4 @@
-"""Memory of Triton's kernels: workspaces that there is no memory for, tables, and tensors of 2³¹ elements."""
+"""Memory of the Triton kernels: failing allocations, tables, and tensors with more than 2³¹ elements."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = kernel_test
 
 
 class OutOfMemory(TorchDispatchMode):
-    """The `number`-th operation that asks for new memory fails; kernels, which ask for none, run outside of it."""
+    """Make the `number`-th allocation fail. The mode is paused during launches, since kernels do not allocate."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -127,10 +127,10 @@ def test_the_number_of_tables_is_bounded(no_tables, monkeypatch):
     ],
 )
 def test_blocks_are_aligned_if_every_row_starts_at_a_multiple_of_16_bytes(sides, place, layout, dtype, aligned):
-    """Kernels rely on it on a GPU; the interpreter does not need it."""
+    """Kernels on a GPU require this alignment. The interpreter does not."""
     batch = triton_batch(*sides, (place, place), ("whole" if layout == "far apart" else layout,), grad=dtype)
     grads = batch.tensors().grads
-    if layout == "far apart":  # more than an offset of 32 bits within a tile
+    if layout == "far apart":  # offsets within a tile exceed 32 bits
         grads[1] = torch.empty_strided(sides, (tables.MAX_STRIDE, 1), dtype=dtype, device=DEVICE)
     numbers = [*batch.tiles]
     device = grads[0].device
@@ -145,12 +145,12 @@ def test_blocks_are_aligned_if_every_row_starts_at_a_multiple_of_16_bytes(sides,
 
 @pytest.mark.parametrize("layout", ["rows", "columns"])
 def test_strides_of_more_than_2_31_are_supported(layout):
-    """Rows, or columns, so far apart that only a few pages of the memory between them ever exist."""
+    """Rows or columns are so far apart that only a few pages of the memory are used."""
     distance = 2**31 + 24
     try:
         memory = torch.empty(distance + 16, dtype=BF16, device=DEVICE)
     except (RuntimeError, torch.OutOfMemoryError):
-        pytest.skip("needs 4 GiB of address space, on a GPU of memory")
+        pytest.skip("needs 4 GiB of address space on a CPU, or 4 GiB of GPU memory")
     batch = triton_batch(2, 9, grad=BF16, param=BF16, weight_rounding="stochastic")
     if layout == "columns":
         batch = replace(batch, rows=9, cols=2)
@@ -173,8 +173,8 @@ def test_strides_of_more_than_2_31_are_supported(layout):
 
 @pytest.mark.gpu
 @needs_gpu
-def test_batches_of_more_than_2_31_numbers():
-    """The last block of a stack of 2049 factors of 1024² is that of a batch of its own."""
+def test_batches_of_more_than_2_31_elements():
+    """Compare the last of 2049 blocks of 1024 × 1024 with a batch that has only this block."""
     size, num_blocks = 1024, 2049
     alone = triton_batch(size, 8, dtype=BF16, grad=BF16).tensors()
     c = torch.zeros(num_blocks, size, size, dtype=BF16, device=DEVICE)

@@ -1,4 +1,4 @@
-"""The diagonal step in Triton: against the FP64 reference, and bit by bit against eager PyTorch where it is exact."""
+"""The diagonal step in Triton: comparison with the FP64 reference, and with eager PyTorch, bitwise if it is exact."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rootfree_kernels.pointer_tables import rf_rmsprop as diagonal
 from tests.calls.device import kernel_test
 from tests.calls.operators import through
-from tests.calls.rf_rmsprop import assert_equal, assert_is_the_reference_s, copied, counts
+from tests.calls.rf_rmsprop import assert_equal, assert_matches_reference, copied, counts
 from tests.calls.tensors import BF16, FP16, FP32, ROUNDINGS, assert_memory_around_is_untouched
 from tests.triton.calls import CHUNK, LAYOUTS, SHAPES, triton_call
 
@@ -59,7 +59,7 @@ def test_step_matches_the_reference_and_writes_nothing_else(call):
     lists, memory = call.tensors()
     before = copied(lists)
     call.run(lists)
-    assert_is_the_reference_s(call, lists, before)
+    assert_matches_reference(call, lists, before)
     assert_equal({name: lists[name] for name in ("grad", "skipped")}, {n: before[n] for n in ("grad", "skipped")})
     assert_memory_around_is_untouched(memory)
 
@@ -69,7 +69,7 @@ def test_step_matches_the_reference_and_writes_nothing_else(call):
 def test_bf16_is_rounded_bitwise_as_in_eager_pytorch(rounding, steps):
     if steps == "each its own":
         steps = torch.arange(float(len(SHAPES)))
-    shapes = [shape if 0 not in shape else (2,) for shape in SHAPES]  # eager PyTorch has no norm of nothing
+    shapes = [shape if 0 not in shape else (2,) for shape in SHAPES]  # eager PyTorch has no norm of empty tensors
     call = triton_call(
         shapes, ("whole", "offset by 1"), BF16, BF16, BF16, BF16, rounding, rounding, steps=steps, exact=True
     )
@@ -91,7 +91,7 @@ def test_fp16_and_fp32_steps_with_exact_arithmetic_are_exact():
 @pytest.mark.parametrize("layout", ("transposed", "every other"))
 @pytest.mark.parametrize("rounding", ("nearest", "stochastic"))
 def test_strides_do_not_change_the_result(layout, rounding):
-    """Random bits belong to a row-major index, wherever a number lies."""
+    """Random bits depend on the row-major index, not on the position in memory."""
     call = triton_call([(17, 130), (2, 3, 4)], ("whole",), BF16, BF16, BF16, BF16, rounding, rounding)
     assert_equal(replace(call, layouts=(layout,)).run(), call.run())
 
@@ -104,13 +104,13 @@ def test_tensors_with_equal_strides_are_not_copied(monkeypatch):
     assert written and all(x is y for old, new in written for x, y in zip(old, new, strict=True))
 
 
-# ---- elements that are left out --------------------------------------------------------------------------------------
+# ---- skipped elements ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30])
 @pytest.mark.parametrize("place", ("first", "middle", "last"))
 def test_an_element_that_is_not_finite_is_skipped_and_counted_once(bad, place):
-    """1e30 is finite. Its square is not."""
+    """1e30 is finite, but its square is not."""
     index = {"first": 0, "middle": CHUNK + 5, "last": 3 * CHUNK + 6}[place]
     call = triton_call([(40,), (3 * CHUNK + 7,), (9,)], param=BF16, weight_rounding="compensated")
     changed = ("param", "square", "buffer", "weight_residual")
@@ -133,7 +133,7 @@ def test_found_inf_skips_and_counts_every_block():
 
 
 def test_zero_damping_and_zero_curvature_skips_an_element():
-    """0/0, as in eager PyTorch."""
+    """Its update would be 0/0. Eager PyTorch skips it too."""
     call = triton_call([(CHUNK + 3,)], options={"damping": 0.0})
     lists = call.tensors()[0]
     for name in ("grad", "square"):

@@ -32,7 +32,7 @@ def test_grad_scale_divides_and_maximize_negates():
 def test_the_learning_rate_is_a_number_or_a_tensor_on_the_device(monkeypatch):
     call = triton_call([(17, 130), (5,)], lr=0.125)
     expected = call.run()
-    monkeypatch.setattr(diagonal, "split_lr", lambda lr, device: (0.0, lr.to(FP32)))  # also on a CPU
+    monkeypatch.setattr(diagonal, "split_lr", lambda lr, device: (0.0, lr.to(FP32)))  # pass it as a tensor on a CPU too
     for dtype in (FP32, torch.float64):
         assert_equal(replace(call, lr=torch.tensor(0.125, device=DEVICE, dtype=dtype)).run(), expected)
 
@@ -50,7 +50,7 @@ def test_an_empty_list_needs_no_launch():
     assert counts(triton_call([(0, 3), (0,)]).run()) == [0, 1]
 
 
-def test_changed_numbers_do_not_recompile():
+def test_changed_values_do_not_recompile():
     call = triton_call([(5,), (64, 72)])
     call.run()
     before = launches.num_compilations()
@@ -69,7 +69,7 @@ def test_the_same_call_gives_the_same_bits():
 
 
 def test_a_tensor_at_the_address_of_another_is_noticed():
-    """Same addresses, other sizes: what stays on the device is known by its content."""
+    """The addresses are equal, but the sizes differ. Cached tables are identified by their content."""
     call = triton_call([(64,)])
     lists = call.run()
     shorter = {name: [x[:40] if x.dim() else x for x in tensors] for name, tensors in lists.items()}
@@ -108,7 +108,7 @@ def test_changed_tensors_get_a_new_version():
 
 
 def test_offsets_are_64_bits_and_indices_of_random_bits_wrap_around(monkeypatch):
-    """The end of a tensor, of which only this end exists: its table begins 2³² numbers earlier."""
+    """Simulate a tensor with 2³² more elements, of which only the last exist: addresses start 2³² elements earlier."""
     call = triton_call([(2 * CHUNK - 5,)], ("whole",), BF16, BF16, BF16, BF16, "stochastic", "stochastic", exact=True)
     expected = call.run()
     tensor_table, table, missing = diagonal.tensor_table, diagonal.table, 2**32
@@ -125,7 +125,7 @@ def test_offsets_are_64_bits_and_indices_of_random_bits_wrap_around(monkeypatch)
 
 @pytest.mark.gpu
 @needs_gpu
-def test_a_tensor_of_more_than_2_31_numbers():
+def test_a_tensor_of_more_than_2_31_elements():
     size, end = 2**31 + CHUNK + 3, slice(2**31 - 5, None)
     small = triton_call([(CHUNK + 8,)], ("whole",), BF16, BF16, BF16, BF16, exact=True)
     lists, expected = small.tensors()[0], small.run()
@@ -141,7 +141,7 @@ def test_a_tensor_of_more_than_2_31_numbers():
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize("warm", [True, False], ids=["tables kept", "tables made while capturing"])
+@pytest.mark.parametrize("warm", [True, False], ids=["cached tables", "tables created during capture"])
 def test_a_cuda_graph_steps_as_often_as_it_is_replayed(warm):
     call = triton_call([(17, 130), (4 * CHUNK + 1,), ()], lr=torch.tensor(0.05, device=DEVICE))
     lists, expected, start = (call.tensors()[0] for _ in range(3))

@@ -1,4 +1,4 @@
-"""`scaled_rmsprop` in Triton: against the FP64 reference, and bit by bit against eager PyTorch where it is exact."""
+"""`scaled_rmsprop` in Triton: comparison with the FP64 reference, and with eager PyTorch, bitwise if it is exact."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.calls.device import DEVICE, kernel_test, launches, module_of
 from tests.calls.kron import MIXED, ROOT_FREE, WHITENED
 from tests.calls.operators import Call, dispatched, through
 from tests.calls.rf_rmsprop import assert_equal, bits, copied, counts
-from tests.calls.scaled_rmsprop import ScaledCall, assert_is_the_reference_s
+from tests.calls.scaled_rmsprop import ScaledCall, assert_matches_reference
 from tests.calls.tensors import BF16, FP16, FP32, ROUNDINGS, assert_memory_around_is_untouched
 from tests.triton.calls import CHUNK, LAYOUTS
 
@@ -25,19 +25,19 @@ RULES = (WHITENED, ROOT_FREE, *MIXED)
 scaled_call = partial(ScaledCall, backend="triton", device=DEVICE)
 
 
-def assert_step_is_the_reference_s(call: ScaledCall, run: Call | None = None) -> None:
+def assert_step_matches_reference(call: ScaledCall, run: Call | None = None) -> None:
     lists, memory = call.tensors()
     before = copied(lists)
     call.run(lists, run)
-    assert_is_the_reference_s(call, lists, before)
+    assert_matches_reference(call, lists, before)
     assert_equal({name: lists[name] for name in ("grad", "skipped")}, {n: before[n] for n in ("grad", "skipped")})
     assert_memory_around_is_untouched(memory)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_steps_of_every_rule_match_the_reference(rule):
-    """Of the tensors, the first and the last one get their first gradient."""
-    assert_step_is_the_reference_s(scaled_call(SHAPES, LAYOUTS, grad_scale=3.0, rule=rule), dispatched("triton"))
+    """The first and the last tensor get their first gradient."""
+    assert_step_matches_reference(scaled_call(SHAPES, LAYOUTS, grad_scale=3.0, rule=rule), dispatched("triton"))
 
 
 @pytest.mark.parametrize(
@@ -52,29 +52,29 @@ def test_steps_of_every_rule_match_the_reference(rule):
 )
 def test_steps_match_the_reference_in_every_dtype(dtypes):
     options = {"maximize": True, "gamma": 0.0}
-    assert_step_is_the_reference_s(scaled_call(SHAPES, LAYOUTS, *dtypes, options, found_inf=0.0, rule=WHITENED))
+    assert_step_matches_reference(scaled_call(SHAPES, LAYOUTS, *dtypes, options, found_inf=0.0, rule=WHITENED))
     options = {"decoupled": True, "damping": 0.0}
-    assert_step_is_the_reference_s(scaled_call(SHAPES[1:], LAYOUTS[1:], *dtypes, options, rule=MIXED[1]))
+    assert_step_matches_reference(scaled_call(SHAPES[1:], LAYOUTS[1:], *dtypes, options, rule=MIXED[1]))
 
 
-@pytest.mark.skipif(DEVICE.type != "cpu", reason="changes a constant of kernels that may be compiled already")
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="changes a constant of kernels, which a GPU may have compiled already")
 def test_a_program_may_work_on_several_chunks(monkeypatch):
-    """Five chunks and a remainder, or three chunks, in two programs each."""
+    """Each tensor has two programs. One tensor has five chunks and a remainder, the other three chunks."""
     module = module_of("scaled_rmsprop")
     monkeypatch.setattr(module, "MAX_SHARES", 2)
     monkeypatch.setattr(module, "_MAX_SHARES", tl.constexpr(2))
     shapes = [(5 * CHUNK + 13,), (3, CHUNK)]
-    assert_step_is_the_reference_s(scaled_call(shapes, ("whole", "offset by 1"), BF16, BF16, rule=WHITENED))
+    assert_step_matches_reference(scaled_call(shapes, ("whole", "offset by 1"), BF16, BF16, rule=WHITENED))
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_bf16_is_rounded_bitwise_as_in_eager_pytorch(rounding):
-    """Gradients are 0, so that s decays and the momentum moves the weights, rounded but once."""
+    """Gradients are 0, so s decays and the momentum steps the weights. Each result is rounded only once."""
     rule = {"direction": "root_free", "momentum_on": "update"}
     call = scaled_call(SHAPES, ("whole",), *(BF16,) * 4, rounding, rounding, exact=True, rule=rule)
     before, actual, expected = call.tensors()[0], call.run(), call.run(run=through("eager"))
     assert bits(actual) == bits(expected)
-    moved = "buffer" if rounding == "nearest" else "square"  # to nearest, a step of 2^-9 does not move s
+    moved = "buffer" if rounding == "nearest" else "square"  # rounding to nearest drops a change of 2^-9 of s
     assert bits(actual)[moved] != bits(before)[moved]
 
 
@@ -83,7 +83,7 @@ def test_the_same_call_gives_the_same_bits():
     assert bits(call.run()) == bits(call.run())
 
 
-# ---- tensors that are left out -----------------------------------------------------------------------------------
+# ---- skipped tensors ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rounding", ["compensated", "stochastic"])
@@ -116,15 +116,15 @@ def test_zero_gradient_keeps_the_curvature_and_continues_the_momentum():
         grad.zero_()
     before = copied(lists)
     call.run(lists)
-    assert_is_the_reference_s(call, lists, before)
+    assert_matches_reference(call, lists, before)
     assert_equal({n: lists[n] for n in ("square", "curvature")}, {n: before[n] for n in ("square", "curvature")})
     assert counts(lists) == counts(before)
 
 
-# ---- what changes ------------------------------------------------------------------------------------------------
+# ---- compilations, versions of tensors and random bits -----------------------------------------------------------
 
 
-def test_changed_numbers_do_not_recompile_and_an_empty_list_is_allowed():
+def test_changed_values_do_not_recompile_and_an_empty_list_is_allowed():
     call = scaled_call([CHUNK, 5], ("whole",), BF16, BF16, BF16, BF16, "stochastic", "stochastic", rule=WHITENED)
     call.run()
     before = launches.num_compilations()
@@ -143,7 +143,7 @@ def test_changed_tensors_get_a_new_version():
 
 
 def test_random_bits_of_s_match_the_documentation():
-    """s of one tensor decays. The stored values are those that the documented bits give."""
+    """s of one tensor decays, and is rounded with the documented random bits."""
     call = scaled_call(
         [64], ("whole",), *(BF16,) * 4, "stochastic", "nearest", exact=True, rule={"momentum_on": "update"}
     )

@@ -1,6 +1,6 @@
 """The kernels of csrc/cuda as functions on CPU tensors.
 
-They are compiled by the C++ compiler with the headers beside this file, and called by ctypes, with flat lists of
+A C++ compiler compiles them with the headers in this folder. They are called through ctypes with flat lists of
 arguments.
 """
 
@@ -28,10 +28,10 @@ from tests.calls.tensors import CLIPS, ROUNDINGS
 HERE = Path(__file__).resolve().parent
 KERNELS = HERE.parents[2] / "csrc" / "cuda"
 FLAGS = "-std=c++17 -O1 -fPIC -ffp-contract=off -Wno-unknown-pragmas"
-# A GPU does not forgive an access that is not aligned to its width, a CPU does: ended by an illegal instruction here.
+# A GPU traps unaligned accesses, a CPU does not. With these flags an illegal instruction ends the program.
 FLAGS += " -fsanitize=alignment -fsanitize-undefined-trap-on-error"
 CHUNK = 2048
-"""Elements that a program of the diagonal step works on."""
+"""Number of elements that a program of the diagonal step processes."""
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -42,9 +42,9 @@ def compiler() -> list[str]:
 
 
 def why_not() -> str:
-    """Return why the kernels cannot be compiled for the CPU here, or an empty text."""
+    """Return why the kernels cannot be compiled for the CPU, or an empty string."""
     if sys.platform != "linux":
-        return f"{sys.platform}: the kernels' threads are fibers of glibc"
+        return f"needs Linux, not {sys.platform}: the threads of kernels are simulated with glibc's ucontext.h"
     return "" if shutil.which(compiler()[0]) else f"no C++ compiler: {compiler()[0]} is not found"
 
 
@@ -67,7 +67,7 @@ def build(folder: Path) -> Path:
 
 
 class DiagonalArguments(ctypes.Structure):
-    """As in csrc/cuda/rf_rmsprop.h."""
+    """The struct of this name in csrc/cuda/rf_rmsprop.h."""
 
     _fields_ = (
         *((name, c_void_p) for name in ("rows", "grads", "owners", "counters", "seeds", "steps")),
@@ -80,7 +80,7 @@ class DiagonalArguments(ctypes.Structure):
 
 
 class MomentumArguments(ctypes.Structure):
-    """As in csrc/cuda/clipped_momentum.h."""
+    """The struct of this name in csrc/cuda/clipped_momentum.h."""
 
     _fields_ = (
         *((name, c_void_p) for name in ("sides", "owners", "sums", "found_inf", "clips")),
@@ -90,7 +90,7 @@ class MomentumArguments(ctypes.Structure):
 
 
 class CudaOnCpu:
-    """The launchers, and the work of their callers. Tensors are contiguous."""
+    """Call the launchers with tables and workspaces, as PyTorch's operators do. Tensors are contiguous."""
 
     def __init__(self, path: Path) -> None:
         self.library: Any = ctypes.CDLL(str(path))
@@ -100,7 +100,7 @@ class CudaOnCpu:
         assert self.library.sizeof_momentum() == ctypes.sizeof(MomentumArguments)
 
     def run_backwards(self, yes: bool) -> None:
-        """Let the last block and the last thread go first, or not."""
+        """Run blocks and threads in reverse order, or in the usual order."""
         self.library.run_backwards(yes)
 
     @property
@@ -115,7 +115,7 @@ class CudaOnCpu:
         return getattr(self, stem)(*flat)
 
     def rf_rmsprop(self, params: list[Tensor], *arguments: Any) -> DiagonalCall | None:
-        """Take a step, and return the call; None where there is nothing to step."""
+        """Run a step and return its call, or None if there are no parameters."""
         if not params:
             return None
         call = self.diagonal_call(params, *arguments)
@@ -124,7 +124,7 @@ class CudaOnCpu:
         return call
 
     def diagonal_call(self, *flat: Any) -> DiagonalCall:
-        """Return what a launch of the diagonal step needs, from a flat list of arguments."""
+        """Return the tables and scalars of a launch of the diagonal step, from a flat list of arguments."""
         params, state, (grads, lr), draws, scaling = flat[0], flat[1:6], flat[6:8], flat[8:10], flat[10:12]
         packed = DiagonalState(*state), grads, lr, Draws(*draws), Scaling(*scaling), DiagonalOptions(*flat[12:])
         return diagonal_call(self._programs_of, params, *packed)
@@ -145,7 +145,7 @@ class CudaOnCpu:
     def clipped_momentum(
         self, momenta: list[Tensor], deltas: list[Tensor], found_inf: Tensor | None, alpha: float, clip: str
     ) -> Tensor:
-        """Update momenta and return clips [sides, L]. Deltas stay as they are."""
+        """Update momenta and return clip factors [sides, L]. Deltas do not change."""
 
         def shares_of(numel: int, cols: int) -> tuple[int, int]:
             unit = 8 * cols if clip == "row_sum" else 2048

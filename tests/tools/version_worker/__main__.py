@@ -1,10 +1,10 @@
-"""Do the work of `tests.tools.compare_versions` with the version of the package that is on the path.
+"""Run the cases of `tests.tools.compare_versions` with the version of the package that is on the path.
 
     python tests/tools/version_worker OUTPUT [--checkpoints RESULTS]
 
-This folder is run by its path, so that a version that does not have it can be run too. It uses nothing of the package
-but what stays the same: the public names, the operators `torch.ops.rootfree` and environment variables.
-ROOTFREE_BACKEND names the backend. RESULTS, the output of another version, has the checkpoints to resume from.
+This folder is run by its path, so it also works with versions that do not contain it. It uses only stable interfaces
+of the package: public names, the operators `torch.ops.rootfree` and environment variables. ROOTFREE_BACKEND sets the
+backend. RESULTS is the output of another version, with checkpoints to resume from.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ OPERATORS = ("rf_rmsprop", "clipped_momentum", "kron_gather", "kron_factor", "kr
 
 
 def schemas(results: Results) -> None:
-    """Note the schemas of the operators, public and private, as far as they are registered."""
+    """Record the schemas of all public operators and of the registered private ones."""
     with results.case("schemas of rootfree") as entries:
         for name in OPERATORS:
             entries[name] = str(getattr(torch.ops.rootfree, name).default._schema)
@@ -44,7 +44,7 @@ def schemas(results: Results) -> None:
 
 
 def foreign_modules() -> list[str]:
-    """Return the modules of the package that come from another tree than the package itself."""
+    """Return the modules of the package that were imported from another tree than the package itself."""
     tree = Path(rootfree_kernels.__file__).resolve().parent.parent
     modules = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "rootfree_kernels"}
     files = {name: getattr(module, "__file__", None) for name, module in modules.items()}
@@ -52,21 +52,21 @@ def foreign_modules() -> list[str]:
 
 
 def work(backend: str, others: dict[str, str] | None) -> Results:
-    """Do everything, with `others` to resume from."""
+    """Run all cases. `others` are checkpoints of another version to resume from."""
     results = Results()
     schemas(results)
     diagonal_calls.run(results, backend)
     for name in (backend, "triton_bmm") if backend == "triton" else (backend,):
         kron_calls.run(results, name)
     training.run_all(results, backend)
-    if backend != "triton":  # where they would take long, and say the same
+    if backend != "triton":  # they are slow there, and errors do not depend on the backend
         mistakes.run_all(results)
     checkpoints.run_all(results, backend, others)
     return results
 
 
 def outcome(backend: str, others: dict[str, str] | None) -> dict[str, Any]:
-    """Return all that is written: results, or why there are none, and what they were made with."""
+    """Return the output: a description of the machine, and the results or the reason why there are none."""
     machine = (
         f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, python {platform.python_version()}"
     )
@@ -79,7 +79,7 @@ def outcome(backend: str, others: dict[str, str] | None) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Read the arguments, work and write."""
+    """Parse the arguments, run all cases and write the output."""
     parser = argparse.ArgumentParser()
     parser.add_argument("output", type=Path)
     parser.add_argument("--checkpoints", type=Path)

@@ -1,4 +1,4 @@
-"""Save a run half way, go on, and resume it from what this or another version saved."""
+"""Save each run at half time, finish it, and resume it from the checkpoint of this or another version."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ SLOWLY = ("RFRMSProp, compensated", "IFShampoo, packed, compensated")
 
 
 def runs(backend: str) -> dict[str, Run]:
-    """Return all runs on a backend by their names."""
+    """Return all runs on a backend by name."""
     if backend != "triton":
         return RUNS
     return {name: replace(RUNS[name], shapes=FEW_SHAPES) for name in SLOWLY}
 
 
 def save(params: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> str:
-    """Return weights and the optimizer's state dict as torch.save writes them, in letters."""
+    """Save weights and the optimizer's state dict with torch.save; return the file in base64."""
     memory = io.BytesIO()
     weights = [param.detach() for param in params]
     torch.save({"weights": weights, "optimizer": optimizer.state_dict()}, memory)
@@ -53,7 +53,7 @@ def save(params: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> str:
 
 
 def resume(run: Run, saved: str, entries: dict[str, str]) -> None:
-    """Take the second half of a run with a new optimizer that loads what was saved."""
+    """Run the second half of a run with a new optimizer that loads a checkpoint."""
     loaded = torch.load(io.BytesIO(base64.b64decode(saved)), weights_only=True)
     params = make_params(run)
     optimizer = make_optimizer(run, params)
@@ -65,7 +65,7 @@ def resume(run: Run, saved: str, entries: dict[str, str]) -> None:
 
 
 def run_all(results: Results, backend: str, others: Mapping[str, str] | None) -> None:
-    """Train each run, saving it half way, and once more from what `others` saved, or from its own."""
+    """Train each run and save it at half time. Then resume it from the checkpoint in `others`, or from its own."""
     for name, run in runs(backend).items():
         with results.case(f"checkpoint, {name}") as entries:
             params = make_params(run)

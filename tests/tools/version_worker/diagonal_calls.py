@@ -1,4 +1,4 @@
-"""Call the operators of vectors, rf_rmsprop and clipped_momentum, by their flat schemas."""
+"""Call the operators rf_rmsprop and clipped_momentum with flat arguments."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 SHAPES = ((6,), (), (7, 5), (3, 2, 2, 2))
 LONG = ((700_000,), (400_000,), (3,))
-"""More numbers than are worked on at a time."""
+"""Shapes with more elements than are processed at once."""
 
 KINDS = {
     "fp32": {},
@@ -38,7 +38,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "lr fp32": {"lr": torch.tensor([0.05])},
 }
 FEW = ("plain", "maximize", "found_inf 1", "not finite", "negated")
-"""Changes for a backend that is slow."""
+"""Changes for slow backends."""
 
 NUMBERS = {"batch_size": 3.0, "beta2": 0.3, "gamma": 1.0, "momentum": 0.9, "damping": 0.1, "weight_decay": 0.02}
 FLAGS = {"decoupled": False, "maximize": False}
@@ -46,7 +46,7 @@ ROUNDINGS = ("nearest", "stochastic", "compensated")
 
 
 def laid_out(value: Tensor, layout: str) -> Tensor:
-    """Return a tensor of the same numbers that lies in memory in another way; only FP32 can be "negated"."""
+    """Return an equal tensor with another memory layout. Only FP32 can be "negated"."""
     order = tuple(reversed(range(value.dim())))
     if layout == "transposed" and order:
         return value.permute(order).contiguous().permute(order)
@@ -68,7 +68,7 @@ def _scalar(value: float | None) -> Tensor | None:
 
 
 def diagonal_arguments(options: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of rf_rmsprop, made anew."""
+    """Return new arguments of rf_rmsprop."""
     generator = torch.Generator().manual_seed(5)
     shapes, layout = options.get("shapes", SHAPES), options.get("layout", "whole")
 
@@ -101,7 +101,7 @@ def diagonal_arguments(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def diagonal_options(backend: str) -> dict[str, dict[str, Any]]:
-    """Return the options of all calls of rf_rmsprop by the names of their cases."""
+    """Return the options of all calls of rf_rmsprop by case."""
     quick = backend != "triton"
     every = {}
     for (kind, dtypes), (change, more) in product(KINDS.items(), CHANGES.items()):
@@ -122,7 +122,7 @@ def diagonal_options(backend: str) -> dict[str, dict[str, Any]]:
 
 
 def momentum_options(backend: str) -> dict[str, dict[str, Any]]:
-    """Return the options of all calls of clipped_momentum by the names of their cases."""
+    """Return the options of all calls of clipped_momentum by case."""
     quick = backend != "triton"
     every: dict[str, dict[str, Any]] = {}
     for dtype, clip in product((FP32, BF16, FP64) if quick else (FP32, BF16), ("frobenius", "row_sum", "none")):
@@ -140,7 +140,7 @@ def momentum_options(backend: str) -> dict[str, dict[str, Any]]:
 
 
 def momentum_arguments(options: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of clipped_momentum, made anew."""
+    """Return new arguments of clipped_momentum."""
     generator = torch.Generator().manual_seed(6)
     dtypes, count = options.get("dtypes", (FP32, FP32)), options.get("blocks", 3)
     momenta, deltas = [], []
@@ -162,7 +162,7 @@ def momentum_arguments(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(results: Results, backend: str) -> None:
-    """Call both operators in every case."""
+    """Run all cases of both operators."""
     for name, options in diagonal_options(backend).items():
         with results.case(f"rf_rmsprop, {name}") as entries:
             arguments = diagonal_arguments(options)

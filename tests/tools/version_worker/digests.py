@@ -1,4 +1,4 @@
-"""Hash tensors and collect what a version of the package makes of its work, case by case."""
+"""Hash tensors, and collect the results of a version of the package by case."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HEX_DIGITS = 24
 
 
 def digest(x: Tensor) -> str:
-    """Return a tensor's dtype, shape and strides, and a hash of its numbers, row by row, to the bit."""
+    """Return a tensor's dtype, shape and strides, and a hash of the bytes of its elements in row-major order."""
     whole = x.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
     data = whole.view(torch.uint8).numpy().tobytes() if whole.numel() else b""
     kind = f"{str(x.dtype).removeprefix('torch.')}{[*x.shape]}/{[*x.stride()]}".replace(" ", "")
@@ -24,7 +24,7 @@ def digest(x: Tensor) -> str:
 
 
 def digests(values: Mapping[str, Any]) -> dict[str, str]:
-    """Return the digests of all tensors among named values, those of lists and tuples by number."""
+    """Return the digests of all tensors in named values. Tensors of a list or tuple get its name and an index."""
     found: dict[str, str] = {}
     for name, value in values.items():
         if isinstance(value, Tensor):
@@ -35,13 +35,13 @@ def digests(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def message_of(error: Exception) -> str:
-    """Return type and text of an error, without addresses, which change from run to run."""
+    """Return the type and text of an error. Addresses are removed, because they differ between runs."""
     return f"{type(error).__name__}: {re.sub(r'0x[0-9a-f]{6,}', '0x', str(error))}"
 
 
 @dataclass
 class Results:
-    """Collect the outcome of a run, in the form in which it is written."""
+    """The results of a version on one backend, in the format of the output file."""
 
     cases: dict[str, dict[str, str]] = field(default_factory=dict)
     messages: dict[str, str] = field(default_factory=dict)
@@ -49,13 +49,13 @@ class Results:
 
     @contextmanager
     def case(self, name: str) -> Iterator[dict[str, str]]:
-        """Open a case, a dictionary of digests to fill; an error ends it and becomes a part of its outcome."""
+        """Open a case and yield its dictionary of digests to fill. An error ends the case and is recorded in it."""
         if name in self.cases:
             raise KeyError(f"two cases are called {name!r}")
         entries: dict[str, str] = {}
         self.cases[name] = entries
         try:
             yield entries
-        except Exception as error:  # whatever it is, the other version has to raise as well
+        except Exception as error:  # the other version must raise too
             entries["raises"] = "yes"
             self.messages[name] = message_of(error)

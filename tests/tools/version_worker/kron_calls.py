@@ -1,4 +1,4 @@
-"""Call the operators of matrices, kron_gather, kron_factor and kron_step, by their flat schemas."""
+"""Call the operators kron_gather, kron_factor and kron_step with flat arguments."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 ONE = ((0, 1, 0, 1),)
-"""A tensor that is one block: first row, blocks down, first column, blocks across."""
+"""One tensor with one block: (first row, blocks down, first column, blocks across)."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Describe what the operators get."""
+    """Options of a batch, from which the arguments of the operators are made."""
 
     rows: int = 7
     cols: int = 5
     tiles: tuple[tuple[int, int, int, int], ...] = ((0, 1, 0, 1), (0, 2, 5, 2))
-    dtype: torch.dtype = FP32  # of factors
+    dtype: torch.dtype = FP32  # dtype of the factors
     matmul: torch.dtype = FP32
     grad: torch.dtype = FP32
     param: torch.dtype = FP32
@@ -48,12 +48,12 @@ class Batch:
 
     @property
     def numbers(self) -> list[int]:
-        """Return the tiles as operators take them."""
+        """Return the tiles as a flat list, the format of the operators."""
         return [number for tile in self.tiles for number in tile]
 
     @property
     def num_blocks(self) -> int:
-        """Count the blocks of all tiles."""
+        """Return the number of blocks of all tiles."""
         return sum(down * across for _, down, _, across in self.tiles)
 
 
@@ -91,11 +91,11 @@ BATCHES: dict[str, dict[str, Any]] = {
     "large, packed": {"rows": 131, "cols": 260, "tiles": ((0, 1, 0, 1), (0, 4, 0, 2)), "packed": True, "dtype": BF16},
 }
 SLOW = ("fp64", "large", "large, packed", "plain", "bf16 weights, stochastic", "packed", "every other", "wide block")
-"""Cases that Triton does not serve or its interpreter takes long for, or that others cover."""
+"""Cases that Triton does not support, that are slow in its interpreter, or that other cases cover."""
 
 
 def batches(backend: str) -> dict[str, Batch]:
-    """Return all batches by the names of their cases."""
+    """Return all batches by case."""
     if not backend.startswith("triton"):
         return {name: Batch(**options) for name, options in BATCHES.items()}
     bf16 = {"dtype": BF16, "matmul": BF16}
@@ -132,7 +132,7 @@ def _sides(batch: Batch, generator: torch.Generator) -> dict[str, Any]:
 
 
 def _lists(batch: Batch, generator: torch.Generator) -> dict[str, list[Tensor]]:
-    """Draw the matrices that the blocks are cut from; gradients have more axes where they may."""
+    """Draw the lists of tensors: gradients, parameters, buffers and residuals."""
     shapes = [(r + down * batch.rows, c + across * batch.cols) for r, down, c, across in batch.tiles]
     lists = {}
     for name in ("grad", "param", "buffer"):
@@ -184,7 +184,7 @@ _NEWER = {
 
 
 def _with_newer(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of an operator with those newer ones that its schema has in this version."""
+    """Add those arguments of `_NEWER` that the operator's schema has in this version."""
     known = {argument.name for argument in getattr(torch.ops.rootfree, name).default._schema.arguments}
     return {**{newer: value for newer, value in _NEWER.items() if newer in known}, **arguments}
 
@@ -214,7 +214,7 @@ def step_arguments(
 
 
 def _run_batch(entries: dict[str, str], batch: Batch, backend: str) -> None:
-    """Gather, update, step, and note all tensors after each of them."""
+    """Gather, update and step. Record all tensors after each of these."""
     ops, generator = torch.ops.rootfree, torch.Generator().manual_seed(8)
     lists, sides = _lists(batch, generator), _sides(batch, generator)
     grad, squares = ops.kron_gather(**gather_arguments(batch, lists, sides), backend=backend)
@@ -229,7 +229,7 @@ def _run_batch(entries: dict[str, str], batch: Batch, backend: str) -> None:
 
 
 def _run_fake(entries: dict[str, str], batch: Batch, backend: str) -> None:
-    """Note dtypes, shapes and strides of what fake versions of the operators give."""
+    """Record the dtypes, shapes and strides of the operators' results on fake tensors."""
     ops, generator = torch.ops.rootfree, torch.Generator().manual_seed(8)
     with FakeTensorMode() as mode:
         lists, sides = (tree_map_only(Tensor, mode.from_tensor, f(batch, generator)) for f in (_lists, _sides))
@@ -243,7 +243,7 @@ def _run_fake(entries: dict[str, str], batch: Batch, backend: str) -> None:
 
 
 def _run_gather_of_axes(entries: dict[str, str], dtype: torch.dtype, backend: str) -> None:
-    """Gather gradients of four axes, whole and channels last."""
+    """Gather gradients with four axes: contiguous, channels last and transposed."""
     x = torch.randn((4, 3, 2, 2), generator=torch.Generator().manual_seed(9)).to(dtype)
     grads = [x, x.to(memory_format=torch.channels_last), laid_out(x, "transposed")]
     G, squares = torch.ops.rootfree.kron_gather(grads, [*ONE[0]] * 3, 4, 12, [], None, BF16, False, backend)
@@ -251,7 +251,7 @@ def _run_gather_of_axes(entries: dict[str, str], dtype: torch.dtype, backend: st
 
 
 def run(results: Results, backend: str) -> None:
-    """Call the operators in every case."""
+    """Run all cases of the operators."""
     for number, (name, batch) in enumerate(batches(backend).items()):
         with results.case(f"kron, {backend}, {name}") as entries:
             _run_batch(entries, batch, backend)

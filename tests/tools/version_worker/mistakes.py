@@ -1,4 +1,4 @@
-"""Make mistakes, and note whether they are refused, and in which words."""
+"""Make mistakes, and record whether they raise and their error messages."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def _params(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
 
 
 def _option(**options: Any) -> Callable[[], Any]:
-    """Return a call that makes an IFShampoo with bad options."""
+    """Return a call that creates an IFShampoo with bad options."""
     return lambda: IFShampoo(_params(), **{**OPTIONS, **options})
 
 
 def _param(make: Callable[[], Any]) -> Callable[[], Any]:
-    """Return a call that makes an RFRMSProp with a bad parameter."""
+    """Return a call that creates an RFRMSProp with a bad parameter."""
     return lambda: RFRMSProp([nn.Parameter(torch.ones(2)), make()], **OPTIONS)
 
 
@@ -68,7 +68,7 @@ def _shorter(param: nn.Parameter) -> None:
 
 
 def _changed_layout(**options: Any) -> Callable[[], Any]:
-    """Return a call that changes an option that the state was made for."""
+    """Return a call that changes options after the first step."""
 
     def call() -> None:
         optimizer = _stepped(dtype=torch.bfloat16)
@@ -87,7 +87,7 @@ def _changed_dtype() -> None:
 
 
 def _load(make: Callable[[], Any]) -> Callable[[], Any]:
-    """Return a call that loads a state dict that does not fit."""
+    """Return a call that loads a state dict that does not match the optimizer."""
     return lambda: _stepped().load_state_dict(make())
 
 
@@ -173,7 +173,7 @@ MISTAKES: dict[str, Callable[[], Any]] = {
 
 
 def run_all(results: Results) -> None:
-    """Make every mistake. Whether it is refused counts as the outcome; the words are kept apart."""
+    """Make all mistakes. Record whether each raises, and its error message separately."""
     with results.case("mistakes") as entries:
         for name, call in MISTAKES.items():
             try:

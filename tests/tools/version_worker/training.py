@@ -1,4 +1,4 @@
-"""Train with the optimizers, and note weights, state and state dicts after every step."""
+"""Train with the optimizers, and record weights and state after every step, and state dicts at the end."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NUM_STEPS = 6
 
 @dataclass(frozen=True)
 class Run:
-    """Describe a training: an optimizer with options, the weights, and what happens on the way."""
+    """A training run: an optimizer with options, the weights, and an event during training."""
 
     optimizer: str
     options: dict[str, Any] = field(default_factory=dict)
@@ -37,25 +37,25 @@ class Run:
 
 
 def seeded(shape: tuple[int, ...], seed: int, dtype: torch.dtype) -> Tensor:
-    """Return random numbers that depend on shape and seed alone."""
+    """Return a random tensor that depends only on its shape, seed and dtype."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def placed(value: Tensor, layout: str) -> Tensor:
-    """Return a tensor of the same numbers in a layout; "channels last" has no meaning but for four axes."""
+    """Return an equal tensor in a memory layout. "channels last" has an effect only with four axes."""
     if layout == "channels last" and value.dim() == 4:
         return value.contiguous(memory_format=torch.channels_last)
     return laid_out(value, layout)
 
 
 def make_params(run: Run) -> list[nn.Parameter]:
-    """Make the weights of a run."""
+    """Create the weights of a run."""
     values = [seeded(shape, 100 + index, run.dtype) for index, shape in enumerate(run.shapes)]
     return [nn.Parameter(placed(value, run.layout)) for value in values]
 
 
 def make_optimizer(run: Run, params: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """Make the optimizer of a run, of two groups where the event says so."""
+    """Create the optimizer of a run. The event may require two groups or named parameters."""
     options = {**OPTIONS, **run.options}
     if run.event == "two groups":
         groups = [{"params": params[:2], "lr": 0.02, "maximize": True}, {"params": params[2:], "batch_size": 8}]
@@ -66,7 +66,7 @@ def make_optimizer(run: Run, params: list[nn.Parameter]) -> torch.optim.Optimize
 
 
 def set_gradients(run: Run, params: list[nn.Parameter], step: int) -> None:
-    """Give every parameter the gradient of a step."""
+    """Set the gradients of a step."""
     for index, param in enumerate(params):
         grad = seeded(tuple(param.shape), 1000 * (step + 1) + index, run.dtype)
         if run.layout == "negated gradients":
@@ -77,7 +77,7 @@ def set_gradients(run: Run, params: list[nn.Parameter], step: int) -> None:
 
 
 def prepare(run: Run, params: list[nn.Parameter], optimizer: Any, step: int) -> None:
-    """Let happen what the event of a run has for a step."""
+    """Apply the event of a run before a step."""
     if run.event == "nan" and step == 2:
         params[0].grad[0, 0] = torch.nan
         next(param for param in params if param.shape == (6,)).grad[2] = torch.inf
@@ -92,7 +92,7 @@ def prepare(run: Run, params: list[nn.Parameter], optimizer: Any, step: int) -> 
 
 
 def note(entries: dict[str, str], optimizer: torch.optim.Optimizer, label: str) -> None:
-    """Note the digests of all weights and all state."""
+    """Record the digests of all weights and all state."""
     params = [param for group in optimizer.param_groups for param in group["params"]]
     for index, param in enumerate(params):
         entries[f"{label}, weight {index}"] = digest(param)
@@ -101,7 +101,7 @@ def note(entries: dict[str, str], optimizer: torch.optim.Optimizer, label: str) 
 
 
 def note_state_dict(entries: dict[str, str], optimizer: torch.optim.Optimizer) -> None:
-    """Note the names in a state dict, in their order, and the options that it has."""
+    """Record the names in a state dict, in order, and its options."""
     saved = optimizer.state_dict()
     for index, state in saved["state"].items():
         entries[f"state_dict, state {index}"] = str([*state])
@@ -110,7 +110,7 @@ def note_state_dict(entries: dict[str, str], optimizer: torch.optim.Optimizer) -
 
 
 def train(run: Run, params: list[nn.Parameter], optimizer: Any, steps: Iterable[int], entries: dict[str, str]) -> None:
-    """Take steps and note everything after each of them."""
+    """Take steps, and record weights and state after each."""
     for step in steps:
         set_gradients(run, params, step)
         prepare(run, params, optimizer, step)
@@ -198,11 +198,11 @@ SLOWLY = {
         *("tiles of 4, packed", "gaps, every third", "transposed, bf16", "bf16, stochastic, weights stochastic"),
     ),
 }
-"""Runs for Triton, whose interpreter takes a quarter of a second for the step of a matrix."""
+"""Runs for Triton. In its interpreter, a step of a matrix takes a quarter of a second."""
 
 
 def modes(optimizer: str) -> dict[str, Run]:
-    """Return runs of all dtypes of weights, and of all ways of rounding."""
+    """Return runs with all dtypes of weights and with all rounding modes."""
     every = {str(dtype).removeprefix("torch."): Run(optimizer, dtype=dtype) for dtype in (BF16, FP16, FP64)}
     for rounding, weight_rounding in product(ROUNDINGS, ROUNDINGS):
         options = {"rounding": rounding, "weight_rounding": weight_rounding, "state_dtype": BF16}
@@ -222,13 +222,13 @@ def runs_of(optimizer: str) -> dict[str, Run]:
 
 
 def made_small(name: str, run: Run) -> Run:
-    """Return a run with fewer weights, and with fewer steps where they have factors."""
+    """Return a run with fewer weights, and with fewer steps if weights have factors."""
     num_steps = 2 if "tiles" in name else 4 if run.optimizer == "IFShampoo" else run.num_steps
     return replace(run, shapes=TWINS if run.event == "gaps" else FEW_SHAPES, num_steps=num_steps)
 
 
 def runs(backend: str) -> dict[str, Run]:
-    """Return all runs on a backend by the names of their cases."""
+    """Return all runs on a backend by case."""
     every = {(optimizer, name): run for optimizer in OPTIMIZERS for name, run in runs_of(optimizer).items()}
     if backend == "triton":
         every = {key: made_small(key[1], run) for key, run in every.items() if key[1] in SLOWLY[key[0]]}
@@ -236,7 +236,7 @@ def runs(backend: str) -> dict[str, Run]:
 
 
 class _Seen(TorchDispatchMode):
-    """Note the library's operators as a dispatch mode sees them."""
+    """Record the calls of the library's operators that a dispatch mode sees."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -265,7 +265,7 @@ def _profiled(step: Callable[[], Any]) -> list[str]:
 
 
 def _look_on(entries: dict[str, str], name: str, look: Callable[[Callable[[], Any]], list[str]]) -> None:
-    """Train with somebody looking on at the second step, and note what was seen."""
+    """Take two steps, the second under `look`. Record the events that it returns, and the final weights and state."""
     run = Run(name, shapes=FEW_SHAPES)
     params = make_params(run)
     optimizer = make_optimizer(run, params)
@@ -279,7 +279,7 @@ def _look_on(entries: dict[str, str], name: str, look: Callable[[Callable[[], An
 
 
 def can_run(backend: str) -> str:
-    """Return why the backend that ROOTFREE_BACKEND names cannot take a step; empty where it can."""
+    """Return why the backend in ROOTFREE_BACKEND cannot take a step, or an empty string if it can."""
     assert os.environ["ROOTFREE_BACKEND"] == backend
     run = Run("IFShampoo", shapes=((3, 2),))
     params = make_params(run)
@@ -291,7 +291,7 @@ def can_run(backend: str) -> str:
 
 
 def run_all(results: Results, backend: str) -> None:
-    """Train every run, and some with a profiler and with a dispatch mode looking on."""
+    """Train all runs. Also run two optimizers under a profiler and under a dispatch mode."""
     for name, run in runs(backend).items():
         with results.case(f"training, {name}") as entries:
             params = make_params(run)
