@@ -15,6 +15,8 @@ import rootfree_kernels  # noqa: E402
 
 REPOSITORY = "https://github.com/rootfree-kernels/rootfree-kernels"
 SITE = "https://rootfree-kernels.readthedocs.io"
+BRANCH = f"v{rootfree_kernels.__version__}" if os.environ.get("READTHEDOCS_VERSION_TYPE") == "tag" else "main"
+"""Where links into the repository lead: pages of a release link to its tag."""
 
 project = "rootfree-kernels"
 author = "the rootfree-kernels developers"
@@ -50,7 +52,7 @@ def link_to_repository(app: Any, docname: str, source: list[str]) -> None:
     def absolute(match: re.Match[str]) -> str:
         target = Path(os.path.normpath(folder / match[2])).relative_to(ROOT)
         leaves = target.parts[0] != "docs"
-        return f"{match[1]}({REPOSITORY}/blob/main/{target.as_posix()})" if leaves else match[0]
+        return f"{match[1]}({REPOSITORY}/blob/{BRANCH}/{target.as_posix()})" if leaves else match[0]
 
     source[0] = RELATIVE_LINK.sub(absolute, source[0])
 

@@ -75,6 +75,7 @@ def test_pages_list_the_options(page: str, options: Mapping[str, Any]) -> None:
 def test_every_environment_variable_is_documented() -> None:
     page = (DOCS / "api" / "environment.md").read_text(encoding="utf-8")
     sources = [*ROOT.glob("rootfree_kernels/**/*.py"), *ROOT.glob("csrc/**/*.cpp"), ROOT / "setup.py"]
+    sources += [*ROOT.glob("triton_kernels/*.py"), *ROOT.glob("build_support/*.py")]
     read = r"(?:environ\.get\(|environ\[|getenv\()\"(ROOTFREE_\w+)\""
     variables = {name for file in sources for name in re.findall(read, file.read_text(encoding="utf-8"))}
     assert len(variables) >= 4

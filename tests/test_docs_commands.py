@@ -29,13 +29,20 @@ class CommandLineIsRead(BaseException):
 
 
 def stop_after_parsing(monkeypatch: pytest.MonkeyPatch) -> None:
-    parse = argparse.ArgumentParser.parse_args
+    parse, parse_known = argparse.ArgumentParser.parse_args, argparse.ArgumentParser.parse_known_args
 
     def parse_and_stop(parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> NoReturn:
         parse(parser, *args, **kwargs)
         raise CommandLineIsRead
 
+    def parse_known_and_stop(parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> Any:
+        found = parse_known(parser, *args, **kwargs)
+        if sys._getframe(1).f_code is parse.__code__:  # argparse's own call; unknown options are refused after it
+            return found
+        raise CommandLineIsRead
+
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse_known_and_stop)
 
 
 def source_of(module: str) -> str | None:
@@ -68,9 +75,21 @@ def check_module(module: str, arguments: Sequence[str], monkeypatch: pytest.Monk
         runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
-def check_make(arguments: Sequence[str]) -> None:
+def check_make(arguments: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check the targets, the variables, and the command lines of benchmarks that make would run."""
     done = subprocess.run(["make", "-n", *arguments], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    variables = re.findall(r"^(\w+) \?=", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert {word.partition("=")[0] for word in arguments if "=" in word} <= {*variables, "ROOTFREE_BUILD", "CXX"}
+    for module, rest in re.findall(r"-m (bench[\w.]*)(.*)$", done.stdout, re.MULTILINE):
+        with monkeypatch.context() as context:
+            check_module(module, shlex.split(rest), context)
+
+
+def test_wrong_variables_and_options_behind_make_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    for wrong in ("BENCH_ARGS=--nosuch", "BENCH_ARG=--tiny"):
+        with pytest.raises((AssertionError, SystemExit)):
+            check_make(["bench", wrong], monkeypatch)
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: f"{COMMANDS[command]}: {command}")
@@ -79,7 +98,7 @@ def test_a_command_can_be_run(command: str, monkeypatch: pytest.MonkeyPatch) -> 
     while re.match(r"[A-Z_]+=", words[0]):
         del words[0]
     if words[0] == "make":
-        check_make(words[1:])
+        check_make(words[1:], monkeypatch)
     elif "-m" in words and words[words.index("-m") - 1] in ("python", "python3"):
         first = words.index("-m") + 1
         arguments = [word.partition("|")[0] if re.fullmatch(r"[\w|]+", word) else word for word in words[first + 1 :]]

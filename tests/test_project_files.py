@@ -70,9 +70,15 @@ def test_compiled_wheels_are_named_after_the_pinned_torch() -> None:
     "name", [*(f".github/workflows/{path.name}" for path in WORKFLOWS), ".ci/run", ".pre-commit-config.yaml"]
 )
 def test_make_targets_exist(name: str) -> None:
-    used = set(re.findall(r"^(?:.*(?:run|entry): )?make ([\w-]+)", read(name), re.MULTILINE))
+    used = set(re.findall(r"^\s*(?:.*(?:run|entry): )?make ([\w-]+)", read(name), re.MULTILINE))
     phony = " ".join(re.findall(r"^\.PHONY: (.+)$", read("Makefile"), re.MULTILINE)).split()
     assert used and used <= set(phony)
+
+
+def test_ci_runs_the_targets_of_the_local_check() -> None:
+    """The set-up by `make install` is part of every target."""
+    found = [set(re.findall(r"make ([\w-]+)", read(name))) for name in (".github/workflows/ci.yml", ".ci/run")]
+    assert found[0] - {"install"} == found[1]
 
 
 def test_ci_runs_every_python_version_of_the_classifiers() -> None:

@@ -13,7 +13,9 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DOCS = ROOT / "docs"
-PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("**/*.md")))
+OTHER_PAGES = ("CONTRIBUTING.md", "SECURITY.md", "bench/results/README.md", ".github/pull_request_template.md")
+PAGES = (ROOT / "README.md", *(ROOT / page for page in OTHER_PAGES), *sorted(DOCS.glob("**/*.md")))
+"""All pages but CHANGELOG.md, which also names what is gone."""
 
 FENCE = re.compile(r"^( *)```(\S*)[^\n]*\n(.*?)^\1```", re.DOTALL | re.MULTILINE)
 COMMAND = re.compile(r"(?:\w+=\S+ )*(?:make|python3?|pip|nsys|ncu|git|\.ci/\w+)\b(?! *:)")
