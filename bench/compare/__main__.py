@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from bench.common.optimizers import muon_is_fp32
+from bench.common.muon import muon_is_fp32
 from bench.common.paths import RESULTS
 from bench.common.peers import PEERS, why_missing
 from bench.common.record import gpu, provenance, read_json, slug

@@ -22,7 +22,7 @@ from bench.common.gpt import GPT, GPT2
 from bench.common.memory import peak_bytes, release, state_bytes
 from bench.common.optimizers import ENTRIES, Entry
 from bench.common.timing import Timing
-from bench.demo.methods import Together
+from bench.common.together import Together
 from rootfree_kernels import IFShampoo
 
 

@@ -25,7 +25,7 @@ from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from bench.common.paths import ROOT
+from bench.common.paths import ROOT, link_kernels
 from bench.common.peers import CHECKOUTS, COMMIT, PEERS
 from bench.common.record import commit, write_json
 from bench.gpu_run.stages import HUGE
@@ -62,13 +62,6 @@ def extension() -> list[Path]:
 def python_tag() -> str:
     """Return the ending of this Python's compiled modules."""
     return str(sysconfig.get_config_var("EXT_SUFFIX"))
-
-
-def link_kernels(tree: Path) -> None:
-    """Let rootfree_kernels.triton_kernels be found in a tree that is not installed."""
-    link = tree / "rootfree_kernels" / "triton_kernels"
-    if not link.is_symlink():
-        link.symlink_to(Path("..") / "triton_kernels")
 
 
 def fill_cache(cache: Path, modules: Sequence[Sequence[str]]) -> int:

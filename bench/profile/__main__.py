@@ -30,8 +30,8 @@ from torch.profiler import ProfilerActivity, profile
 from bench.common import roofline
 from bench.common.gpt import GPT2
 from bench.common.record import gpu, provenance, slug, write_json
+from bench.common.tensors import Model
 from bench.common.timing import Timer, clock_of
-from bench.kernels.optimizers import Model
 from bench.profile.phases import MULTIPLIED, markdown, rows_of
 from bench.profile.step_trace import read, steps
 from rootfree_kernels import IFShampoo, RFAdaGrad, RFRMSProp, ranges

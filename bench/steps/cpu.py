@@ -24,11 +24,11 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from bench.common.muon import use_fp32_muon
 from bench.common.peers import find, why_missing
 from bench.common.record import provenance, write_json
 from bench.common.report import table
 from bench.common.timing import HostClock, Timer
-from bench.demo.methods import use_fp32_muon
 from bench.steps.naive import NaiveIFShampoo
 from rootfree_kernels import RECIPE, IFShampoo, RFRMSProp
 from rootfree_kernels.eager import cpu_matmul_dtype

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.common.paths import ROOT
+from bench.common.paths import ROOT, link_kernels
 from bench.common.peers import COMMIT, PEERS, Peer
 from bench.gpu_run import __main__ as runner
 from bench.gpu_run import bundle, machine, process, stages
@@ -208,7 +208,7 @@ def test_a_tree_that_is_not_installed_finds_its_kernels(tmp_path: Path) -> None:
     (tmp_path / "rootfree_kernels").mkdir()
     (tmp_path / "triton_kernels").mkdir()
     for _ in range(2):  # the second time it is there already
-        bundle.link_kernels(tmp_path)
+        link_kernels(tmp_path)
     assert (tmp_path / "rootfree_kernels" / "triton_kernels").resolve() == tmp_path / "triton_kernels"
 
 

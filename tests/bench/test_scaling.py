@@ -11,12 +11,12 @@ import torch
 
 from bench.common.gpt import GPT, GPT2
 from bench.common.optimizers import ENTRIES
+from bench.common.together import Together
 from bench.common.workloads import WORKLOADS, Workload
 from bench.compare import scaling, training
 from bench.compare.contest import OTHER, UPDATE, Limits
 from bench.compare.settings import TINY
 from bench.compare.training import GPT2_124M, ROWS, SELDOM, SMALL, Trainee, Transformer, batches
-from bench.demo.methods import Together
 from tests.bench.fakes import FakeOptimizer, failing_at, fake_entry, stopped_clock, undisturbed
 
 CPU = torch.device("cpu")
