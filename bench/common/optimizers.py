@@ -145,7 +145,7 @@ OURS = (
 
 
 def of_torch(name: str, params: Sequence[Parameter], period: int, block: int, **options: Any) -> Optimizer:
-    optimizer: Optimizer = getattr(torch.optim, name)(params, lr=LR, **options)
+    optimizer: Optimizer = getattr(torch.optim, name)(params, **{"lr": LR, **options})
     return optimizer
 
 

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from bench.common.gpt import GPT, GPT2
 from bench.common.memory import peak_bytes, release, state_bytes
-from bench.common.optimizers import ENTRIES, Entry
+from bench.common.optimizers import ADAMW, ENTRIES, Entry
 from bench.common.timing import Timing
 from bench.common.together import Together
 from rootfree_kernels import IFShampoo
@@ -77,8 +77,7 @@ def by_recipe(entry: Entry, model: Transformer, period: int) -> Optimizer:
 
 def beside_adamw(entry: Entry, model: Transformer, period: int) -> Optimizer:
     """Return theirs for the matrices, with AdamW for the rest."""
-    adamw = torch.optim.AdamW(model.rest(), lr=1e-4, fused=True)
-    return Together(entry.make(model.matrices(), period, 1024), adamw)
+    return Together(entry.make(model.matrices(), period, 1024), ADAMW(model.rest(), period, 1024))
 
 
 ALWAYS, SELDOM = 1, 10

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from bench.common.gpt import GPT2
+from bench.common.optimizers import ENTRIES, WHOLE
 from bench.common.report import Row, Target
 from bench.common.roofline import Work, diagonal_bytes, whole_step
 from bench.common.tensors import Model
@@ -44,8 +45,7 @@ OURS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 
 PEERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "AdamW, fused": partial(torch.optim.AdamW, fused=True),
-    "RMSprop, foreach": partial(torch.optim.RMSprop, foreach=True, momentum=0.9),
+    name: partial(ENTRIES[name].make, period=1, block=WHOLE) for name in ("AdamW, fused", "RMSprop, foreach")
 }
 
 
