@@ -53,13 +53,6 @@ def shampoo(model: GPT, lr: float, betas: tuple[float, float], weight_decay: flo
     return optimizer
 
 
-def soap(model: GPT, lr: float, betas: tuple[float, float], weight_decay: float, T: int) -> Optimizer:
-    """Return the authors' SOAP, with their β₁ of 0.95. Its first step only makes the preconditioner."""
-    options = {"lr": lr, "betas": (0.95, betas[1]), "weight_decay": weight_decay, "precondition_frequency": T}
-    optimizer: Optimizer = find("soap").SOAP(model.parameters(), **options)
-    return optimizer
-
-
 def if_shampoo(model: GPT, **settings: Any) -> Optimizer:
     """Return IFShampoo by the paper's rule for all weights."""
     return IFShampoo(model.parameters(), **settings)
@@ -91,7 +84,6 @@ METHODS = {
     "ifshampoo": Method("IFShampoo (paper's rule)", if_shampoo, IFShampoo),
     "rfrmsprop": Method("RFRMSProp", rf_rmsprop, RFRMSProp),
     "shampoo": Method("Distributed Shampoo", shampoo, peer="distributed_shampoo"),
-    "soap": Method("SOAP", soap, peer="soap"),
 }
 
 

@@ -1,6 +1,6 @@
 """Tune each of the demo's optimizers with the same small budget.
 
-    python -m bench.demo.tune --method adamw|rfrmsprop|ifshampoo|recipe|shampoo|soap|muon [--trials 12] [--finalists 3]
+    python -m bench.demo.tune --method adamw|rfrmsprop|ifshampoo|recipe|shampoo|muon [--trials 12] [--finalists 3]
     python -m bench.demo.tune --method muon --settings '{"lr": 0.045, …}'     # these settings alone, at full length
 
 Each method gets the same number of settings, spread over its space by a scrambled Sobol sequence. Each is trained for
@@ -42,7 +42,6 @@ SPACES: dict[str, dict[str, tuple[float, float]]] = {
         "riemannian_momentum": (0.02, 0.6),
     },
     "shampoo": {**ADAM, "T": (1, 20)},
-    "soap": {**ADAM, "T": (1, 20)},
     "muon": {"lr": (1e-3, 5e-2), "adamw_lr": (7e-4, 1e-2), "weight_decay": (1e-3, 3e-1)},
     "recipe": {"lr": (1e-2, 1.6e-1), "weight_decay": (3e-2, 1.0)},
 }

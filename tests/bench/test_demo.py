@@ -214,6 +214,13 @@ def test_methods_are_compared_at_the_last_step_that_all_have_reached():
     assert "peak memory" not in head  # nothing was measured
 
 
+def test_evaluations_of_a_record_are_read_in_both_forms():
+    evaluation = Evaluation(10, 1.5, 2.0, 2.1, 0.5)
+    assert plot.points_of({"evaluations": [evaluation._asdict()]}) == [evaluation[:3]]
+    held_out = {"held_out": [(20, 3.0, 1.0)]}
+    assert plot.points_of(held_out) == held_out["held_out"] and plot.points_of({}) == []
+
+
 def test_records_of_the_demo_can_be_drawn_and_one_without_a_course_is_refused(tmp_path, monkeypatch, capsys):
     for name in ("demo-2026-11-28", "demo-peers-2026-11-22", "demo-2026-11-22"):
         out = tmp_path / f"{name}.png"
