@@ -40,6 +40,7 @@ from typing import Any, TextIO
 
 import torch
 
+from bench.common.gpu import why_no_gpu
 from bench.common.memory import release
 from bench.common.record import gpu, provenance
 from bench.demo.data import Corpus, read_corpus, standard_library
@@ -105,10 +106,10 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Task]:
     for name in POSITIVE:
         if (value := getattr(options, name)) is not None and value <= 0:
             parser.error(f"--{name.replace('_', '-')} {value}: choose a number above 0")
-    small, has_gpu = options.size == "small", torch.cuda.is_available()
-    options.device = options.device or ("cuda" if has_gpu and not small else "cpu")
-    if options.device == "cuda" and not has_gpu:
-        parser.error(f"--device cuda: PyTorch {torch.__version__} sees no GPU here; --device cpu trains on the CPU")
+    small, no_gpu = options.size == "small", why_no_gpu()
+    options.device = options.device or ("cpu" if no_gpu or small else "cuda")
+    if options.device == "cuda" and no_gpu:
+        parser.error(f"--device cuda: {no_gpu}. Use --device cpu.")
     if not (small or options.steps or options.seconds):
         options.seconds = 60.0
     options.out = options.out or Path("runs/demo" if small else "runs/language-model")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bench.common.record import write_json
 from bench.common.report import table as markdown_table
 
 
@@ -197,7 +197,7 @@ def write_report(folder: Path, about: Mapping[str, Any], runs: Runs) -> None:
     same = {name: point.held_out_loss for name, run in runs.items() if (point := run.at_step(step))}
     results = {name: run.as_json(loss) for name, run in runs.items()}
     summary = {**about, "results": results, "same_steps": {"step": step, "held_out_loss": same}}
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1, default=str) + "\n", encoding="utf-8")
+    write_json(folder / "summary.json", summary, default=str)  # settings hold dtypes
     plots = []
     if find_spec("matplotlib") and any(run.evaluations for run in runs.values()):
         from bench.demo.plot import draw

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from bench.common.paths import RESULTS
-from bench.common.record import provenance
+from bench.common.record import provenance, read_json, write_text
 from bench.demo.data import Corpus, standard_library
 from bench.demo.settings import Task
 from bench.demo.train import Session, Trainee, train
@@ -77,8 +77,8 @@ def trial(method: str, settings: dict[str, Any], task: Task, corpus: Corpus) -> 
     else:
         result |= {name: round(value, 4) for name, value in run.figures().items()}
     result |= provenance(shlex.join(["python", "-m", "bench.demo.tune", *sys.argv[1:]]))
-    rows = json.loads(RECORD.read_text()) if RECORD.exists() else []
-    RECORD.write_text("[\n" + ",\n".join(json.dumps(row) for row in [*rows, result]) + "\n]\n")
+    rows = read_json(RECORD) if RECORD.exists() else []
+    write_text(RECORD, "[\n" + ",\n".join(json.dumps(row) for row in [*rows, result]) + "\n]\n")
     print(method, task.steps, result["held_out_loss"], settings, flush=True)
     return result
 

@@ -195,7 +195,7 @@ def test_rows_are_on_the_disk_before_the_next_step(tmp_path):
     [
         (["--size", "7b"], "argument --size: invalid choice: '7b'"),
         (["--device", "tpu"], "invalid choice: 'tpu'"),
-        (["--device", "cuda"], "--device cuda: PyTorch"),
+        (["--device", "cuda"], "--device cuda: torch"),
         (["--seconds", "0"], "--seconds 0.0: choose a number above 0"),
         (["--size", "tiny"], "argument --size: invalid choice: 'tiny'"),
         (["--optimizers", "soap"], "argument --optimizers: invalid choice: 'soap'"),
