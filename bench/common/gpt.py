@@ -35,11 +35,16 @@ class GPTConfig:
         return nn.LayerNorm if self.is_gpt2 else nn.RMSNorm
 
     def shapes(self) -> dict[str, Shape]:
-        """Return the shape of every parameter by its name. Weights are inputs × outputs, as OpenAI stored them."""
+        """Return the shape of every parameter by its name. GPT-2's are inputs × outputs, as OpenAI stored them."""
         with torch.device("meta"):
-            weights = GPT(self).named_parameters()
-        tables = ("bytes.weight", "places.weight")
-        return {name: tuple(x.shape) if name in tables else tuple(x.shape)[::-1] for name, x in weights}
+            weights = {name: tuple(x.shape) for name, x in GPT(self).named_parameters()}
+        kept = ("bytes.weight", "places.weight") if self.is_gpt2 else weights
+        return {name: shape if name in kept else shape[::-1] for name, shape in weights.items()}
+
+    def matrices(self) -> tuple[tuple[int, int], ...]:
+        """Return the shapes of the blocks' weights, in the order of the model."""
+        hidden = (shape for name, shape in self.shapes().items() if name.startswith("blocks."))
+        return tuple((shape[0], shape[1]) for shape in hidden if len(shape) == 2)
 
     def num_numbers(self) -> int:
         """Return the number of parameters, counted as numbers."""

@@ -1,4 +1,4 @@
-"""Bytes that an optimizer keeps between steps, and bytes that its steps allocate."""
+"""Bytes that an optimizer keeps between steps, bytes that its steps allocate, and memory that is kept or released."""
 
 from __future__ import annotations
 
@@ -84,3 +84,12 @@ def release() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def settle_allocator() -> None:
+    """Allocate and free a large tensor, as any training does.
+
+    The C library then keeps memory of this size. Otherwise it would return it to the system after every step, and page
+    faults would be timed.
+    """
+    torch.zeros(7 << 20)

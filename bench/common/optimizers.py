@@ -19,10 +19,9 @@ import torch
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from bench.common.muon import make_muon
 from bench.common.peers import find
-from bench.demo.methods import use_fp32_muon
 from rootfree_kernels import RECIPE, IFShampoo, RFRMSProp
-from rootfree_kernels.eager import cpu_matmul_dtype
 from rootfree_kernels.ops.backends import BACKENDS, why_not
 
 LR = 1e-4
@@ -146,19 +145,12 @@ OURS = (
 
 
 def of_torch(name: str, params: Sequence[Parameter], period: int, block: int, **options: Any) -> Optimizer:
-    optimizer: Optimizer = getattr(torch.optim, name)(params, lr=LR, **options)
+    optimizer: Optimizer = getattr(torch.optim, name)(params, **{"lr": LR, **options})
     return optimizer
 
 
 def muon_of_torch(params: Sequence[Parameter], period: int, block: int) -> Optimizer:
-    if muon_is_fp32(params[0].device):
-        use_fp32_muon()
-    return torch.optim.Muon(params, lr=LR, momentum=0.9)
-
-
-def muon_is_fp32(device: torch.device) -> bool:
-    """Return whether Muon of torch has to iterate in FP32: on a CPU that multiplies BF16 slowly, as ours does there."""
-    return device.type == "cpu" and cpu_matmul_dtype(BF16, device) != BF16
+    return make_muon(params, lr=LR, momentum=0.9)
 
 
 ADAMW = partial(of_torch, "AdamW", fused=True)

@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,13 @@ from rootfree_kernels.ops.dispatch import device_name, processor
 from rootfree_kernels.ops.dispatch import slug as slug
 
 
-def write_json(path: Path, record: Any) -> None:
-    """Write a record, whole or not at all, and make its folder if there is none."""
-    text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+def write_json(path: Path, record: Any, default: Callable[[Any], Any] | None = None) -> None:
+    """Write a record, as `write_text` does. `default` is called with what JSON does not know."""
+    write_text(path, json.dumps(record, indent=1, ensure_ascii=False, default=default) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file, whole or not at all, and make its folder if there is none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
     part.write_text(text, encoding="utf-8")

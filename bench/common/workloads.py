@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-from bench.common.gpt import GPT2
+from bench.common.gpt import GPT2, GPTConfig
 from rootfree_kernels.blocks import tiles
 
 Matrix = tuple[int, int]
@@ -39,12 +39,6 @@ class Workload:
         )
 
 
-def gpt2_matrices(model: GPT2) -> tuple[Matrix, ...]:
-    """Return the weights of a GPT-2's layers, in the order of the model."""
-    hidden = (shape for name, shape in model.shapes().items() if name.startswith("blocks.") and len(shape) == 2)
-    return tuple((rows, columns) for rows, columns in hidden)
-
-
 def vit_matrices(depth: int = 12, width: int = 768, patch: int = 16) -> tuple[Matrix, ...]:
     """Return the matrices of torchvision's ViT-B/16, whose patch embedding is a convolution of 16 × 16."""
     layer = ((3 * width, width), (width, width), (4 * width, width), (width, 4 * width))
@@ -69,21 +63,16 @@ def llama_matrices(width: int = 4096, hidden: int = 11008) -> tuple[Matrix, ...]
     return *((width, width),) * 4, (hidden, width), (hidden, width), (width, hidden)
 
 
-def demo_matrices(width: int = 128, depth: int = 5) -> tuple[Matrix, ...]:
-    """Return the layers of the language model of `bench.demo`."""
-    return (*((width, width),) * 4, (4 * width, width), (width, 4 * width)) * depth
-
-
 WORKLOADS = {
     workload.name: workload
     for workload in (
         Workload("512²", ((512, 512),), on_cpu=True),
         Workload("1024²", ((1024, 1024),), on_cpu=True),
-        Workload("small GPT", demo_matrices(), on_cpu=True),
+        Workload("small GPT", GPTConfig(5, 128).matrices(), on_cpu=True),
         Workload("1024×4096", ((1024, 4096),), on_cpu=True),
         Workload("4096²", ((4096, 4096),)),
-        Workload("GPT-2 124M", gpt2_matrices(GPT2())),
-        Workload("GPT-2 350M", gpt2_matrices(GPT2(depth=24, width=1024))),
+        Workload("GPT-2 124M", GPT2().matrices()),
+        Workload("GPT-2 350M", GPT2(depth=24, width=1024).matrices()),
         Workload("ViT-B/16", vit_matrices()),
         Workload("ResNet-50", resnet50_matrices()),
         Workload("Llama-7B layer", llama_matrices()),

@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 
-from bench.common.optimizers import muon_is_fp32
+from bench.common.memory import settle_allocator
+from bench.common.muon import muon_is_fp32
 from bench.common.paths import RESULTS
 from bench.common.peers import PEERS, why_missing
 from bench.common.record import gpu, provenance, read_json, slug
@@ -106,7 +107,7 @@ def measure_all(run: Run, pieces: Mapping[str, Piece]) -> bool:
     """Measure what is left; return False if an error spoiled the device, so that another process has to go on."""
     progress = run.progress
     if run.device.type == "cpu":
-        torch.zeros(7 << 20)  # the C library keeps memory of this size from now on, as in any training
+        settle_allocator()
     for number, (name, piece) in enumerate(pieces.items(), 1):
         if name not in progress.done and name not in progress.broken:
             progress.begin(name)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from bench.common.gpt import GPT2
+from bench.common.gpu import why_no_gpu
 from bench.common.optimizers import ENTRIES, Entry
 from bench.common.workloads import WORKLOADS, Workload
 from bench.compare import training
@@ -126,8 +127,8 @@ def _why_not(options: argparse.Namespace) -> str | None:
     if options.page:
         found = (options.page / "results.json").is_file()
         return None if found else f"--page {options.page} has no results.json: name a folder that bench.compare wrote."
-    if options.device == "cuda" and not torch.cuda.is_available():
-        return f"--device cuda: torch {torch.__version__} sees no GPU here. Use --device cpu."
+    if options.device == "cuda" and (why := why_no_gpu()):
+        return f"--device cuda: {why}. Use --device cpu."
     hint = "" if options.all else " on a CPU, where --all adds others"
     if not chosen_entries(options):
         return f"--optimizers {options.optimizers.pattern!r} matches no optimizer{hint}."

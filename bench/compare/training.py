@@ -14,15 +14,14 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import Optimizer
 
 from bench.common.gpt import GPT, GPT2
 from bench.common.memory import peak_bytes, release, state_bytes
-from bench.common.optimizers import ENTRIES, Entry
+from bench.common.optimizers import ADAMW, ENTRIES, Entry
 from bench.common.timing import Timing
-from bench.demo.methods import Together
+from bench.common.together import Together
 from rootfree_kernels import IFShampoo
 
 
@@ -44,46 +43,34 @@ GPT2_124M = Task("GPT-2 124M", GPT2(), batch=32)
 SMALL = Task("small GPT", GPT2(5, 128, vocabulary=256, context=128, head_width=32), batch=16, bf16=False)
 
 
-class Transformer(GPT):
-    """A GPT-2 that maps tokens [batch, length] to the mean loss of the next token."""
-
-    def __init__(self, task: Task) -> None:
-        super().__init__(task.model)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        logits = super().forward(tokens)
-        return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
-
-
 # ---- optimizers --------------------------------------------------------------------------------------------------
 
 
-def whole(entry: Entry, model: Transformer, period: int) -> Optimizer:
+def whole(entry: Entry, model: GPT, period: int) -> Optimizer:
     """Return one optimizer for the whole model."""
     return entry.make([*model.parameters()], period, 1024)
 
 
-def in_groups(entry: Entry, model: Transformer, period: int) -> Optimizer:
+def in_groups(entry: Entry, model: GPT, period: int) -> Optimizer:
     """Return ours, with the diagonal step for embeddings and vectors."""
     groups = [{"params": model.matrices()}, {"params": model.rest(), "structure": "elementwise"}]
     return entry.make(groups, period, 1024)
 
 
-def by_recipe(entry: Entry, model: Transformer, period: int) -> Optimizer:
-    """The recipe for the whole model, as `IFShampoo.for_model` splits it."""
+def by_recipe(entry: Entry, model: GPT, period: int) -> Optimizer:
+    """Return the recipe for the whole model, as `IFShampoo.for_model` splits it."""
     options = {"precondition_frequency": period, "max_preconditioner_dim": 1024, **entry.make.keywords}
     return IFShampoo.for_model(model, **options)
 
 
-def beside_adamw(entry: Entry, model: Transformer, period: int) -> Optimizer:
+def beside_adamw(entry: Entry, model: GPT, period: int) -> Optimizer:
     """Return theirs for the matrices, with AdamW for the rest."""
-    adamw = torch.optim.AdamW(model.rest(), lr=1e-4, fused=True)
-    return Together(entry.make(model.matrices(), period, 1024), adamw)
+    return Together(entry.make(model.matrices(), period, 1024), ADAMW(model.rest(), period, 1024))
 
 
 ALWAYS, SELDOM = 1, 10
 
-ROWS: dict[str, tuple[str, int, Callable[[Entry, Transformer, int], Optimizer]]] = {
+ROWS: dict[str, tuple[str, int, Callable[[Entry, GPT, int], Optimizer]]] = {
     "AdamW, fused": ("AdamW, fused", ALWAYS, whole),
     "SGD, fused": ("SGD, fused", ALWAYS, whole),
     "RFRMSProp": ("RFRMSProp", ALWAYS, whole),
@@ -114,7 +101,7 @@ class Trainee:
 
     task: Task
     device: torch.device
-    make: Callable[[Transformer], Optimizer]
+    make: Callable[[GPT], Optimizer]
     steps: list[float] = field(default_factory=list)
     in_optimizer: list[float] = field(default_factory=list)
     peak: int = 0
@@ -122,7 +109,7 @@ class Trainee:
     def prepare(self) -> None:
         """Make model and optimizer."""
         torch.manual_seed(0)
-        self.model = Transformer(self.task).to(self.device)
+        self.model = GPT(self.task.model).to(self.device)
         self.optimizer = self.make(self.model)
 
     def warm_up(self, tokens: Tensor, clock: Any, number: int) -> None:
@@ -141,7 +128,7 @@ class Trainee:
         clock.synchronize()
         marks = [clock.mark()]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.task.bf16):
-            loss = self.model(tokens)
+            loss = self.model.loss(tokens[:, :-1], tokens[:, 1:])
         loss.backward()
         marks.append(clock.mark())
         self.optimizer.step()
@@ -181,9 +168,9 @@ def contestants(task: Task, device: torch.device, names: Sequence[str]) -> dict[
 
 
 def batches(task: Task, device: torch.device) -> Iterator[Tensor]:
-    """Yield random tokens, without end."""
+    """Yield random tokens, without end: of each sequence one more than the model reads, which is the last target."""
     generator = torch.Generator(device=device).manual_seed(0)
-    size = (task.batch, task.model.context)
+    size = (task.batch, task.model.context + 1)
     while True:
         yield torch.randint(task.model.vocabulary, size, generator=generator, device=device)
 

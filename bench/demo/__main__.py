@@ -40,10 +40,11 @@ from typing import Any, TextIO
 
 import torch
 
+from bench.common.gpu import why_no_gpu
 from bench.common.memory import release
 from bench.common.record import gpu, provenance
 from bench.demo.data import Corpus, read_corpus, standard_library
-from bench.demo.methods import make, options_of, terms, why_unavailable
+from bench.demo.methods import METHODS, make, options_of, terms, why_unavailable
 from bench.demo.report import Run, table, write_report
 from bench.demo.settings import SETTINGS, SIZES, Task, settings_of
 from bench.demo.train import Session, Trainee, train
@@ -74,12 +75,16 @@ def parse_change(text: str) -> tuple[str, str, Any]:
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("bench.demo", description=__doc__, formatter_class=raw, allow_abbrev=False)
-    add = parser.add_argument
+    add, names = parser.add_argument, " ".join(METHODS)
     add("--device", choices=("cuda", "cpu"), help="default cpu for size small, otherwise cuda where there is a GPU")
-    add("--size", choices=SIZES, help="default small; 30m with --device cuda")
+    sizes = [size for size in SIZES if size != "tiny"]
+    add("--size", choices=sizes, help="default small; 30m with --device cuda")
+    add("--tiny", dest="size", action="store_const", const="tiny", help=argparse.SUPPRESS)  # for the tests
     add("--seconds", type=float, help="of training, a method; default 60 for a size other than small")
     add("--steps", type=int, help="steps of every method, in the place of --seconds; default 400 at small")
-    add("--optimizers", nargs="+", metavar="NAME", help="default adamw muon recipe; all for a size other than small")
+    add(
+        "--optimizers", nargs="+", choices=METHODS, metavar="NAME", help=f"of {names}; default at small the first three"
+    )
     add("--seed", type=int, help="of weights and order of the data; default 0")
     add("--batch", type=int, help="sequences of a batch")
     add("--length", type=int, help="bytes of a sequence")
@@ -101,10 +106,10 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Task]:
     for name in POSITIVE:
         if (value := getattr(options, name)) is not None and value <= 0:
             parser.error(f"--{name.replace('_', '-')} {value}: choose a number above 0")
-    small, has_gpu = options.size == "small", torch.cuda.is_available()
-    options.device = options.device or ("cuda" if has_gpu and not small else "cpu")
-    if options.device == "cuda" and not has_gpu:
-        parser.error(f"--device cuda: PyTorch {torch.__version__} sees no GPU here; --device cpu trains on the CPU")
+    small, no_gpu = options.size == "small", why_no_gpu()
+    options.device = options.device or ("cpu" if no_gpu or small else "cuda")
+    if options.device == "cuda" and no_gpu:
+        parser.error(f"--device cuda: {no_gpu}. Use --device cpu.")
     if not (small or options.steps or options.seconds):
         options.seconds = 60.0
     options.out = options.out or Path("runs/demo" if small else "runs/language-model")
@@ -190,7 +195,6 @@ def attempt(method: str, settings: dict[str, Any], session: Session, bar: bool =
 
 def about(options: argparse.Namespace, task: Task, corpus: Corpus, arguments: Sequence[str]) -> dict[str, Any]:
     """Return what a record says about where it comes from."""
-    sizes = {"train": len(corpus.train), "held_out": len(corpus.held_out)}
     planned = {"steps": None if options.seconds else task.steps, "seconds": options.seconds}
     return {
         **provenance(shlex.join(["python", "-m", "bench.demo", *arguments])),
@@ -199,8 +203,8 @@ def about(options: argparse.Namespace, task: Task, corpus: Corpus, arguments: Se
         "weights": sum(x.numel() for x in task.model().parameters()),
         "task": {**asdict(task), **planned},
         "compiled": options.compile,
-        "data": {"source": corpus.source, "files": corpus.num_files, **sizes},
-        "bytes": sizes,
+        "data": {"source": corpus.source, "files": corpus.num_files},
+        "bytes": {"train": len(corpus.train), "held_out": len(corpus.held_out)},
         "settings": {name: {**terms(name, task), **settings} for name, settings in options.settings.items()},
     }
 

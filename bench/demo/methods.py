@@ -6,33 +6,14 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-from torch.optim import AdamW, Muon, Optimizer, _muon
+from torch.optim import AdamW, Optimizer
 
 from bench.common.gpt import GPT
+from bench.common.muon import make_muon
 from bench.common.peers import find, why_missing
+from bench.common.together import Together
 from bench.demo.settings import TERM, Task
 from rootfree_kernels import IFShampoo, RFRMSProp
-from rootfree_kernels.eager import cpu_matmul_dtype
-
-BF16 = torch.bfloat16
-
-
-class Together(Optimizer):
-    """Step two parts of a model with two optimizers. A scheduler sees the groups of both."""
-
-    def __init__(self, *parts: Optimizer) -> None:
-        self.parts = parts
-        super().__init__([group for part in parts for group in part.param_groups], {})
-        self.param_groups = [group for part in parts for group in part.param_groups]
-
-    def step(self, closure: Any = None) -> Any:
-        loss = None if closure is None else closure()
-        for part in self.parts:
-            part.step()
-        self.state = {param: state for part in self.parts for param, state in part.state.items()}  # type: ignore[assignment]
-        return loss
 
 
 def adamw(model: GPT, decay_vectors: bool = True, **settings: Any) -> Optimizer:
@@ -45,39 +26,11 @@ def adamw(model: GPT, decay_vectors: bool = True, **settings: Any) -> Optimizer:
 
 
 def muon(model: GPT, lr: float, adamw_lr: float, weight_decay: float, momentum: float = 0.95) -> Optimizer:
-    """Return PyTorch's Muon for the matrices of the blocks, and AdamW for embeddings, head and vectors.
-
-    Its iterations are in FP32 on a CPU that multiplies BF16 slowly, as ours are there.
-    """
-    if next(model.parameters()).device.type == "cpu" and cpu_matmul_dtype(BF16, torch.device("cpu")) != BF16:
-        use_fp32_muon()
+    """Return PyTorch's Muon for the matrices of the blocks, and AdamW for embeddings, head and vectors."""
     return Together(
-        Muon(model.matrices(), lr=lr, weight_decay=weight_decay, momentum=momentum),
+        make_muon(model.matrices(), lr=lr, weight_decay=weight_decay, momentum=momentum),
         AdamW(model.rest(), lr=adamw_lr, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True),
     )
-
-
-def use_fp32_muon() -> None:
-    """Let every Muon of this process iterate in FP32.
-
-    `torch.optim.Muon` casts to BF16. On a CPU that multiplies BF16 slowly it would take a time no user would accept.
-    """
-    _muon._zeropower_via_newtonschulz = orthogonalized
-
-
-def orthogonalized(grad: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
-    """Return an approximation of the nearest semi-orthogonal matrix, by X ← aX + (b·XXᵀ + c·(XXᵀ)²)X in FP32.
-
-    The arguments are those of `torch.optim._muon._zeropower_via_newtonschulz`, which this replaces.
-    """
-    a, b, c = coefficients
-    tall = grad.shape[0] > grad.shape[1]
-    x = (grad.T if tall else grad).float()
-    x = x / x.norm().clamp(min=eps)
-    for _ in range(steps):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if tall else x
 
 
 def shampoo(model: GPT, lr: float, betas: tuple[float, float], weight_decay: float, T: int) -> Optimizer:
@@ -97,13 +50,6 @@ def shampoo(model: GPT, lr: float, betas: tuple[float, float], weight_decay: flo
         distributed_config=package.SingleDeviceDistributedConfig(target_parameter_dimensionality=2),
         preconditioner_config=package.RootInvShampooPreconditionerConfig(use_symmetric_packing=False),
     )
-    return optimizer
-
-
-def soap(model: GPT, lr: float, betas: tuple[float, float], weight_decay: float, T: int) -> Optimizer:
-    """Return the authors' SOAP, with their β₁ of 0.95. Its first step only makes the preconditioner."""
-    options = {"lr": lr, "betas": (0.95, betas[1]), "weight_decay": weight_decay, "precondition_frequency": T}
-    optimizer: Optimizer = find("soap").SOAP(model.parameters(), **options)
     return optimizer
 
 
@@ -138,7 +84,6 @@ METHODS = {
     "ifshampoo": Method("IFShampoo (paper's rule)", if_shampoo, IFShampoo),
     "rfrmsprop": Method("RFRMSProp", rf_rmsprop, RFRMSProp),
     "shampoo": Method("Distributed Shampoo", shampoo, peer="distributed_shampoo"),
-    "soap": Method("SOAP", soap, peer="soap"),
 }
 
 

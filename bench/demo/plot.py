@@ -19,13 +19,18 @@ STYLES = {
     "adamw": ("#000000", "s", 1.6),
     "muon": ("#E69F00", "^", 1.6),
     "shampoo": ("#009E73", "D", 1.6),
-    "soap": ("#CC79A7", "v", 1.6),
     "rfrmsprop": ("#56B4E9", "o", 2.4),
     "ifshampoo": ("#0072B2", "o", 2.4),
     "recipe": ("#D55E00", "o", 3.2),
 }
 OTHER = ("#777777", "x", 1.6)
 LABELS = {"seconds": "seconds of training", "steps": "steps"}
+
+
+def points_of(result: Mapping[str, Any]) -> list[tuple[int, float, float]]:
+    """Return the evaluations of a result. Some older records have them as objects."""
+    objects = result.get("evaluations", ())
+    return result.get("held_out") or [(x["step"], x["seconds"], x["held_out_loss"]) for x in objects]
 
 
 def curves_of(record: Mapping[str, Any]) -> dict[str, list[tuple[int, float, float]]]:
@@ -35,7 +40,7 @@ def curves_of(record: Mapping[str, Any]) -> dict[str, list[tuple[int, float, flo
         ValueError: the record has no evaluations on the way.
     """
     results = record.get("results", {})
-    curves = {method: result["held_out"] for method, result in results.items() if result.get("held_out")}
+    curves = {method: points for method, result in results.items() if (points := points_of(result))}
     if not curves:
         raise ValueError("the record has no held-out losses over time; take one that bench.demo has written lately")
     return dict(sorted(curves.items(), key=lambda curve: -curve[1][-1][2]))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bench.common.record import write_json
 from bench.common.report import table as markdown_table
 
 
@@ -110,7 +110,6 @@ class Run:
             "diverged": self.diverged or None,
             "error": self.error or None,
             "held_out": [(x.step, x.seconds, x.held_out_loss) for x in self.evaluations],
-            "evaluations": [x._asdict() for x in self.evaluations],
         }
 
 
@@ -170,14 +169,15 @@ def _ending(run: Run) -> str:
 
 def markdown(about: Mapping[str, Any], runs: Runs, plots: list[str]) -> str:
     """Return the page: where the figures come from, the table, the plots."""
-    task, data = about["task"], about["data"]
+    task, sizes = about["task"], about["bytes"]
     budget = f"{task['steps']} steps" if task["steps"] else f"{task['seconds']:g} s of training"
     lines = [
         f"# A byte-level GPT of {about['weights'] / 1e6:.2f}M weights, {budget} a method",
         "",
         f"{about['device']}, torch {about['torch']}, commit {about['commit']}, {about['date']}: `{about['command']}`",
         "",
-        f"{data['source']}: {data['train'] / 1e6:.1f} MB to train on, {data['held_out'] / 1e6:.1f} MB held out. "
+        f"{about['data']['source']}: {sizes['train'] / 1e6:.1f} MB to train on, {sizes['held_out'] / 1e6:.1f} MB held "
+        "out. "
         f"Batches of {task['batch']} × {task['length']} bytes, seed {task['seed']}. Losses in nats per byte; train "
         "loss: mean of the last tenth of the steps. In brackets the learning rate's factor at that step: the smaller, "
         "the nearer the end of the schedule, which favours a method. Settings were "
@@ -197,7 +197,7 @@ def write_report(folder: Path, about: Mapping[str, Any], runs: Runs) -> None:
     same = {name: point.held_out_loss for name, run in runs.items() if (point := run.at_step(step))}
     results = {name: run.as_json(loss) for name, run in runs.items()}
     summary = {**about, "results": results, "same_steps": {"step": step, "held_out_loss": same}}
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1, default=str) + "\n", encoding="utf-8")
+    write_json(folder / "summary.json", summary, default=str)  # settings hold dtypes
     plots = []
     if find_spec("matplotlib") and any(run.evaluations for run in runs.values()):
         from bench.demo.plot import draw

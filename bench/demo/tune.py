@@ -1,6 +1,6 @@
 """Tune each of the demo's optimizers with the same small budget.
 
-    python -m bench.demo.tune --method adamw|rfrmsprop|ifshampoo|recipe|shampoo|soap|muon [--trials 12] [--finalists 3]
+    python -m bench.demo.tune --method adamw|rfrmsprop|ifshampoo|recipe|shampoo|muon [--trials 12] [--finalists 3]
     python -m bench.demo.tune --method muon --settings '{"lr": 0.045, …}'     # these settings alone, at full length
 
 Each method gets the same number of settings, spread over its space by a scrambled Sobol sequence. Each is trained for
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from bench.common.paths import RESULTS
-from bench.common.record import provenance
+from bench.common.record import provenance, read_json, write_text
 from bench.demo.data import Corpus, standard_library
 from bench.demo.settings import Task
 from bench.demo.train import Session, Trainee, train
@@ -42,7 +42,6 @@ SPACES: dict[str, dict[str, tuple[float, float]]] = {
         "riemannian_momentum": (0.02, 0.6),
     },
     "shampoo": {**ADAM, "T": (1, 20)},
-    "soap": {**ADAM, "T": (1, 20)},
     "muon": {"lr": (1e-3, 5e-2), "adamw_lr": (7e-4, 1e-2), "weight_decay": (1e-3, 3e-1)},
     "recipe": {"lr": (1e-2, 1.6e-1), "weight_decay": (3e-2, 1.0)},
 }
@@ -78,8 +77,8 @@ def trial(method: str, settings: dict[str, Any], task: Task, corpus: Corpus) -> 
     else:
         result |= {name: round(value, 4) for name, value in run.figures().items()}
     result |= provenance(shlex.join(["python", "-m", "bench.demo.tune", *sys.argv[1:]]))
-    rows = json.loads(RECORD.read_text()) if RECORD.exists() else []
-    RECORD.write_text("[\n" + ",\n".join(json.dumps(row) for row in [*rows, result]) + "\n]\n")
+    rows = read_json(RECORD) if RECORD.exists() else []
+    write_text(RECORD, "[\n" + ",\n".join(json.dumps(row) for row in [*rows, result]) + "\n]\n")
     print(method, task.steps, result["held_out_loss"], settings, flush=True)
     return result
 

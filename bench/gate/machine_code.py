@@ -17,7 +17,7 @@ from typing import NamedTuple
 # Triton is imported within functions: `bench.gate.triton` takes TRITON_INTERPRET out of the environment first.
 
 
-class Target(NamedTuple):
+class Gpu(NamedTuple):
     """A GPU to compile for."""
 
     backend: str
@@ -32,10 +32,10 @@ class Target(NamedTuple):
 
 
 TARGETS = {
-    "sm_80": Target("cuda", 80, 32, 166_912, r"HMMA\b", "SM80"),
-    "sm_90": Target("cuda", 90, 32, 232_448, r"HGMMA\b", "SM90a"),
-    "sm_100": Target("cuda", 100, 32, 232_448, r"UTC[A-Z]MMA\b", "SM100a"),
-    "gfx942": Target("hip", "gfx942", 64, 65_536, r"v_mfma_"),
+    "sm_80": Gpu("cuda", 80, 32, 166_912, r"HMMA\b", "SM80"),
+    "sm_90": Gpu("cuda", 90, 32, 232_448, r"HGMMA\b", "SM90a"),
+    "sm_100": Gpu("cuda", 100, 32, 232_448, r"UTC[A-Z]MMA\b", "SM100a"),
+    "gfx942": Gpu("hip", "gfx942", 64, 65_536, r"v_mfma_"),
 }
 
 INSTRUCTIONS = {

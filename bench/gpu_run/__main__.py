@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 
 from bench.common.paths import ROOT
 from bench.gpu_run import bundle, machine
-from bench.gpu_run.process import Runner, pack
+from bench.gpu_run.process import Runner, pack_results
 from bench.gpu_run.stages import FAILED, STAGES, Limits, Stage
 
 ARCHIVE = "gpu-run.tgz"
@@ -73,7 +73,7 @@ def prepare(scratch: Path) -> dict[str, str]:
 def run_all(stages: Sequence[Stage], folder: Path, environment: dict[str, str], archive: Path) -> bool:
     """Run stages one after the other, pack results meanwhile, and return whether every command returned 0."""
     begin, good = time.monotonic(), True
-    runner = Runner(environment, ROOT, partial(pack, folder, archive))
+    runner = Runner(environment, ROOT, partial(pack_results, folder, archive))
     for stage in stages:
         commands = stage.commands(Limits(stage.seconds, folder))
         outcome = runner.run(commands, folder / f"{stage.name}.log", stage.seconds)
@@ -83,7 +83,7 @@ def run_all(stages: Sequence[Stage], folder: Path, environment: dict[str, str], 
         print(line, flush=True)
         with (folder / "summary.txt").open("a", encoding="utf-8") as file:
             file.write(f"{line}\n")
-        pack(folder, archive)
+        pack_results(folder, archive)
     return good
 
 
@@ -131,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         good = run_all(options.stages, folder, {**os.environ, **variables}, archive)
     finally:
-        pack(folder, archive)
+        pack_results(folder, archive)
     bundle.copy_all((folder / "summary.txt", *folder.glob("*.md")), options.out)
     show_ends(options.stages, folder)
     return int(not good)

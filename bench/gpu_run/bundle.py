@@ -25,7 +25,7 @@ from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from bench.common.paths import ROOT
+from bench.common.paths import ROOT, link_kernels
 from bench.common.peers import CHECKOUTS, COMMIT, PEERS
 from bench.common.record import commit, write_json
 from bench.gpu_run.stages import HUGE
@@ -62,13 +62,6 @@ def extension() -> list[Path]:
 def python_tag() -> str:
     """Return the ending of this Python's compiled modules."""
     return str(sysconfig.get_config_var("EXT_SUFFIX"))
-
-
-def link_kernels(tree: Path) -> None:
-    """Let rootfree_kernels.triton_kernels be found in a tree that is not installed."""
-    link = tree / "rootfree_kernels" / "triton_kernels"
-    if not link.is_symlink():
-        link.symlink_to(Path("..") / "triton_kernels")
 
 
 def fill_cache(cache: Path, modules: Sequence[Sequence[str]]) -> int:
@@ -110,7 +103,7 @@ def copy_all(files: Iterable[Path], folder: Path) -> None:
         shutil.copy2(path, folder)
 
 
-def pack(folder: Path, archive: Path) -> None:
+def pack_folder(folder: Path, archive: Path) -> None:
     """Write a folder to an archive."""
     with tarfile.open(archive, "w:gz") as tar:
         tar.add(folder, ".")
@@ -184,14 +177,14 @@ def make(peers: Path, bundle: Path = BUNDLE) -> None:
         work = Path(name)
         (work / "peers").mkdir()
         found = copy_peers(peers, work / "peers")
-        pack(work / "peers", bundle / OTHERS)
+        pack_folder(work / "peers", bundle / OTHERS)
         packages = download_packages(work / "packages")
         if packages:
-            pack(work / "packages", bundle / PACKAGES)
+            pack_folder(work / "packages", bundle / PACKAGES)
         say(f"peers: {', '.join(found) or f'none is in {peers}'}; packages: {', '.join(packages) or 'none'}")
         for modules in (OURS, THEIRS) if found else (OURS,):  # the bundle is whole after ours
             kernels = fill_cache(work / "cache", modules)
-            pack(work / "cache", bundle / CACHE)
+            pack_folder(work / "cache", bundle / CACHE)
             about = {**versions(), "commit": commit(), "kernels": kernels, "peers": found}
             write_json(bundle / ABOUT, about)
             say(f"{kernels} kernels are compiled")

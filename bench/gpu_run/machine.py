@@ -9,7 +9,6 @@ The exit status is 1 if PyTorch, Triton, pytest, numpy or the GPU is missing, wi
 
 from __future__ import annotations
 
-import importlib
 import os
 import re
 import subprocess
@@ -18,6 +17,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
+from bench.common.gpu import why_no_gpu
 from bench.common.paths import ROOT
 
 NEEDED = ("torch", "triton", "pytest", "numpy")
@@ -51,10 +51,7 @@ def problem() -> str | None:
     """Return why nothing can be run on this machine, or None."""
     if absent := missing(NEEDED):
         return f"{sys.executable} has no {', '.join(absent)}: choose another one (PYTHON=python3.12 make gpu)."
-    torch = importlib.import_module("torch")
-    if not torch.cuda.is_available():
-        return f"torch {torch.__version__} of {sys.executable} sees no GPU here."
-    return None
+    return f"{sys.executable}: {why}." if (why := why_no_gpu()) else None
 
 
 def triton_folder() -> str:

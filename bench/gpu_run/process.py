@@ -84,7 +84,7 @@ def _last_line(log: Path) -> str:
     return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
-def pack(folder: Path, archive: Path) -> None:
+def pack_results(folder: Path, archive: Path) -> None:
     """Write the files of `folder` to `archive`, whole or not at all. left_out.txt names those that are too large."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "left_out.txt")
     large = [path for path in files if path.stat().st_size > LARGEST_PACKED]

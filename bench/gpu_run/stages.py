@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench.common.paths import ROOT
+from bench.demo.settings import SETTINGS
 from bench.gpu_run.machine import ignored
 
 FAILED = "failed.txt"
@@ -37,9 +38,6 @@ CONTESTANTS = (
     *("Muon of torch", "Muon of Dion, Triton", "Distributed Shampoo, eigh, unpacked", "sirfshampoo"),
 )
 """The optimizers of stage `peers`."""
-
-LANGUAGE_METHODS = 5
-"""The number of methods that `python -m bench.demo --device cuda` compares."""
 
 
 class Limits(NamedTuple):
@@ -150,8 +148,9 @@ def ncu(limits: Limits) -> list[Command]:
 
 
 def language(limits: Limits) -> list[Command]:
-    each = max(5, (limits.seconds - 35) // LANGUAGE_METHODS)
-    options = ["--device", "cuda", "--size", "30m", "--seconds", each, "--out", limits.folder / "language"]
+    size = "30m"
+    each = max(5, (limits.seconds - 35) // len(SETTINGS[size]))  # seconds of every method
+    options = ["--device", "cuda", "--size", size, "--seconds", each, "--out", limits.folder / "language"]
     return [python("bench.demo", *options)]
 
 
@@ -170,7 +169,7 @@ STAGES = {
         Stage("peers", 160, "GPT-2 124M, steps and training, beside AdamW, Muon and other people's Shampoo", peers),
         Stage("profile", 45, "where the time of a step goes, by phase", profile),
         Stage("ncu", 60, "Nsight Compute on the matrix kernels", ncu),
-        Stage("language", 135, "a language model trained by five methods, loss against time", language),
+        Stage("language", 135, "a language model trained by several methods, loss against time", language),
         Stage("kernels", 300, "kernels at all sizes", kernels, by_default=False),
         Stage("again", 120, "tests that failed before", again, by_default=False),
         Stage("huge", 120, "tests that need tens of GB", huge, by_default=False),

@@ -21,7 +21,6 @@ from torch.nn import Parameter
 from bench.common.gpt import GPT2
 from bench.common.optimizers import dion_muon
 from bench.common.peers import why_missing
-from bench.common.workloads import gpt2_matrices
 from rootfree_kernels import RECIPE, IFShampoo, RFRMSProp
 from rootfree_kernels.ops.backends import choose
 from rootfree_kernels.rounding import ROUNDINGS
@@ -95,7 +94,7 @@ def step_peers() -> None:
     if reason := why_missing("dion"):
         print(f"Dion's Muon: {reason}")
         return
-    dion_muon(parameters(sorted(set(gpt2_matrices(GPT2()))), FP32), 1, 1024, use_triton=True).step()
+    dion_muon(parameters(sorted(set(GPT2().matrices())), FP32), 1, 1024, use_triton=True).step()
 
 
 def main() -> int:

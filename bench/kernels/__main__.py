@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from bench.common import roofline
+from bench.common.gpu import why_no_gpu
 from bench.common.memory import release
 from bench.common.paths import RESULTS
 from bench.common.record import gpu, provenance, slug
@@ -162,9 +163,8 @@ def make_context(options: argparse.Namespace) -> Context:
 
 def why_not(options: argparse.Namespace) -> str | None:
     """Return why nothing can be measured here, or None."""
-    if options.device == "cuda" and not torch.cuda.is_available():
-        built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
-        return f"bench.kernels needs a GPU that PyTorch can use; torch {torch.__version__} ({built}) sees none here."
+    if options.device == "cuda" and (why := why_no_gpu()):
+        return f"bench.kernels needs a GPU that PyTorch can use: {why}."
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if options.device == "cuda" and interpreted:
         return "TRITON_INTERPRET=1 is set, which runs kernels on the CPU: unset it to measure them."

@@ -8,19 +8,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from itertools import count
-from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from bench.common.gpt import GPT2
+from bench.common.optimizers import ENTRIES, WHOLE
 from bench.common.report import Row, Target
 from bench.common.roofline import Work, diagonal_bytes, whole_step
-from bench.common.tensors import random_tensors
+from bench.common.tensors import Model
 from bench.kernels.cases import Case, Context, attempt, ratio, relative_error, require
 from rootfree_kernels import IFShampoo, RFRMSProp
 
@@ -47,34 +45,8 @@ OURS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 
 PEERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "AdamW, fused": partial(torch.optim.AdamW, fused=True),
-    "RMSprop, foreach": partial(torch.optim.RMSprop, foreach=True, momentum=0.9),
+    name: partial(ENTRIES[name].make, period=1, block=WHOLE) for name in ("AdamW, fused", "RMSprop, foreach")
 }
-
-
-class Model:
-    """GPT-2's parameters in FP32, with gradients that can be moved."""
-
-    SPACING = 64  # numbers; 256 bytes, as far apart as the allocator puts tensors
-
-    def __init__(self, gpt2: GPT2, device: torch.device) -> None:
-        shapes = [*gpt2.shapes().values()]
-        self.params = [torch.nn.Parameter(x) for x in random_tensors(shapes, device, scale=0.02)]
-        self.room = 1024  # moves until an address comes again
-        ends = [(prod(shape) // self.SPACING + 1) * self.SPACING for shape in shapes]
-        self.starts = [sum(ends[:index]) for index in range(len(ends))]
-        (self.pool,) = random_tensors([(sum(ends) + self.room * self.SPACING,)], device, scale=0.1, seed=1)
-        self.moves: Iterator[int] = count()
-        self.move_gradients()
-
-    def move_gradients(self) -> None:
-        """Give every parameter a gradient at another address than in the steps before."""
-        offset = next(self.moves) % self.room * self.SPACING
-        for param, start in zip(self.params, self.starts, strict=True):
-            param.grad = self.pool[offset + start : offset + start + param.numel()].view(param.shape)
-
-    def new_gradients(self, seed: int) -> list[Tensor]:
-        return random_tensors([tuple(x.shape) for x in self.params], self.pool.device, scale=0.1, seed=seed)
 
 
 # ---- host and device -----------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from bench.common.roofline import Work, diagonal_bytes, momentum_bytes, scaled_b
 from bench.common.tensors import Shape, random_tensors
 from bench.common.timing import Call, Measured, num_inputs
 from bench.kernels.cases import Case, Context, attempt, check, in_double, ratio, require
+from bench.kernels.optimizers import PEERS
 from rootfree_kernels import ops
 from rootfree_kernels.arguments import DiagonalOptions, DiagonalState, Draws, ScaledOptions, ScaledState, Scaling
 from rootfree_kernels.backend import Backend
@@ -152,8 +153,7 @@ def _step_of(
 
 def peers(shapes: Sequence[Shape], device: torch.device) -> dict[str, Callable[[], Call]]:
     """Return makers of PyTorch's own steps on a list of the same shapes, by name."""
-    adamw = partial(torch.optim.AdamW, fused=True)
-    rmsprop = partial(torch.optim.RMSprop, foreach=True, momentum=0.9)
+    adamw, rmsprop = PEERS["AdamW, fused"], PEERS["RMSprop, foreach"]
     return {
         "AdamW": partial(_step_of, adamw, shapes, device, torch.float32),
         "AdamW BF16": partial(_step_of, adamw, shapes, device, torch.bfloat16),

@@ -29,9 +29,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.common import roofline
 from bench.common.gpt import GPT2
+from bench.common.gpu import why_no_gpu
 from bench.common.record import gpu, provenance, slug, write_json
+from bench.common.tensors import Model
 from bench.common.timing import Timer, clock_of
-from bench.kernels.optimizers import Model
 from bench.profile.phases import MULTIPLIED, markdown, rows_of
 from bench.profile.step_trace import read, steps
 from rootfree_kernels import IFShampoo, RFAdaGrad, RFRMSProp, ranges
@@ -141,8 +142,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 def why_not(options: argparse.Namespace) -> str | None:
     """Return why nothing can be profiled, or None."""
-    if options.device == "cuda" and not torch.cuda.is_available():
-        return f"--device cuda: torch {torch.__version__} sees no GPU here. Use --device cpu."
+    if options.device == "cuda" and (why := why_no_gpu()):
+        return f"--device cuda: {why}. Use --device cpu."
     if options.device == "cpu" and options.nsys:
         return "--nsys with --device cpu: nsys and ncu measure GPUs. Leave it out."
     if options.frequency < 1 or options.steps < 1:

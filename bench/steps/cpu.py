@@ -24,20 +24,22 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from bench.common.peers import find, why_missing
+from bench.common.memory import settle_allocator
+from bench.common.muon import use_fp32_muon
+from bench.common.optimizers import ENTRIES, LR, SETTINGS, WHOLE
+from bench.common.peers import why_missing
 from bench.common.record import provenance, write_json
 from bench.common.report import table
+from bench.common.roofline import diagonal_bytes
 from bench.common.timing import HostClock, Timer
-from bench.demo.methods import use_fp32_muon
 from bench.steps.naive import NaiveIFShampoo
 from rootfree_kernels import RECIPE, IFShampoo, RFRMSProp
 from rootfree_kernels.eager import cpu_matmul_dtype
 from rootfree_kernels.ops.backends import choose
 
-COMMON = {"lr": 1e-3, "batch_size": 16, "beta2": 0.2, "momentum": 0.9, "riemannian_momentum": 0.5, "damping": 1e-4}
+COMMON = {"lr": LR, **SETTINGS}
 LARGE = 20_000_000
-BYTES = 28
-"""The bytes of an FP32 number in a diagonal step: weight, gradient, s and m are read, all but the gradient written."""
+BYTES = diagonal_bytes(torch.float32, torch.float32, torch.float32)
 
 Row = dict[str, Any]
 
@@ -70,17 +72,22 @@ def parameters(num: int, *shape: int) -> list[torch.nn.Parameter]:
     return params
 
 
+def registered(name: str, params: list[torch.nn.Parameter], period: int = 1) -> Optimizer:
+    """Return an optimizer of the registry, without cuts of its weights."""
+    return ENTRIES[name].make(params, period, WHOLE)
+
+
 # ---- the diagonal step -----------------------------------------------------------------------------------------------
 
 
 def diagonal_optimizers(num: int, size: int) -> dict[str, Optimizer]:
     def ours(**options: Any) -> Optimizer:
-        return RFRMSProp(parameters(num, size), lr=1e-4, batch_size=16, **options)
+        return RFRMSProp(parameters(num, size), lr=LR, batch_size=16, **options)
 
     return {
         "FP32": ours(),
-        "AdamW": torch.optim.AdamW(parameters(num, size), lr=1e-4, fused=True),
-        "RMSprop": torch.optim.RMSprop(parameters(num, size), lr=1e-4, foreach=True, momentum=0.9),
+        "AdamW": registered("AdamW, fused", parameters(num, size)),
+        "RMSprop": registered("RMSprop, foreach", parameters(num, size)),
         "BF16 state": ours(state_dtype=torch.bfloat16),
         "BF16 state, compensated": ours(state_dtype=torch.bfloat16, rounding="compensated"),
         "eager": ours(fused=False),
@@ -115,14 +122,6 @@ def diagonal_rows(repeats: int) -> list[Row]:
 # ---- the factors -----------------------------------------------------------------------------------------------------
 
 
-def make_sirfshampoo(num: int, size: int, frequency: int) -> Optimizer:
-    model = torch.nn.ParameterList(parameters(num, size, size))
-    options = {"lr": COMMON["lr"], "beta2": COMMON["beta2"], "alpha1": COMMON["momentum"], "lam": COMMON["damping"]}
-    options |= {"alpha2": COMMON["riemannian_momentum"], "batch_size": COMMON["batch_size"], "T": frequency}
-    optimizer: Optimizer = find("sirfshampoo").SIRFShampoo(model, **options)
-    return optimizer
-
-
 def step_times(num: int, size: int, frequency: int, cycles: int) -> dict[str, dict[str, float]]:
     """Return the median seconds of an update, of another step and of a mean step at T = `frequency`, by optimizer."""
 
@@ -136,7 +135,7 @@ def step_times(num: int, size: int, frequency: int, cycles: int) -> dict[str, di
         "eager": make(IFShampoo, factor_dtype=torch.float32, fused=False),
     }
     if not why_missing("sirfshampoo"):
-        contestants["sirfshampoo"] = make_sirfshampoo(num, size, frequency)
+        contestants["sirfshampoo"] = registered("sirfshampoo", parameters(num, size, size), frequency)
     every = seconds(steps_of(contestants), cycles * frequency, warmups=frequency)
     return {name: summary(times, frequency) for name, times in every.items()}
 
@@ -204,15 +203,6 @@ def product_row(size: int, repeats: int) -> Row:
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------
-
-
-def settle_allocator() -> None:
-    """Allocate and free a large tensor, as any training does.
-
-    The C library then keeps memory of this size. Otherwise it would return it to the system after every step, and page
-    faults would be timed.
-    """
-    torch.zeros(7 << 20)
 
 
 def table_of(rows: list[Row]) -> list[str]:

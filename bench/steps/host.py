@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.common.gpt import GPT2
-from bench.common.paths import ROOT
+from bench.common.paths import ROOT, link_kernels
 from bench.common.record import provenance, write_json
 from bench.common.report import table
 from bench.common.timing import Timer, host_clock
@@ -206,8 +206,6 @@ def main() -> None:
         return
     others = None
     if args.against:
-        from bench.gpu_run.bundle import link_kernels  # imported here: a checkout that is measured may not have it
-
         link_kernels(args.against.resolve())
         rows, others = compare([ROOT, args.against.resolve()], device, args.repeats)
     else:

@@ -136,12 +136,53 @@ def test_variants_append_their_runs_and_compare_with_the_first_of_a_group(monkey
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert Counter(row["case"] for row in rows) == {"adamw": 2, **{f"rounding: {x}": 2 for x in variants.ROUNDING}}
     assert all({"seed", "held_out_loss", "final_train_loss", "settings", "clip", "commit"} <= set(row) for row in rows)
-    lines = {
-        line.split("|")[1].strip(): line for line in out.with_suffix(".md").read_text().splitlines() if "|" in line
-    }
+    page = out.with_suffix(".md").read_text()
     mean = sum(row["held_out_loss"] for row in rows if row["case"] == "rounding: fp32") / 2
-    assert f"{mean:.4f} (1.000)" in lines["rounding: fp32"] and "0 1" in lines["rounding: bf16, nearest"]
-    assert lines["adamw"] in capsys.readouterr().out
+    assert lines_of(page)["rounding: fp32"][3] == f"{mean:.4f} (1.000)"
+    assert lines_of(page)["rounding: bf16, nearest"][1] == "0 1"
+    assert page.partition("|")[2] in capsys.readouterr().out
+
+
+def lines_of(page):
+    """Return the cells of a table by the first of each line, without its head."""
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| ")]
+    return {first: cells for first, *cells in rows[2:]}
+
+
+def test_a_variant_s_table_names_the_seeds_that_diverged_and_compares_with_the_first_case_of_a_group():
+    def row(case, seed, loss, **more):
+        losses = {"held_out_loss": loss, "final_train_loss": loss}
+        return {"case": case, "seed": seed, "state_bytes": 0, "task": {"steps": 4}, **losses, **more}
+
+    lost = {"diverged": "the loss is nan at step 2"}
+    rows = [row("recipe: T = 2", 0, 3.0), row("recipe: T = 2", 1, None, **lost), row("recipe: default", 0, 2.0)]
+    rows += [row("recipe: clipped at 1", seed, 1.0, **lost) for seed in (0, 1)] + [
+        row("rounding: bf16, nearest", 0, 2.0)
+    ]
+    lines = lines_of(variants.summary(rows))
+    assert lines["recipe: T = 2"] == ["4", "0 1", *["3.0000 (1.500), diverged (seed 1)"] * 2, "–"]
+    assert lines["recipe: clipped at 1"][2:4] == ["diverged (seeds 0 1)"] * 2
+    assert lines["rounding: bf16, nearest"][3] == "2.0000"  # the first of its group was not measured
+
+
+def test_variants_by_default_are_adamw_muon_and_all_of_the_recipe_s(monkeypatch, tmp_path):
+    names = []
+    monkeypatch.setattr(variants, "measure", lambda name, *rest: names.append(name) or {"diverged": "at once"})
+    monkeypatch.setattr(variants, "summary", lambda rows: "")
+    monkeypatch.setattr(sys, "argv", ["variants", "--seeds", "0", "--out", str(tmp_path / "variants.jsonl")])
+    variants.main()
+    assert names == [name for name in variants.CASES if variants.group_of(name) in ("adamw", "muon", "recipe")]
+    assert names[2] == "recipe: default" and len(names) == 11
+
+
+@pytest.mark.parametrize("record", sorted(RESULTS.glob("recipe-*.jsonl")) + sorted(RESULTS.glob("variants-*.jsonl")))
+def test_records_of_variants_can_be_printed_by_the_names_of_today(record, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["variants", "--page", str(record)])
+    variants.main()
+    lines = lines_of(capsys.readouterr().out)
+    assert lines and {*lines} <= {*variants.CASES}
+    if "recipe" in record.name:
+        assert lines["recipe: FP32 factors"] == ["–", "0 1 2", "–", "1.4722 (1.001)", "32.1 MB"]
 
 
 # ---- the report ----------------------------------------------------------------------------------------------------
@@ -171,6 +212,13 @@ def test_methods_are_compared_at_the_last_step_that_all_have_reached():
     assert "at step 20 (lr ×)" in head and "2.5000 (0.39)" in first and "2.1000 (0.00)" in second
     assert "seconds to fast's loss" in head and " 33.0 " in first and " 32.0 " in second and "out of memory" in third
     assert "peak memory" not in head  # nothing was measured
+
+
+def test_evaluations_of_a_record_are_read_in_both_forms():
+    evaluation = Evaluation(10, 1.5, 2.0, 2.1, 0.5)
+    assert plot.points_of({"evaluations": [evaluation._asdict()]}) == [evaluation[:3]]
+    held_out = {"held_out": [(20, 3.0, 1.0)]}
+    assert plot.points_of(held_out) == held_out["held_out"] and plot.points_of({}) == []
 
 
 def test_records_of_the_demo_can_be_drawn_and_one_without_a_course_is_refused(tmp_path, monkeypatch, capsys):

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from bench.common.paths import ROOT
+from bench.common.paths import ROOT, link_kernels
 from bench.common.peers import COMMIT, PEERS, Peer
 from bench.gpu_run import __main__ as runner
 from bench.gpu_run import bundle, machine, process, stages
-from bench.gpu_run.process import INTERRUPTED, KILLED, Runner, pack
+from bench.gpu_run.process import INTERRUPTED, KILLED, Runner, pack_results
 from bench.gpu_run.stages import STAGES, Limits, Stage
 
 PATIENT = (
@@ -136,7 +136,7 @@ def test_an_archive_holds_everything_but_large_files(tmp_path: Path, monkeypatch
     (folder / "deep" / "small").write_text("x")
     (folder / "large").write_text("x" * 101)
     archive = tmp_path / "out" / "gpu-run.tgz"
-    pack(folder, archive)
+    pack_results(folder, archive)
     with tarfile.open(archive) as tar:
         assert sorted(tar.getnames()) == ["gpu/deep/small", "gpu/left_out.txt"]
     assert (folder / "left_out.txt").read_text() == "large: 101 bytes\n"
@@ -167,7 +167,7 @@ def test_a_moved_triton_cache_names_its_new_folder(tmp_path: Path) -> None:
     (made / "kernel.cubin").write_text("x")
     group = {"child_paths": {"kernel.cubin": str(made / "kernel.cubin")}}
     (made / "__grp__kernel.json").write_text(json.dumps(group))
-    bundle.pack(tmp_path / "made", tmp_path / "cache.tgz")
+    bundle.pack_folder(tmp_path / "made", tmp_path / "cache.tgz")
     bundle.unpack(tmp_path / "cache.tgz", tmp_path / "moved")
     bundle.relocate(tmp_path / "moved")
     found = json.loads((moved / "__grp__kernel.json").read_text())
@@ -208,7 +208,7 @@ def test_a_tree_that_is_not_installed_finds_its_kernels(tmp_path: Path) -> None:
     (tmp_path / "rootfree_kernels").mkdir()
     (tmp_path / "triton_kernels").mkdir()
     for _ in range(2):  # the second time it is there already
-        bundle.link_kernels(tmp_path)
+        link_kernels(tmp_path)
     assert (tmp_path / "rootfree_kernels" / "triton_kernels").resolve() == tmp_path / "triton_kernels"
 
 

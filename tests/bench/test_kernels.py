@@ -336,7 +336,7 @@ def test_a_run_writes_its_record(context: Context, tmp_path: Path, capsys: pytes
 @pytest.mark.parametrize(
     ("device", "has_gpu", "interpret", "message"),
     [
-        ("cuda", False, "", "bench.kernels needs a GPU that PyTorch can use; torch"),
+        ("cuda", False, "", "bench.kernels needs a GPU that PyTorch can use: torch"),
         ("cuda", True, "1", "unset it"),
         ("cpu", False, "", "set TRITON_INTERPRET=1"),
     ],

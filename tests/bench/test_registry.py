@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -16,9 +17,10 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from bench.common import optimizers, peers
+from bench.common import muon, peers
 from bench.common.memory import tensors_of
 from bench.common.optimizers import ENTRIES, WHOLE
+from bench.common.paths import ROOT
 from bench.common.peers import PEERS, MissingPeer, find, why_missing
 from bench.common.workloads import WORKLOADS, Workload
 from bench.compare.contest import Case
@@ -150,10 +152,14 @@ def test_the_recipe_has_its_options_and_blocks_and_period():
 @pytest.mark.parametrize("slow", [False, True])
 def test_muon_of_torch_iterates_in_fp32_only_on_a_cpu_that_multiplies_bf16_slowly(monkeypatch, slow):
     calls = []
-    monkeypatch.setattr(optimizers, "use_fp32_muon", lambda: calls.append("FP32"))
-    monkeypatch.setattr(optimizers, "cpu_matmul_dtype", lambda dtype, device: torch.float32 if slow else dtype)
+    monkeypatch.setattr(muon, "use_fp32_muon", lambda: calls.append("FP32"))
+    monkeypatch.setattr(muon, "cpu_matmul_dtype", lambda dtype, device: torch.float32 if slow else dtype)
     ENTRIES["Muon of torch"].make([Parameter(torch.ones(2, 2))], 1, WHOLE)
-    assert calls == ["FP32"] * slow and not optimizers.muon_is_fp32(torch.device("cuda"))
+    assert calls == ["FP32"] * slow
+
+
+def test_muon_iterates_in_bf16_on_a_gpu():
+    assert not muon.muon_is_fp32(torch.device("cuda"))
 
 
 # ---- peers ---------------------------------------------------------------------------------------------------------
@@ -227,3 +233,9 @@ def test_the_package_itself_never_imports_a_peer():
     code = f"import sys, rootfree_kernels, rootfree_kernels.optim; print([m for m in {modules} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (result.returncode, result.stdout.strip()) == (0, "[]"), result.stderr
+
+
+def test_bench_common_imports_no_other_package_of_bench():
+    imports = re.compile(r"^\s*(?:from|import) (bench\.(?!common\b)\S*|bench import .*)", re.MULTILINE)
+    texts = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "bench" / "common").glob("*.py")}
+    assert len(texts) > 10 and {name: found for name, text in texts.items() if (found := imports.findall(text))} == {}

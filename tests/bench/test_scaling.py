@@ -11,12 +11,12 @@ import torch
 
 from bench.common.gpt import GPT, GPT2
 from bench.common.optimizers import ENTRIES
+from bench.common.together import Together
 from bench.common.workloads import WORKLOADS, Workload
 from bench.compare import scaling, training
 from bench.compare.contest import OTHER, UPDATE, Limits
 from bench.compare.settings import TINY
-from bench.compare.training import GPT2_124M, ROWS, SELDOM, SMALL, Trainee, Transformer, batches
-from bench.demo.methods import Together
+from bench.compare.training import GPT2_124M, ROWS, SELDOM, SMALL, Trainee, batches
 from tests.bench.fakes import FakeOptimizer, failing_at, fake_entry, stopped_clock, undisturbed
 
 CPU = torch.device("cpu")
@@ -147,21 +147,29 @@ def test_the_formula_takes_the_steps_of_the_largest_t(clock, monkeypatch):
 
 def test_the_model_is_gpt2_and_its_matrices_are_those_of_the_workload():
     with torch.device("meta"):
-        model, small = Transformer(GPT2_124M), Transformer(SMALL)
+        model, small = GPT(GPT2_124M.model), GPT(SMALL.model)
     assert sum(x.numel() for x in model.parameters()) == 124_439_808 and GPT2_124M.tokens == 32 * 1024
     for name, built in (("GPT-2 124M", model), ("small GPT", small)):
         assert sum(x.numel() for x in built.matrices()) == WORKLOADS[name].num_weights
         assert Counter(map(id, [*built.matrices(), *built.rest()])) == Counter(map(id, built.parameters()))
 
 
-def test_the_loss_is_that_of_the_next_token_and_begins_at_that_of_guessing():
+def test_the_loss_is_that_of_the_next_token_and_begins_at_that_of_guessing(clock, monkeypatch):
     torch.manual_seed(0)
-    task = training.Task("tiny", GPT2(1, 8, 50, 6, head_width=4), batch=64)
-    model, tokens = Transformer(task), next(batches(task, CPU))
-    loss, guesses = model(tokens), GPT.forward(model, tokens).log_softmax(-1)
-    of_next = [guesses[row, place, tokens[row, place + 1]] for row in range(64) for place in range(5)]
-    torch.testing.assert_close(loss, -torch.stack(of_next).mean())
-    assert loss.item() == pytest.approx(log(50), abs=0.05)
+    task = training.Task("tiny", GPT2(1, 8, 50, 6, head_width=4), batch=64, bf16=False)
+    trainee, tokens = (
+        Trainee(task, CPU, lambda model: torch.optim.SGD(model.parameters(), lr=0.0)),
+        next(batches(task, CPU)),
+    )
+    trainee.prepare()
+    seen = []
+    monkeypatch.setattr(trainee.model, "loss", lambda *batch: seen.append(GPT.loss(trainee.model, *batch)) or seen[-1])
+    trainee.step(tokens, clock)
+    guesses = trainee.model(tokens[:, :-1]).log_softmax(-1)
+    of_next = [guesses[row, place, tokens[row, place + 1]] for row in range(64) for place in range(6)]
+    assert len(of_next) == task.tokens
+    torch.testing.assert_close(seen, [-torch.stack(of_next).mean()])
+    assert seen[0].item() == pytest.approx(log(50), abs=0.05)
 
 
 def test_together_steps_both_parts_and_a_scheduler_reaches_both():
@@ -181,9 +189,10 @@ def test_together_steps_both_parts_and_a_scheduler_reaches_both():
 
 @pytest.mark.parametrize(("make", "name"), [(training.in_groups, "IFShampoo"), (training.by_recipe, RECIPE)])
 def test_embeddings_and_vectors_take_the_diagonal_step_and_matrices_have_factors(make, name):
-    model = Transformer(TINY.task)
+    model = GPT(TINY.task.model)
     optimizer = make(ENTRIES[name], model, 2)
-    model(next(batches(TINY.task, CPU))).backward()
+    tokens = next(batches(TINY.task, CPU))
+    model.loss(tokens[:, :-1], tokens[:, 1:]).backward()
     optimizer.step()
     matrices, *rest = (group["params"] for group in optimizer.param_groups)
     others = [param for params in rest for param in params]
@@ -196,7 +205,7 @@ def test_embeddings_and_vectors_take_the_diagonal_step_and_matrices_have_factors
 
 
 def test_beside_adamw_theirs_gets_the_matrices_and_adamw_the_rest():
-    model = Transformer(TINY.task)
+    model = GPT(TINY.task.model)
     theirs, adamw = training.beside_adamw(ENTRIES["Muon of torch"], model, 1).parts
     assert isinstance(adamw, torch.optim.AdamW) and isinstance(theirs, torch.optim.Muon)
     for part, params in ((theirs, model.matrices()), (adamw, model.rest())):
@@ -240,11 +249,11 @@ def fake_rows(monkeypatch, *entries):
 
 
 def test_training_takes_the_time_of_the_steps_and_records_errors(clock, monkeypatch):
-    def slow_forward(self, tokens, forward=Transformer.forward):
+    def slow_forward(self, tokens, forward=GPT.forward):
         clock.now += 280.0
         return forward(self, tokens)
 
-    monkeypatch.setattr(Transformer, "forward", slow_forward)
+    monkeypatch.setattr(GPT, "forward", slow_forward)
     fake_rows(monkeypatch, fake_entry("good", clock), fake_entry("bad", clock, cost=failing_at(3)))
     good, bad = training.measure(TINY.task, clock, CPU, ["good", "bad"], (1, 2), inf)
     assert bad == {"optimizer": "bad", "task": "tiny GPT", "error": "RuntimeError: broken in step 3"}

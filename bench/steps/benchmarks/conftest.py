@@ -11,7 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
+
+from bench.common.memory import settle_allocator
 
 ROUNDS = 15
 
@@ -40,7 +41,7 @@ def timer() -> float:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    torch.zeros(7 << 20)  # from now on the C library keeps memory of this size, as in any training
+    settle_allocator()
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bench.common.roofline import Roofline, Work, total, whole_step
-from bench.kernels.optimizers import Model
+from bench.common.tensors import Model
 from bench.profile import __main__ as profile_step
 from bench.profile import phases
 from bench.profile.__main__ import MODELS

@@ -169,7 +169,7 @@ def test_divergence_and_errors_are_recorded_and_do_not_stop_the_others(steps, mo
 
 def test_a_run_by_time_writes_as_it_goes_and_needs_no_matplotlib(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(report, "find_spec", lambda name: None)
-    options = ["--device", "cpu", "--size", "tiny", "--seconds", "0.3", "--max-bytes", "300000", "--out", str(tmp_path)]
+    options = ["--device", "cpu", "--tiny", "--seconds", "0.3", "--max-bytes", "300000", "--out", str(tmp_path)]
     assert demo.main([*options, "--optimizers", "adamw", "ifshampoo"]) == 0
     rows = [json.loads(line) for line in (tmp_path / "progress.jsonl").read_text().splitlines()]
     assert {*rows[0]} == {"optimizer", "step", "steps", "seconds", "lr_factor", "train_loss", "held_out_loss"}
@@ -180,7 +180,7 @@ def test_a_run_by_time_writes_as_it_goes_and_needs_no_matplotlib(tmp_path, monke
     assert not [*tmp_path.glob("*.png")] and "png" not in page
     for method in ("adamw", "ifshampoo"):
         losses = [row["held_out_loss"] for row in rows if row["optimizer"] == method]
-        assert [x["held_out_loss"] for x in summary["results"][method]["evaluations"]] == losses
+        assert [loss for _, _, loss in summary["results"][method]["held_out"]] == losses
         assert f"{losses[-1]:.4f}" in page and f"{losses[-1]:.4f}" in printed
 
 
@@ -195,9 +195,11 @@ def test_rows_are_on_the_disk_before_the_next_step(tmp_path):
     [
         (["--size", "7b"], "argument --size: invalid choice: '7b'"),
         (["--device", "tpu"], "invalid choice: 'tpu'"),
-        (["--device", "cuda"], "--device cuda: PyTorch"),
+        (["--device", "cuda"], "--device cuda: torch"),
         (["--seconds", "0"], "--seconds 0.0: choose a number above 0"),
-        (["--optimizers", "soap"], "--optimizers soap: no settings at size 30m: choose from adamw, muon"),
+        (["--size", "tiny"], "argument --size: invalid choice: 'tiny'"),
+        (["--optimizers", "soap"], "argument --optimizers: invalid choice: 'soap'"),
+        (["--optimizers", "shampoo"], "--optimizers shampoo: no settings at size 30m: choose from adamw, muon"),
         (["--set", "adamw.lr"], "is not METHOD.OPTION=VALUE"),
         (["--set", "sgd.lr=1"], "--set sgd.lr: 'sgd' is not one of --optimizers adamw muon recipe"),
         (["--set", "adamw.beta2=1"], "adamw has no option 'beta2': choose one of lr, betas"),
