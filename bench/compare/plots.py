@@ -116,9 +116,14 @@ def step_time(record: Record) -> Any:
             times[label] = mean_step(row, period)
     unit = next((label for label in ("Muon", "IFShampoo, paper's rule") if label in times), None)
     ratios = {label: time / times[unit] for label, time in times.items()} if unit else {}
-    found = [Bar(label, ratio, f"{ratio:.1f}" if ratio >= 10 else f"{ratio:.2f}") for label, ratio in ratios.items()]
+    found = [Bar(label, ratio, _short(ratio)) for label, ratio in ratios.items()]
     xlabel = f"{workload} in blocks of 1024. T = 10: matrices are refreshed every 10th step, else every step"
     return bars(f"Time of an optimizer step, {unit} = 1", xlabel, found)
+
+
+def _short(ratio: float) -> str:
+    """Return a ratio with two decimals, or with one significant digit if it is below 0.01."""
+    return f"{ratio:.1f}" if ratio >= 10 else f"{ratio:.2f}" if ratio >= 0.01 else f"{ratio:.1g}"
 
 
 PEERS = ("AdamW", "Muon", "Distributed Shampoo (Meta)", "sirfshampoo", "SOAP")
@@ -211,7 +216,7 @@ def time_by_period(record: Record) -> Any:
 
 
 PLOTS: tuple[tuple[str, str, Callable[[Record], Any]], ...] = (
-    ("step-time.png", "Mean step time relative to IFShampoo, each in its fastest setting", step_time),
+    ("step-time.png", "Time of an optimizer step relative to Muon", step_time),
     ("memory.png", "Optimizer state in bytes a weight", memory),
     ("time-by-size.png", "Time of a step against the width of a weight", time_by_size),
     ("time-by-period.png", "Mean step against T", time_by_period),
