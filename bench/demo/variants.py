@@ -152,7 +152,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = [*dict.fromkeys((*GROUPS, *CASES))]
+    names = sorted({*GROUPS, *CASES})
     parser.add_argument(
         "--cases", nargs="+", choices=names, default=DEFAULT, metavar="NAME", help="default adamw muon recipe"
     )

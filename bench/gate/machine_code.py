@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-# Triton is imported within functions: `bench.gate.triton` takes TRITON_INTERPRET out of the environment first.
+# Triton is imported within functions, since the tests import this module under the interpreter.
 
 
 class Gpu(NamedTuple):

@@ -31,14 +31,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+if __name__ == "__main__":
+    os.environ.pop("TRITON_INTERPRET", None)  # the modules below import Triton, which must not be the interpreter
+
 from bench.gate.machine_code import TARGETS, code_of, count, disassemble, parse_amdgcn, parse_resource_usage, run_tool
 from bench.gate.report import Row, bounds, conclude, gate_parser
 
 if TYPE_CHECKING:
     from rootfree_kernels.triton_kernels.configuration import Configuration
 
-# Triton and the kernels are imported within functions: main() takes TRITON_INTERPRET out of the environment first, and
-# the tests, which import this module under the interpreter, keep it.
+# Triton and the kernels are imported within functions, since the tests import this module under the interpreter.
 
 KERNELS = "rootfree_kernels.triton_kernels"
 MAX_ERROR_LINES = 20
@@ -182,7 +184,6 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compile, print the table and return the exit status."""
     args = parse_arguments(arguments)
-    os.environ.pop("TRITON_INTERPRET", None)
     import triton
 
     start = time.perf_counter()

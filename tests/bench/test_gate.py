@@ -183,8 +183,7 @@ def test_exit_status_is_0_where_all_pass(folder: Path) -> None:
     assert f" by Triton {triton.__version__} in " in printed.splitlines()[-1] and printed.endswith("s: all pass\n")
 
 
-def test_nothing_to_compile_does_not_pass(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv("TRITON_INTERPRET", "1")  # which main takes out of the environment; this puts it back
+def test_nothing_to_compile_does_not_pass(capsys: pytest.CaptureFixture[str]) -> None:
     assert triton_gate.main(["--module", "json"]) == 1
     assert "nothing to compile" in capsys.readouterr().out
 
