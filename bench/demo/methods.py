@@ -80,7 +80,7 @@ class Method(NamedTuple):
 METHODS = {
     "adamw": Method("AdamW", adamw, AdamW),
     "muon": Method("Muon", muon),
-    "recipe": Method("IFShampoo (recipe)", IFShampoo.for_model, IFShampoo),
+    "recipe": Method("IFShampoo.for_model", IFShampoo.for_model, IFShampoo),
     "ifshampoo": Method("IFShampoo (paper's rule)", if_shampoo, IFShampoo),
     "rfrmsprop": Method("RFRMSProp", rf_rmsprop, RFRMSProp),
     "shampoo": Method("Distributed Shampoo", shampoo, peer="distributed_shampoo"),

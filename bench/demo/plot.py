@@ -19,9 +19,9 @@ STYLES = {
     "adamw": ("#000000", "s", 1.6),
     "muon": ("#E69F00", "^", 1.6),
     "shampoo": ("#009E73", "D", 1.6),
-    "rfrmsprop": ("#56B4E9", "o", 2.4),
-    "ifshampoo": ("#0072B2", "o", 2.4),
-    "recipe": ("#D55E00", "o", 3.2),
+    "rfrmsprop": ("#CC79A7", "o", 2.4),
+    "ifshampoo": ("#56B4E9", "o", 2.4),
+    "recipe": ("#0072B2", "o", 3.2),
 }
 OTHER = ("#777777", "x", 1.6)
 LABELS = {"seconds": "seconds of training", "steps": "steps"}
