@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import re
 import runpy
 import shlex
@@ -16,6 +17,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
+from unittest.mock import patch
 
 import pytest
 
@@ -70,7 +72,8 @@ def check_module(module: str, arguments: Sequence[str], monkeypatch: pytest.Monk
         return
     stop_after_parsing(monkeypatch)
     monkeypatch.setattr(sys, "argv", [module, *arguments])
-    with pytest.raises(CommandLineIsRead), warnings.catch_warnings():
+    # patch.dict restores the environment, which the compile gate changes.
+    with pytest.raises(CommandLineIsRead), warnings.catch_warnings(), patch.dict(os.environ):
         warnings.simplefilter("ignore", RuntimeWarning)  # the module may have been imported before
         runpy.run_module(module, run_name="__main__", alter_sys=True)
 
