@@ -122,7 +122,7 @@ def why_missing(module: str) -> str | None:
 
 
 def install() -> int:
-    """Run pip for everything that an index offers, without changing what constraints.txt pins; return its status."""
+    """Install the peers that a package index has, at the versions of constraints.txt. Return the status of pip."""
     wanted = list(dict.fromkeys(requirement for peer in PEERS.values() for requirement in peer.index))
     options = ["--disable-pip-version-check", "--quiet", "install", "--no-deps", "-c", str(CONSTRAINTS)]
     return subprocess.run([sys.executable, "-m", "pip", *options, *wanted]).returncode

@@ -64,7 +64,7 @@ def measure(options: argparse.Namespace, given: Sequence[str], progress: Progres
 
 
 def new_run(options: argparse.Namespace, given: Sequence[str], progress: Progress) -> Run:
-    """Return a run with an empty record, or with that of the process before."""
+    """Return a new run. Its record is empty, or the one that the previous process left."""
     device = torch.device("cuda", 0) if options.device == "cuda" else torch.device("cpu")
     record = new_record(device, [x for x in given if x not in ("--worker", str(options.worker))])
     folder = options.out or RESULTS / f"{slug(record['device'])}-{record['date']}"
