@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rootfree_kernels import ranges
 from rootfree_kernels.blocks import Tile
-from rootfree_kernels.optim.block_batch import make_batches
+from rootfree_kernels.optim.block_batch import make_batches, own_storage
 from rootfree_kernels.optim.block_step import BlockBatchStep, block_steps
 from rootfree_kernels.optim.context import GroupOptions, StepContext, group_options
 from rootfree_kernels.optim.elementwise_batch import ElementwiseBatch, elementwise_batches
@@ -55,6 +55,18 @@ def _are_same(left: Iterable[Any], right: Sequence[Any]) -> bool:
     return len(objects) == len(right) and all(map(is_, objects, right))
 
 
+def read_counts(counts: Sequence[Tensor]) -> list[float]:
+    """Return the numbers of several tensors. Fake tensors have none: every step is planned as the first then."""
+    if any(type(x) is not Tensor for x in counts):
+        return [0.0] * sum(map(Tensor.numel, counts))
+    return [number for x in counts for number in x.reshape(-1).tolist()]
+
+
+def _as_tensor(number: Any) -> Tensor:
+    """Return a number as a tensor, whatever the default device is."""
+    return number.detach() if isinstance(number, Tensor) else torch.tensor(number, device="cpu")
+
+
 class DeviceState:
     """The state of those parameters of a group that are on one device and have been stepped.
 
@@ -73,10 +85,14 @@ class DeviceState:
 
     def _packed_counts(self, states: Any, device: torch.device) -> Tensor:
         steps = [states[param]["step"] for param in self.params]
-        counts = torch.stack([torch.as_tensor(step, dtype=torch.float32, device=device) for step in steps])
+        counts = torch.stack([_as_tensor(step).to(device, torch.float32) for step in steps])
         for row, param in enumerate(self.params):
-            states[param]["step"] = counts[row]
+            states[param]["step"] = own_storage(counts[row])
         return counts
+
+    def read_counts(self) -> list[float]:
+        """Return the counts of steps on the host."""
+        return read_counts([self.counts])
 
     def _held(self) -> Iterable[Any]:
         return chain.from_iterable(map(dict.values, self._states))
