@@ -15,6 +15,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from rootfree_kernels import ranges
 from rootfree_kernels.arguments import Scaling
 from rootfree_kernels.backend import is_captured
+from rootfree_kernels.batch_size import BatchSizeCounter
 from rootfree_kernels.optim.checkpoint import (
     check_state_dict,
     restore_callables,
@@ -69,6 +70,7 @@ class RootFreeOptimizer(Optimizer):
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         self._planner = Planner()
+        self._counters: list[BatchSizeCounter] = []
         normalise(defaults)
         super().__init__(params, defaults)
 
@@ -81,9 +83,15 @@ class RootFreeOptimizer(Optimizer):
         """
         return isinstance(sys._getframe(1).f_locals.get("self"), torch.amp.GradScaler)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_counters": self._counters}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._planner = Planner()
+        self._counters = list(self.__dict__.get("_counters", ()))  # older pickles have none
+        for counter in state.get("_counters", ()):  # a copy; `load_state_dict` calls this without them
+            counter._attach(self)
         self.defaults = {**self._newer_options, **self.defaults}
         for group in self.param_groups:
             for name, value in self.defaults.items():
