@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import required
 
 from rootfree_kernels.ops.backends import DTYPES
+from rootfree_kernels.optim.overlap import has_internal_overlap
 from rootfree_kernels.rounding import ROUNDINGS
 
 CLIPS = ("frobenius", "row_sum", "none")
@@ -155,7 +157,8 @@ def check_options(options: Mapping[str, Any]) -> None:
 
 
 def check_param(name: str, param: Any) -> None:
-    """Raise TypeError or ValueError unless `param` is a dense, real, local tensor of a dtype that is served."""
+    """Raise TypeError or ValueError unless `param` is a dense, real, local tensor of a dtype that is served, which owns
+    each of its elements."""
     if not isinstance(param, Tensor):
         raise TypeError(f"{name} is a {type(param).__name__}: optimizers take Tensors.")
     if param.is_complex():
@@ -168,6 +171,18 @@ def check_param(name: str, param: Any) -> None:
         raise ValueError(f"{name} has layout {param.layout}: pass a dense parameter (param.to_dense()).")
     if hasattr(param, "device_mesh"):
         raise ValueError(f"{name} is a DTensor: sharded parameters are not served yet; pass local tensors.")
+    if is_lazy(param):
+        return  # it has no memory yet
+    if param.is_neg():
+        raise ValueError(
+            f"{name} is a view that PyTorch negates when it is read, and kernels step the memory itself: pass a tensor "
+            "without the negative bit (param.resolve_neg())."
+        )
+    if has_internal_overlap(param):
+        raise ValueError(
+            f"{name} has shape {tuple(param.shape)} and strides {param.stride()}, with which several elements share "
+            "memory: pass a tensor of its own memory (param.clone(memory_format=torch.contiguous_format))."
+        )
 
 
 def grad_problem(param: Tensor, grad: Tensor) -> str | None:
