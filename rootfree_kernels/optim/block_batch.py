@@ -158,22 +158,25 @@ class BlockBatch:
 
 def make_batches(
     tiles_of: Mapping[Tensor, Sequence[Tile]],
+    ranks: Sequence[int],
     states: Any,
     group: Group,
     seed_of: Callable[[Tensor, int], int],
 ) -> list[BlockBatch]:
     """Return the batches of a group, over the tiles of every parameter that has state.
 
+    `ranks` holds the overlap ranks of the parameters. Those that share memory must be stepped one after the other.
+
     `seed_of` returns the seed of a parameter's block, from the block's index in the parameter.
     """
     entries: dict[Any, list[BatchEntry]] = defaultdict(list)
     seeds: dict[Any, list[int]] = defaultdict(list)
     parts: dict[Any, int] = defaultdict(int)
-    for param, tiles in tiles_of.items():
+    for (param, tiles), rank in zip(tiles_of.items(), ranks, strict=True):
         alone = id(param) if group["foreach"] is False else None
         next_block = 0
         for number, tile in enumerate(tiles):
-            kind = (tile.block_shape, param.dtype, param.device, alone)
+            kind = (tile.block_shape, param.dtype, param.device, alone, rank)
             if _is_full(len(seeds[kind, parts[kind]]), tile):
                 parts[kind] += 1
             key = (kind, parts[kind])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -64,19 +64,21 @@ class ElementwiseBatch(NamedTuple):
 
 def elementwise_batches(
     rows: Mapping[Tensor, int],
+    ranks: Sequence[int],
     excluded: set[Tensor],
     states: Any,
     group: Group,
     seed_of: Callable[[Tensor, int], int],
 ) -> list[ElementwiseBatch]:
     """Return the batches of the parameters in `rows` that are not excluded: one for each dtype of parameters and of
-    gradients. `rows` maps every parameter with a gradient to its row in the counts of steps."""
+    gradients. `rows` maps every parameter with a gradient to its row in the counts of steps. `ranks` holds the overlap
+    rank of every row, since parameters that share memory must be stepped one after the other."""
     lists: dict[Any, list[Tensor]] = defaultdict(list)
-    for param in rows:
+    for param, row in rows.items():
         if param.numel() and param not in excluded:
             alone = id(param) if group["foreach"] is False else None
             assert param.grad is not None  # `rows` holds no other parameters
-            lists[param.dtype, param.grad.dtype, alone].append(param)
+            lists[param.dtype, param.grad.dtype, alone, ranks[row]].append(param)
     return [_batch(params, rows, states, group, seed_of) for params in lists.values()]
 
 

@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import required
 
 from rootfree_kernels.blocks import matrix_shape
 from rootfree_kernels.ops.backends import DTYPES
+from rootfree_kernels.optim.overlap import has_internal_overlap
 from rootfree_kernels.rounding import ROUNDINGS
 
 CLIPS = ("frobenius", "row_sum", "none")
@@ -205,10 +207,24 @@ def is_served(param: Tensor) -> bool:
     return param.dtype in DTYPES or param.dtype in COMPLEX_DTYPES
 
 
-def dtype_problem(param: Tensor) -> str:
-    """Return that a parameter has a dtype that cannot be stepped, and the remedy."""
-    names = ", ".join(map(str, (*DTYPES, *COMPLEX_DTYPES)))
-    return f"has dtype {param.dtype}: pass parameters of {names}, or freeze it with requires_grad_(False)."
+def _param_problem(param: Tensor) -> str | None:
+    """Return why a parameter cannot be stepped, and the remedy, or None."""
+    if not is_served(param):
+        names = ", ".join(map(str, (*DTYPES, *COMPLEX_DTYPES)))
+        return f"has dtype {param.dtype}: pass parameters of {names}, or freeze it with requires_grad_(False)."
+    if is_lazy(param):
+        return None  # it has no memory yet
+    if param.is_neg() or param.is_conj():
+        return (
+            "is a view that PyTorch negates or conjugates when it is read, and kernels step the memory itself: pass "
+            "param.resolve_conj().resolve_neg()."
+        )
+    if has_internal_overlap(param):
+        return (
+            f"has shape {tuple(param.shape)} and strides {param.stride()}, with which several elements share memory: "
+            "pass a tensor of its own memory (param.clone(memory_format=torch.contiguous_format))."
+        )
+    return None
 
 
 def check_param(name: str, param: Any, options: Mapping[str, Any]) -> None:
@@ -218,12 +234,12 @@ def check_param(name: str, param: Any, options: Mapping[str, Any]) -> None:
     """
     if not isinstance(param, Tensor):
         raise TypeError(f"{name} is a {type(param).__name__}: optimizers take Tensors.")
-    if param.requires_grad and not is_served(param):
-        raise ValueError(f"{name} {dtype_problem(param)}")
     if param.layout != torch.strided:
         raise ValueError(f"{name} has layout {param.layout}: pass a dense parameter (param.to_dense()).")
     if hasattr(param, "device_mesh"):
         raise ValueError(f"{name} is a DTensor: sharded parameters are not served yet; pass local tensors.")
+    if param.requires_grad and (problem := _param_problem(param)):
+        raise ValueError(f"{name} {problem}")
     if param.requires_grad and param.is_complex() and _takes_factors(param, options):
         raise ValueError(
             f"{name} is a matrix of {param.dtype}: Kronecker factors are real; pass structure='elementwise' in its "
@@ -237,8 +253,8 @@ def _takes_factors(param: Tensor, options: Mapping[str, Any]) -> bool:
 
 def grad_problem(param: Tensor, grad: Tensor) -> str | None:
     """Return what is wrong with a gradient, and the remedy. None if it is dense and matches its parameter."""
-    if not is_served(param):
-        return dtype_problem(param)
+    if problem := _param_problem(param):
+        return problem
     if grad.layout != torch.strided:
         return f"has a gradient of layout {grad.layout}: make it dense (nn.Embedding(sparse=False))."
     if grad.shape != param.shape:

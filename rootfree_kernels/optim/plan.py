@@ -24,6 +24,7 @@ from rootfree_kernels.optim.block_batch import make_batches, own_storage
 from rootfree_kernels.optim.block_step import BlockBatchStep, block_steps
 from rootfree_kernels.optim.context import GroupOptions, StepContext, group_options
 from rootfree_kernels.optim.elementwise_batch import ElementwiseBatch, elementwise_batches
+from rootfree_kernels.optim.overlap import overlap_ranks
 from rootfree_kernels.optim.state_spec import Group
 
 MAX_PLANS = 64
@@ -70,14 +71,15 @@ def _as_tensor(number: Any) -> Tensor:
 class DeviceState:
     """The state of those parameters of a group that are on one device and have been stepped.
 
-    `counts` [number of parameters] holds their counts of steps. Their states hold 0-d views of it.
+    `counts` [number of parameters] holds their counts of steps. Their states hold 0-d views of it. `ranks` holds their
+    overlap ranks, which decide who may be stepped together.
     """
 
     def __init__(self, tiles_of: Mapping[Tensor, Sequence[Tile]], states: Any, group: Group, seed_of: SeedOf) -> None:
         self.params = list(tiles_of)
-        self.device = self.params[0].device
+        self.device, self.ranks = self.params[0].device, overlap_ranks(self.params)
         self.counts = self._packed_counts(states, self.device if group["capturable"] else torch.device("cpu"))
-        self.batches = make_batches(tiles_of, states, group, seed_of)
+        self.batches = make_batches(tiles_of, self.ranks, states, group, seed_of)
         self.cached_batches = [batch for batch in self.batches if batch.products]
         self.plans: dict[Any, StepPlan] = {}
         self._states = [states[param] for param in self.params]
@@ -108,6 +110,10 @@ class DeviceState:
             and _are_same(self._held(), self._entries)
             and all(batch.products_are_valid() for batch in self.cached_batches)
         )
+
+    def ranks_are_valid(self) -> bool:
+        """Return whether the same parameters share memory as before: their addresses may have changed."""
+        return overlap_ranks(self.params) == self.ranks
 
     def gradients(self) -> tuple[list[Tensor | None], tuple[bool, ...]]:
         """Return the gradients of all parameters, and for each parameter whether it has one."""
@@ -153,7 +159,7 @@ class GroupCache:
         """Return whether the parameters look as before. Unchanged addresses imply unchanged parameters: a cheap test
         comes first."""
         if (places := _places(params)) != self._places:
-            if kinds(params) != self._kinds:
+            if kinds(params) != self._kinds or not all(state.ranks_are_valid() for state in self.device_states):
                 return False
             self._places = places
         return True
@@ -176,7 +182,8 @@ class StepPlan:
         rows = {param: row for row, param in enumerate(state.params) if grads[row] is not None}
         is_due = {param: due if isinstance(due, bool) else due[row] for param, row in rows.items()}
         matrices = block_steps(state.batches, rows, is_due, states, group)
-        others = elementwise_batches(rows, {p for step in matrices for p in step.params}, states, group, seed_of)
+        excluded = {param for step in matrices for param in step.params}
+        others = elementwise_batches(rows, state.ranks, excluded, states, group, seed_of)
         self.batches: list[ElementwiseBatch | BlockBatchStep] = [*others, *matrices]
         self.params = [param for batch in self.batches for param in batch.params]
         bounds = [0, *accumulate(len(batch.params) for batch in self.batches)]

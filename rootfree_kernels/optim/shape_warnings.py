@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from rootfree_kernels.blocks import matrix_shape
 from rootfree_kernels.optim.state_spec import Group, label_of
@@ -20,6 +21,8 @@ last axis is a short kernel."""
 
 def warn_about_shapes(groups: Sequence[Group], stacklevel: int) -> None:
     """Warn about flattened parameters and about stacked matrices, at most once for each."""
+    if any(is_lazy(param) for group in groups for param in group["params"]):
+        return  # shapes are not known yet
     factored = [group for group in groups if group["structure"] == "dense"]
     has_matrices = any(matrix_shape(param.shape) for group in groups for param in group["params"])
     for number, group in enumerate(groups):

@@ -24,6 +24,9 @@ BAD_PARAMETERS = {
     "float8": (lambda: trainable(torch.float8_e4m3fn), ValueError, "torch.float8_e4m3fn.*freeze"),
     "complex32": (lambda: trainable(torch.complex32), ValueError, "torch.complex32.*freeze"),
     "sparse": (lambda: torch.eye(4).to_sparse(), ValueError, "torch.sparse_coo"),
+    "expanded": (lambda: torch.ones(4).expand(3, 4), ValueError, r"strides \(0, 1\).*share memory.*param\.clone"),
+    "windows": (lambda: torch.ones(6).as_strided((3, 4), (1, 1)), ValueError, r"share memory"),
+    "negated": (lambda: torch._neg_view(torch.ones(3, 4)), ValueError, r"negates.*param\.resolve_neg\(\)"),
     "number": (lambda: 1.0, TypeError, "float"),
     "string": (lambda: "weight", TypeError, "str"),
     "list": (lambda: [torch.ones(3, 4)], TypeError, "list"),
@@ -44,6 +47,11 @@ def test_a_bad_parameter_is_refused(optimizer: Any, kind: str) -> None:
     with pytest.raises(error, match=word):
         opt.add_param_group({"params": [nn.Parameter(torch.ones(2)), make()]})
     assert opt.state_dict()["param_groups"] == groups
+
+
+@pytest.mark.parametrize("remedy", [lambda x: x.clone(memory_format=torch.contiguous_format), torch.Tensor.contiguous])
+def test_the_remedy_for_elements_that_share_memory_works(case: Case, remedy: Any) -> None:
+    case.make([nn.Parameter(remedy(torch.ones(4, dtype=case.dtype).expand(3, 4)))])
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
