@@ -15,9 +15,7 @@ from rootfree_kernels import ranges
 from rootfree_kernels.arguments import Scaling
 from rootfree_kernels.backend import is_captured
 from rootfree_kernels.optim.checkpoint import (
-    check_state_dict,
-    restore_callables,
-    restore_tensors,
+    Load,
     with_newer_options,
     without_callables,
 )
@@ -104,33 +102,31 @@ class RootFreeOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of the same class and of parameters of the same shapes. Dtypes stay as they were saved.
 
+        If it fails, for example because there is not enough memory, nothing was changed.
+
         Raises:
-            ValueError: it belongs to another optimizer or to other shapes; nothing was changed.
+            ValueError: it belongs to another optimizer or to other shapes.
         """
-        final: dict[str, Any] = {}
-        own_groups = [dict(group) for group in self.param_groups]
+        loads: list[Load] = []
 
-        def check(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        def prepare(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             """Runs as the last hook before the load, and so sees what will be loaded."""
-            final.update(with_newer_options(state_dict, self._newer_options))
-            check_state_dict(self, final)
-            return final
+            loads.append(Load(self, with_newer_options(state_dict, self._newer_options)))
+            return loads[0].remainder
 
-        def restore(optimizer: Optimizer) -> None:
+        def finish(optimizer: Optimizer) -> None:
             """Runs as the first hook after the load."""
-            restore_tensors(self.param_groups, self.state, final)
-            restore_callables(self.param_groups, own_groups)
+            loads[0].finish(self)
 
         handles = [
-            self.register_load_state_dict_pre_hook(check),
-            self.register_load_state_dict_post_hook(restore, prepend=True),
+            self.register_load_state_dict_pre_hook(prepare),
+            self.register_load_state_dict_post_hook(finish, prepend=True),
         ]
         try:
             super().load_state_dict(state_dict)
         finally:
             for handle in handles:
                 handle.remove()
-            self._planner = Planner()
 
     # ---- the step -------------------------------------------------------------------------------------------------
 

@@ -26,16 +26,6 @@ def without_callables(state_dict: dict[str, Any]) -> dict[str, Any]:
     return state_dict
 
 
-def restore_callables(groups: Sequence[Group], before: Sequence[Group]) -> None:
-    """Give groups the callables that they had before a load: a state dict has only their names."""
-    for group, own in zip(groups, before, strict=True):
-        for name, value in group.items():
-            if isinstance(value, str) and value.startswith(CALLABLE):
-                group[name] = own[name]
-                if not callable(own[name]):
-                    warnings.warn(f"{name} was saved as a {value}; {own[name]!r} is kept.", stacklevel=4)
-
-
 def with_newer_options(state_dict: Mapping[str, Any], newer: Mapping[str, Any]) -> dict[str, Any]:
     """Return a state dict whose groups have the `newer` options that did not exist when it was saved."""
     if "param_groups" not in state_dict:
@@ -74,6 +64,11 @@ def _check_shapes(name: str, param: Tensor, group: Group, state: Mapping[str, An
     if set(state) != {"step", *spec}:
         kept = sorted({"step", *spec})
         raise ValueError(f"state_dict has {sorted(state)} for {kept}: load one of a {name} with these options.")
+    for key, value in state.items():
+        if not isinstance(value, Tensor) and not (key == "step" and isinstance(value, int | float)):
+            raise ValueError(f"state_dict has {value!r} as {key}: load one whose state is made of Tensors.")
+    if isinstance(state["step"], Tensor) and state["step"].numel() != 1:
+        raise ValueError(f"state_dict has step {tuple(state['step'].shape)} for (): load one of a {name}.")
     for key, entry in spec.items():
         shape = tuple(state[key].shape)
         if shape != entry.shape:
@@ -83,11 +78,49 @@ def _check_shapes(name: str, param: Tensor, group: Group, state: Mapping[str, An
             )
 
 
-def restore_tensors(groups: Sequence[Group], states: Any, state_dict: Mapping[str, Any]) -> None:
-    """Undo the casts of `Optimizer.load_state_dict`, which converts all state to the parameter's dtype."""
-    for param, group, saved in _saved_states(groups, state_dict):
-        state = states[param]
-        for name, entry in state_spec(param, group).items():
-            state[name] = saved[name].detach().to(param.device, entry.dtype, copy=True)
-        device = param.device if group["capturable"] else "cpu"
-        state["step"] = torch.as_tensor(saved["step"]).detach().to(device, torch.float32, copy=True)
+class Load:
+    """A state dict that was checked, and everything that is needed to put it in place.
+
+    Making one may fail, and changes nothing. `finish` allocates nothing and does not fail.
+
+    Raises:
+        ValueError: the state dict belongs to another optimizer or to other shapes.
+    """
+
+    def __init__(self, optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
+        check_state_dict(optimizer, state_dict)
+        groups, saved_groups = optimizer.param_groups, state_dict["param_groups"]
+        self._kept = [_kept_options(*pair) for pair in zip(groups, saved_groups, strict=True)]
+        self._states = {param: _restored(param, *saved) for param, *saved in _saved_states(groups, state_dict)}
+        indices = {index for group in saved_groups for index in group["params"]}
+        others = {key: value for key, value in state_dict["state"].items() if key not in indices}
+        self.remainder: dict[str, Any] = {**state_dict, "state": others}
+        """The state dict without the state of parameters, which `Optimizer.load_state_dict` would cast."""
+
+    def finish(self, optimizer: Optimizer) -> None:
+        """Put in place what `Optimizer.load_state_dict` did not, which has loaded `remainder`."""
+        optimizer.state.update(self._states)
+        for group, kept in zip(optimizer.param_groups, self._kept, strict=True):
+            group.update(kept)
+
+
+def _kept_options(own: Group, saved: Group) -> dict[str, Any]:
+    """Return the options that keep the values of the optimizer that loads: a state dict has only names of callables."""
+    kept = {}
+    for name, value in saved.items():
+        if isinstance(value, str) and value.startswith(CALLABLE):
+            kept[name] = own[name]
+            if not callable(own[name]):
+                warnings.warn(f"{name} was saved as a {value}; {own[name]!r} is kept.", stacklevel=6)
+    return kept
+
+
+def _restored(param: Tensor, group: Group, saved: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return copies of a parameter's saved state, with the dtypes and on the devices where they belong."""
+    step = saved["step"]
+    step = step if isinstance(step, Tensor) else torch.tensor(float(step), device="cpu")
+    device = param.device if group["capturable"] else "cpu"
+    state = {"step": step.detach().to(device, torch.float32, copy=True).reshape(())}
+    for name, entry in state_spec(param, group).items():
+        state[name] = saved[name].detach().to(param.device, entry.dtype, copy=True)
+    return state
