@@ -181,3 +181,9 @@ def grad_problem(param: Tensor, grad: Tensor) -> str | None:
     if grad.dtype not in DTYPES:
         return f"has a gradient of dtype {grad.dtype}: pass one of {', '.join(map(str, DTYPES))}."
     return None
+
+
+def dtype_of_text(text: str) -> torch.dtype | None:
+    """Return the dtype of a name such as "bfloat16" or "torch.bfloat16", or None if there is none of that name."""
+    dtype = getattr(torch, text.removeprefix("torch."), None)
+    return dtype if isinstance(dtype, torch.dtype) else None
