@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,17 +15,12 @@ from rootfree_kernels import ranges
 from rootfree_kernels.arguments import Scaling
 from rootfree_kernels.backend import is_captured
 from rootfree_kernels.batch_size import BatchSizeCounter
-from rootfree_kernels.optim.checkpoint import (
-    check_state_dict,
-    restore_callables,
-    restore_tensors,
-    with_newer_options,
-    without_callables,
-)
+from rootfree_kernels.optim.checkpoint import Load, finished
 from rootfree_kernels.optim.context import GroupOptions, StepContext, group_options
 from rootfree_kernels.optim.options import check_options, check_param, normalise
 from rootfree_kernels.optim.plan import StepPlan, reserve
 from rootfree_kernels.optim.planner import PlannedStep, Planner, check_backends
+from rootfree_kernels.optim.saved_groups import older_values
 from rootfree_kernels.optim.state_spec import Group
 
 
@@ -65,8 +59,12 @@ class RootFreeOptimizer(Optimizer):
     the parameter, or a part of it, because they were not finite.
     """
 
-    _newer_options: Mapping[str, Any] = MappingProxyType({})
-    """Options that older checkpoints and pickles lack, with the values that they had before they were options."""
+    _newer_options: Sequence[Mapping[str, Any]] = ()
+    """Options that state dicts without a format version and pickles may lack, with the values that they had before they
+    were options: one mapping for each version that added some."""
+
+    _own_options: tuple[str, ...] = ("batch_size", "beta2", "damping", "gamma")
+    """Options that every state dict has some of, and those of other optimizers do not."""
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         self._planner = Planner()
@@ -87,15 +85,18 @@ class RootFreeOptimizer(Optimizer):
         return {**super().__getstate__(), "_counters": self._counters}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        known = set(state.get("defaults", self.__dict__.get("defaults", {})))
         super().__setstate__(state)
+        if "differentiable" not in known:  # Optimizer adds it, and no optimizer here has this option
+            self.defaults.pop("differentiable", None)
         self._planner = Planner()
         self._counters = list(self.__dict__.get("_counters", ()))  # older pickles have none
         for counter in state.get("_counters", ()):  # a copy; `load_state_dict` calls this without them
             counter._attach(self)
-        self.defaults = {**self._newer_options, **self.defaults}
-        for group in self.param_groups:
-            for name, value in self.defaults.items():
-                group.setdefault(name, value)
+        if "defaults" in state:  # it was copied or pickled, maybe by an older version
+            older = older_values([*self.param_groups, self.defaults], self._newer_options)
+            for options in (self.defaults, *self.param_groups):
+                options.update(older)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group. Options that it does not name take the constructor's values.
@@ -129,41 +130,41 @@ class RootFreeOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the state dict, as `torch.optim.Optimizer.state_dict`.
 
-        Callables among the options are saved as their names, so that `torch.load(weights_only=True)` reads it. An
-        optimizer that loads it keeps its own callables.
+        It holds nothing but numbers, text, bools, None and Tensors, so that `torch.load(weights_only=True)` and
+        `torch.distributed.checkpoint` accept it. Dtypes are saved as text, such as "bfloat16". Callables among the
+        options are saved as their names, and an optimizer that loads them keeps its own callables.
         """
-        return without_callables(super().state_dict())
+        return finished(super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of the same class and of parameters of the same shapes. Dtypes stay as they were saved.
 
+        An option that was not saved keeps the value of this optimizer. If loading fails, for example because there is
+        not enough memory, nothing was changed.
+
         Raises:
-            ValueError: it belongs to another optimizer or to other shapes; nothing was changed.
+            ValueError: it belongs to another optimizer or to other shapes.
         """
-        final: dict[str, Any] = {}
-        own_groups = [dict(group) for group in self.param_groups]
+        loads: list[Load] = []
 
-        def check(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        def prepare(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             """Runs as the last hook before the load, and so sees what will be loaded."""
-            final.update(with_newer_options(state_dict, self._newer_options))
-            check_state_dict(self, final)
-            return final
+            loads.append(Load(self, state_dict))
+            return loads[0].remainder
 
-        def restore(optimizer: Optimizer) -> None:
+        def finish(optimizer: Optimizer) -> None:
             """Runs as the first hook after the load."""
-            restore_tensors(self.param_groups, self.state, final)
-            restore_callables(self.param_groups, own_groups)
+            loads[0].finish(self)
 
         handles = [
-            self.register_load_state_dict_pre_hook(check),
-            self.register_load_state_dict_post_hook(restore, prepend=True),
+            self.register_load_state_dict_pre_hook(prepare),
+            self.register_load_state_dict_post_hook(finish, prepend=True),
         ]
         try:
             super().load_state_dict(state_dict)
         finally:
             for handle in handles:
                 handle.remove()
-            self._planner = Planner()
 
     # ---- the step -------------------------------------------------------------------------------------------------
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -10,70 +9,47 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from rootfree_kernels.optim.options import RULES
+from rootfree_kernels.optim.saved_groups import FORMAT_VERSION, SavedGroups, plain_groups
 from rootfree_kernels.optim.state_spec import Group, layout_options, state_spec
 
-CALLABLE = "callable: "
-"""What the saved name of a callable begins with."""
 
-
-def without_callables(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Replace callables among the options by their names, in place, so that `torch.load(weights_only=True)` works."""
-    for group in state_dict["param_groups"]:
-        for name, value in group.items():
-            if callable(value):
-                group[name] = f"{CALLABLE}{getattr(value, '__qualname__', type(value).__qualname__)}"
-    return state_dict
-
-
-def restore_callables(groups: Sequence[Group], before: Sequence[Group]) -> None:
-    """Give groups the callables that they had before a load: a state dict has only their names."""
-    for group, own in zip(groups, before, strict=True):
-        for name, value in group.items():
-            if isinstance(value, str) and value.startswith(CALLABLE):
-                group[name] = own[name]
-                if not callable(own[name]):
-                    warnings.warn(f"{name} was saved as a {value}; {own[name]!r} is kept.", stacklevel=4)
-
-
-def with_newer_options(state_dict: Mapping[str, Any], newer: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a state dict whose groups have the `newer` options that did not exist when it was saved."""
-    if "param_groups" not in state_dict:
-        return dict(state_dict)
-    return {**state_dict, "param_groups": [{**newer, **group} for group in state_dict["param_groups"]]}
+def finished(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Return a state dict of `Optimizer.state_dict` with plain values and the version of its format."""
+    groups = plain_groups(state_dict["param_groups"])
+    return {**state_dict, "param_groups": groups, "format_version": FORMAT_VERSION}
 
 
 def _saved_states(
-    groups: Sequence[Group], state_dict: Mapping[str, Any]
+    groups: Sequence[Group], saved_groups: Sequence[Group], states: Mapping[Any, Any]
 ) -> Iterable[tuple[Tensor, Group, dict[str, Any]]]:
     """Yield (parameter, its saved group, its saved state) for every parameter with a saved state."""
-    for group, saved in zip(groups, state_dict["param_groups"], strict=True):
+    for group, saved in zip(groups, saved_groups, strict=True):
         for param, index in zip(group["params"], saved["params"], strict=True):
-            if state_dict["state"].get(index):
-                yield param, saved, state_dict["state"][index]
+            if states.get(index):
+                yield param, saved, states[index]
 
 
-def check_state_dict(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
-    """Raise ValueError if a state dict belongs to another optimizer or to other shapes."""
+def check_groups(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
+    """Raise ValueError unless a state dict has as many groups and parameters as an optimizer."""
     name = type(optimizer).__name__
     if not {"state", "param_groups"} <= state_dict.keys():
         raise ValueError(f"state_dict has no 'state' and 'param_groups': load one of a {name}, not of a model.")
     sizes = [len(group["params"]) for group in optimizer.param_groups]
     if sizes != [len(group["params"]) for group in state_dict["param_groups"]]:
         raise ValueError(f"state_dict has other groups than this {name}: build the groups in the same way.")
-    for group in state_dict["param_groups"]:
-        if foreign := sorted(RULES.keys() & (group.keys() ^ optimizer.defaults.keys())):
-            raise ValueError(f"state_dict lacks or adds the options {foreign}: load one of a {name}.")
-    for param, group, state in _saved_states(optimizer.param_groups, state_dict):
-        _check_shapes(name, param, group, state)
 
 
-def _check_shapes(name: str, param: Tensor, group: Group, state: Mapping[str, Any]) -> None:
+def _check_state(name: str, param: Tensor, group: Group, state: Mapping[str, Any]) -> None:
     """Raise ValueError if a saved state has other tensors than the parameter's state under the saved options."""
     spec = state_spec(param, group)
     if set(state) != {"step", *spec}:
         kept = sorted({"step", *spec})
         raise ValueError(f"state_dict has {sorted(state)} for {kept}: load one of a {name} with these options.")
+    for key, value in state.items():
+        if not isinstance(value, Tensor) and not (key == "step" and isinstance(value, int | float)):
+            raise ValueError(f"state_dict has {value!r} as {key}: load one whose state is made of Tensors.")
+    if isinstance(state["step"], Tensor) and state["step"].numel() != 1:
+        raise ValueError(f"state_dict has step {tuple(state['step'].shape)} for (): load one of a {name}.")
     for key, entry in spec.items():
         shape = tuple(state[key].shape)
         if shape != entry.shape:
@@ -83,11 +59,40 @@ def _check_shapes(name: str, param: Tensor, group: Group, state: Mapping[str, An
             )
 
 
-def restore_tensors(groups: Sequence[Group], states: Any, state_dict: Mapping[str, Any]) -> None:
-    """Undo the casts of `Optimizer.load_state_dict`, which converts all state to the parameter's dtype."""
-    for param, group, saved in _saved_states(groups, state_dict):
-        state = states[param]
-        for name, entry in state_spec(param, group).items():
-            state[name] = saved[name].detach().to(param.device, entry.dtype, copy=True)
-        device = param.device if group["capturable"] else "cpu"
-        state["step"] = torch.as_tensor(saved["step"]).detach().to(device, torch.float32, copy=True)
+class Load:
+    """A state dict that was checked, and everything that is needed to put it in place.
+
+    Making one may fail, and changes nothing. `finish` allocates nothing and does not fail.
+
+    Raises:
+        ValueError: the state dict belongs to another optimizer or to other shapes.
+    """
+
+    def __init__(self, optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
+        check_groups(optimizer, state_dict)
+        self._saved = SavedGroups(optimizer, state_dict)
+        groups, saved, states = optimizer.param_groups, self._saved.groups, state_dict["state"]
+        for entry in _saved_states(groups, saved, states):
+            _check_state(type(optimizer).__name__, *entry)
+        self._states = {param: _restored(param, *entry) for param, *entry in _saved_states(groups, saved, states)}
+        indices = {index for group in saved for index in group["params"]}
+        others = {key: value for key, value in states.items() if key not in indices}
+        self.remainder: dict[str, Any] = {**state_dict, "state": others, "param_groups": self._saved.to_load()}
+        """The state dict without the state of parameters, which `Optimizer.load_state_dict` would cast."""
+
+    def finish(self, optimizer: Optimizer) -> None:
+        """Put in place what `Optimizer.load_state_dict` did not, which has loaded `remainder`."""
+        optimizer.state.update(self._states)
+        for group, kept in zip(optimizer.param_groups, self._saved.kept, strict=True):
+            group.update(kept)
+
+
+def _restored(param: Tensor, group: Group, saved: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return copies of a parameter's saved state, with the dtypes and on the devices where they belong."""
+    step = saved["step"]
+    step = step if isinstance(step, Tensor) else torch.tensor(float(step), device="cpu")
+    device = param.device if group["capturable"] else "cpu"
+    state = {"step": step.detach().to(device, torch.float32, copy=True).reshape(())}
+    for name, entry in state_spec(param, group).items():
+        state[name] = saved[name].detach().to(param.device, entry.dtype, copy=True)
+    return state

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -138,7 +139,8 @@ class IFShampoo(RootFreeOptimizer):
         ValueError: an option or a parameter cannot be served. The message names it, its value and the remedy.
     """
 
-    _newer_options = PAPER_RULE
+    _newer_options = (PAPER_RULE, MappingProxyType({"packed_momentum": False}))
+    _own_options = ("riemannian_momentum", "precondition_frequency", "clip", "structure", "factor_dtype")
 
     def __init__(
         self,

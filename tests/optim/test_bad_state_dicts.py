@@ -86,3 +86,21 @@ def test_a_state_dict_of_a_model_is_refused(case: Case) -> None:
     model, optimizer = case.start()
     train(model, optimizer, range(1))
     assert_refused(optimizer, model.state_dict(), match="not of a model")
+
+
+@pytest.mark.parametrize("value", [None, [1.0], 3.0, "text"], ids=repr)
+@pytest.mark.parametrize("entry", ["step", "momentum_buffer"])
+def test_a_state_dict_with_something_else_than_tensors_is_refused(case: Case, entry: str, value: Any) -> None:
+    model, optimizer = case.start()
+    train(model, optimizer, [0, 1])
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0][entry] = [torch.ones(3)] if entry == "step" and value == 3.0 else value
+    assert_refused(optimizer, saved, match=f"as {entry}: load one")
+
+
+def test_a_state_dict_with_several_step_counts_of_a_parameter_is_refused(case: Case) -> None:
+    model, optimizer = case.start()
+    train(model, optimizer, [0, 1])
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0]["step"] = torch.ones(3)
+    assert_refused(optimizer, saved, match=r"step \(3,\) for \(\)")
