@@ -24,7 +24,7 @@ from rootfree_kernels.optim.block_batch import make_batches, own_storage
 from rootfree_kernels.optim.block_step import BlockBatchStep, block_steps
 from rootfree_kernels.optim.context import GroupOptions, StepContext, group_options
 from rootfree_kernels.optim.elementwise_batch import ElementwiseBatch, elementwise_batches
-from rootfree_kernels.optim.overlap import overlap_ranks
+from rootfree_kernels.optim.overlap import has_memory, overlap_ranks
 from rootfree_kernels.optim.state_spec import Group
 
 MAX_PLANS = 64
@@ -143,7 +143,8 @@ class GroupCache:
         self.options: GroupOptions = group_options(group)
         self.device_states = device_states
         self._params = list(group["params"])
-        self._kinds, self._places = kinds(self._params), _places(self._params)
+        self._kinds, self._have_memory = kinds(self._params), all(map(has_memory, self._params))
+        self._places = _places(self._params) if self._have_memory else []
         self._stateless = [param for param in self._params if not states.get(param)]
 
     def is_valid(self, params: Sequence[Tensor], states: Any) -> bool:
@@ -158,6 +159,8 @@ class GroupCache:
     def _are_unchanged(self, params: Sequence[Tensor]) -> bool:
         """Return whether the parameters look as before. Unchanged addresses imply unchanged parameters: a cheap test
         comes first."""
+        if not self._have_memory:
+            return kinds(params) == self._kinds
         if (places := _places(params)) != self._places:
             if kinds(params) != self._kinds or not all(state.ranks_are_valid() for state in self.device_states):
                 return False
