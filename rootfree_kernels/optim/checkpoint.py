@@ -90,4 +90,4 @@ def restore_tensors(groups: Sequence[Group], states: Any, state_dict: Mapping[st
         for name, entry in state_spec(param, group).items():
             state[name] = saved[name].detach().to(param.device, entry.dtype, copy=True)
         device = param.device if group["capturable"] else "cpu"
-        state["step"] = torch.as_tensor(saved["step"]).detach().to(device, torch.float32, copy=True)
+        state["step"] = torch.as_tensor(saved["step"]).detach().to(device, torch.int64, copy=True)

@@ -59,8 +59,8 @@ def _are_same(left: Iterable[Any], right: Sequence[Any]) -> bool:
 class DeviceState:
     """The state of those parameters of a group that are on one device and have been stepped.
 
-    `counts` [number of parameters] holds their counts of steps. Their states hold 0-d views of it. `ranks` holds their
-    overlap ranks, which decide who may be stepped together.
+    `counts` [number of parameters], int64, holds their counts of steps. Their states hold 0-d views of it. `ranks`
+    holds their overlap ranks, which decide who may be stepped together.
     """
 
     def __init__(self, tiles_of: Mapping[Tensor, Sequence[Tile]], states: Any, group: Group, seed_of: SeedOf) -> None:
@@ -75,7 +75,7 @@ class DeviceState:
 
     def _packed_counts(self, states: Any, device: torch.device) -> Tensor:
         steps = [states[param]["step"] for param in self.params]
-        counts = torch.stack([torch.as_tensor(step, dtype=torch.float32, device=device) for step in steps])
+        counts = torch.stack([torch.as_tensor(step, dtype=torch.int64, device=device) for step in steps])
         for row, param in enumerate(self.params):
             states[param]["step"] = counts[row]
         return counts
@@ -181,8 +181,8 @@ class StepPlan:
         owners = [row for batch in self.batches for row in batch.owners]
         self._owners = torch.tensor(owners, dtype=torch.int64, device=self._counts.device)
         self._no_steps = None if owners else [self._counts[:0]] * len(self.batches)
-        steps = [float(grad is not None) for grad in grads]
-        self._increment = torch.tensor(steps, dtype=torch.float32, device=self._counts.device)
+        steps = [int(grad is not None) for grad in grads]
+        self._increment = torch.tensor(steps, dtype=torch.int64, device=self._counts.device)
 
     def _ordered(self, grads: Sequence[Tensor | None]) -> list[Any]:
         return [grads[row] for row in self._rows]

@@ -154,7 +154,7 @@ class Planner:
         caches = "structure" in group and caches_products(group)
         return *map(group.get, _PLAN_OPTIONS), caches, *_environment()
 
-    def _due(self, group: Group, read_counts: Callable[[], list[float]]) -> bool | tuple[bool, ...]:
+    def _due(self, group: Group, read_counts: Callable[[], list[int]]) -> bool | tuple[bool, ...]:
         """Return whether factors are updated in this step: one answer for all, or else one for each count of steps."""
         frequency = group.get("precondition_frequency", 1)
         return True if frequency == 1 else updates_due(frequency, read_counts())
@@ -183,7 +183,7 @@ class Planner:
                 "same options and gradients first."
             )
         counts = (states[param]["step"] if states.get(param) else 0 for param in group["params"])
-        self._due(group, lambda: list(map(float, counts)))  # a user's callable may raise
+        self._due(group, lambda: list(map(int, counts)))  # a user's callable may raise
 
     # ---- seeds ----------------------------------------------------------------------------------------------------
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 
-def updates_due(frequency: int | Callable[[int], bool], counts: Sequence[float]) -> bool | tuple[bool, ...]:
+def updates_due(frequency: int | Callable[[int], bool], counts: Sequence[int]) -> bool | tuple[bool, ...]:
     """Return whether the factors of parameters with these counts of steps are updated.
 
     One answer stands for all counts; if they disagree, there is one for each.
     """
     if callable(frequency):
-        due = {count: bool(frequency(int(count))) for count in set(counts)}
+        due = {count: bool(frequency(count)) for count in set(counts)}
     else:
-        due = {count: int(count) % frequency == 0 for count in set(counts)}
+        due = {count: count % frequency == 0 for count in set(counts)}
     return tuple([due[count] for count in counts]) if len(set(due.values())) > 1 else all(due.values())
 
 
