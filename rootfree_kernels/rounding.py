@@ -78,8 +78,10 @@ def block_seed(seed: int, param_index: int, block_index: int) -> int:
 
 
 def keys(seeds: Tensor, steps: Tensor, slot: int) -> Tensor:
-    """Return the keys [L], int32, of L blocks. `seeds` [L] are int32; `steps` [L] or 0-d are whole numbers of any dtype,
-    of which the lower 32 bits count."""
+    """Return the keys [L], int32, of L blocks.
+
+    `seeds` [L] are int32. `steps` [L] or 0-d are whole numbers of any dtype, of which the lower 32 bits count.
+    """
     steps = steps.to(torch.int64)  # a float beyond 2³¹ has no int32
     key = _mix(seeds ^ steps.to(device=seeds.device, dtype=torch.int32, non_blocking=True))
     key += signed(slot * _GOLDEN)
