@@ -258,8 +258,8 @@ class BatchSizeCounter:
             except UnknownTermsError as error:
                 reason = str(error) if self._model() is not None else NO_MODEL
                 raise RuntimeError(
-                    f"the batch_size of {type(optimizer).__name__} cannot be counted: {reason}. Or remove() the counter "
-                    "and set group['batch_size'] before every step."
+                    f"the batch_size of {type(optimizer).__name__} cannot be counted: {reason}. Or remove() the "
+                    "counter and set group['batch_size'] before every step."
                 ) from None
             for group in groups:
                 group["batch_size"] = batch_size

@@ -33,21 +33,21 @@ class Answers:
 
 
 def updates_due(
-    frequency: Frequency, counts: Sequence[float], present: Sequence[bool], answers: Answers
+    frequency: Frequency, counts: Sequence[int], present: Sequence[bool], answers: Answers
 ) -> bool | tuple[bool, ...]:
     """Return whether the factors of parameters with these counts of steps are updated.
 
     Only parameters that are `present`, which have a gradient, are asked about. One answer stands for all parameters; if
     answers disagree, there is one for each.
     """
-    steps = set(map(int, counts if all(present) else compress(counts, present)))
+    steps = set(counts if all(present) else compress(counts, present))
     if callable(frequency):
         due = {step: answers.ask(frequency, step) for step in sorted(steps)}
     else:
         due = {step: step % frequency == 0 for step in steps}
     if len(set(due.values())) < 2:
         return all(due.values())
-    return tuple([takes_part and due[int(count)] for count, takes_part in zip(counts, present, strict=True)])
+    return tuple([takes_part and due[count] for count, takes_part in zip(counts, present, strict=True)])
 
 
 def _check_most(name: str, value: int) -> None:

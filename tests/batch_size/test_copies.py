@@ -87,7 +87,7 @@ def test_a_copy_of_the_optimizer_alone_needs_a_new_counter(make_copy: Callable[[
     assert not any(isinstance(each, nn.Module) for each in gc.get_referents(*other._counters))
     for param in other.param_groups[0]["params"]:
         param.grad = torch.ones_like(param)
-    with pytest.raises(RuntimeError, match="the counter has no model: .* Make a new BatchSizeCounter, which replaces"):
+    with pytest.raises(RuntimeError, match=r"the counter has no model: .* Make a new BatchSizeCounter, which replaces"):
         other.step()
     other.zero_grad()
     other_model = mlp()
@@ -110,7 +110,7 @@ def test_a_model_that_is_gone_is_an_error_and_not_an_old_batch_size() -> None:
     BatchSizeCounter(nn.Sequential(model), optimizer)  # the wrapper is dropped, and the model itself is called
     gc.collect()
     backward(model, 7)
-    with pytest.raises(RuntimeError, match="the counter has no model"):
+    with pytest.raises(RuntimeError, match=r"the counter has no model"):
         optimizer.step()
 
 

@@ -18,7 +18,7 @@ def shapes_and_dtypes(state: dict[str, Tensor]) -> dict[str, tuple[tuple[int, ..
     return {name: (tuple(value.shape), value.dtype) for name, value in state.items()}
 
 
-COUNTS = {"step": ((), torch.float32)}
+COUNTS = {"step": ((), torch.int64)}
 
 
 @pytest.mark.parametrize("shape", [(7, 5), (4, 3, 2, 2), (6,), ()], ids=str)
