@@ -39,7 +39,13 @@ def flat(tensors: list[Tensor]) -> Tensor:
 
 
 def scatter(tensors: list[Tensor], vector: Tensor) -> None:
-    """Copy a vector back to the tensors: the inverse of `flat`."""
+    """Copy a vector back to the tensors: the inverse of `flat`.
+
+    A vector that is the only tensor's own memory is in place already. Their strides may differ along axes of length 1,
+    and `copy_` then refuses the copy as an overlap.
+    """
+    if len(tensors) == 1 and vector.data_ptr() == tensors[0].data_ptr():
+        return
     parts = vector.split([tensor.numel() for tensor in tensors])
     shaped = [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
     torch._foreach_copy_(tensors, shaped)

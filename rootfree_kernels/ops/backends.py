@@ -92,7 +92,8 @@ def choose(
     """Return the backend for parameters of `dtype` on `device`, with `factors` if they are matrices.
 
     `fused=True` asks for a backend with kernels, `fused=False` for eager PyTorch. None leaves the choice to
-    `ROOTFREE_BACKEND`, or else to the order of preference. A `favourite` that can serve comes before that order; one
+    `ROOTFREE_BACKEND`, or else to the order of preference. No backend has kernels for FP64 or for meta tensors: eager
+    PyTorch then serves `fused=True` too. A `favourite` that can serve comes before that order; one
     that cannot is passed over.
 
     Raises:
@@ -110,7 +111,7 @@ def choose(
         reasons = {}
         for backend in [named(asked_for)] if asked_for else candidates(device):
             reason = why_not(backend.name, device, dtype, factors)
-            if reason is None and fused and not backend.is_fused:
+            if reason is None and fused and not backend.is_fused and _may_have_kernels(device, dtype):
                 reason = "it has no fused kernels"
             if reason is None:
                 return _announced(backend, device.type, dtype)
@@ -119,6 +120,10 @@ def choose(
     asked = f"ROOTFREE_BACKEND={asked_for}" if asked_for and fused is None else f"fused={fused}"
     why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     raise RuntimeError(f"{asked} cannot be served for {dtype} parameters on {device}: {why}. Leave it unset.")
+
+
+def _may_have_kernels(device: torch.device, dtype: torch.dtype) -> bool:
+    return dtype != torch.float64 and device.type != "meta"
 
 
 @cache

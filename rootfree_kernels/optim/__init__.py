@@ -12,6 +12,7 @@
     block_batch         the storage of a batch of blocks: factors and their momenta
     context             what all batches of a step share: options, lr, gradient scaler
     options             the rules of options, parameters and gradients, with their error messages
+    overlap             which tensors share memory
     state_spec          what the state of a parameter looks like
     checkpoint          saving and loading of that state
     report              which batches an optimizer steps, and which backend steps each

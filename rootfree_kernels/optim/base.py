@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -13,9 +14,10 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from rootfree_kernels import ranges
 from rootfree_kernels.arguments import Scaling
 from rootfree_kernels.backend import is_captured
+from rootfree_kernels.batch_size import BatchSizeCounter
 from rootfree_kernels.optim.checkpoint import Load, finished
 from rootfree_kernels.optim.context import GroupOptions, StepContext, group_options
-from rootfree_kernels.optim.options import check_options, check_param
+from rootfree_kernels.optim.options import check_options, check_param, normalise
 from rootfree_kernels.optim.plan import StepPlan, reserve
 from rootfree_kernels.optim.planner import PlannedStep, Planner, check_backends
 from rootfree_kernels.optim.saved_groups import older_values
@@ -25,6 +27,21 @@ from rootfree_kernels.optim.state_spec import Group
 def lr_scalar(lr: float | Tensor) -> Tensor:
     """Return the learning rate as a 0-d tensor. A float becomes FP64; a Tensor stays on its device, unread."""
     return lr.reshape(()) if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64, device="cpu")
+
+
+def changes_nothing(groups: Sequence[Group], own_lr: Any) -> bool:
+    """Return whether every lr and every gradient is 0.
+
+    `torch.distributed.checkpoint` takes such a step of an optimizer without state, to have its state made. It puts an
+    lr of its own into the groups, so that a Tensor that was passed as `own_lr` need not be read.
+    """
+    grads = [param.grad for group in groups for param in group["params"] if param.grad is not None]
+    if not grads or any(type(grad) is not Tensor for grad in grads):
+        return False
+    for lr in (group["lr"] for group in groups):
+        if (isinstance(lr, Tensor) and lr is own_lr) or lr:
+            return False
+    return not any(grad.any() for grad in grads)
 
 
 def without_autocast(plan: StepPlan) -> AbstractContextManager[Any]:
@@ -42,8 +59,6 @@ class RootFreeOptimizer(Optimizer):
     the parameter, or a part of it, because they were not finite.
     """
 
-    _step_supports_amp_scaling = True  # GradScaler then sets grad_scale and found_inf, which stay on the device
-
     _newer_options: Sequence[Mapping[str, Any]] = ()
     """Options that state dicts without a format version and pickles may lack, with the values that they had before they
     were options: one mapping for each version that added some."""
@@ -53,7 +68,21 @@ class RootFreeOptimizer(Optimizer):
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         self._planner = Planner()
+        self._counters: list[BatchSizeCounter] = []
+        normalise(defaults)
         super().__init__(params, defaults)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether the caller is a GradScaler. It then sets `grad_scale` and `found_inf`, which stay on the device.
+
+        Lightning reads the same attribute without a scaler. It refuses to clip gradients if the attribute is True,
+        because it takes it to mean that gradients are still scaled.
+        """
+        return isinstance(sys._getframe(1).f_locals.get("self"), torch.amp.GradScaler)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_counters": self._counters}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         known = set(state.get("defaults", self.__dict__.get("defaults", {})))
@@ -61,6 +90,9 @@ class RootFreeOptimizer(Optimizer):
         if "differentiable" not in known:  # Optimizer adds it, and no optimizer here has this option
             self.defaults.pop("differentiable", None)
         self._planner = Planner()
+        self._counters = list(self.__dict__.get("_counters", ()))  # older pickles have none
+        for counter in state.get("_counters", ()):  # a copy; `load_state_dict` calls this without them
+            counter._attach(self)
         if "defaults" in state:  # it was copied or pickled, maybe by an older version
             older = older_values([*self.param_groups, self.defaults], self._newer_options)
             for options in (self.defaults, *self.param_groups):
@@ -79,14 +111,15 @@ class RootFreeOptimizer(Optimizer):
             group["params"] = [group["params"]]
         if not isinstance(group["params"], set):  # torch refuses a set, with a message of its own
             group["params"] = list(group["params"])
+        normalise(group)
+        options = {**self.defaults, **group}
         seen: set[Tensor] = set()
         for index, item in enumerate(group["params"]):
             label, param = item if isinstance(item, tuple) else (f"params[{index}]", item)
-            check_param(f"parameter {label!r}", param)
+            check_param(f"parameter {label!r}", param, options)
             if param in seen:
                 raise ValueError(f"parameter {label!r} stands twice in the group: pass each parameter once.")
             seen.add(param)
-        options = {**self.defaults, **group}
         check_options(options)
         if options["fused"]:
             check_backends(list(seen), options)
@@ -158,12 +191,16 @@ class RootFreeOptimizer(Optimizer):
     @torch.compiler.disable(reason="a step is traced if every group has capturable=True and nothing is wrong")
     def _step_all(self) -> None:
         with ranges.step(f"{type(self).__name__}.step"):
+            is_first = not self.state
             every = self._planner.planned_steps(self.param_groups, self.state)
             self._prepare(every)
+            if is_first and changes_nothing(self.param_groups, self.defaults["lr"]):
+                return
             for group, options, plan, grads in every:
                 with without_autocast(plan):
                     plan.step(grads, self._context(group, options, plan.device, ranges.listened))
                 plan.note_versions()
+            self._planner.finish_step()
 
     def _prepare(self, every: list[PlannedStep]) -> None:
         """Raise what a step can only raise before anything has changed."""

@@ -21,8 +21,24 @@ from rootfree_kernels.optim.state_spec import (
     tile_spec,
 )
 
+SLICED_DEVICES = ("cpu", "cuda")
+"""Types of devices on which an address can be computed with, so that storages can be cut."""
+
 MAX_BATCH_ELEMENTS = 1 << 26
 """The most elements of G in a batch. This bounds the temporary memory of a step, which is a few times as large."""
+
+
+def own_storage(view: Tensor) -> Tensor:
+    """Return a tensor over the memory of a contiguous view that has a storage of its own, of the size of the view.
+
+    `torch.save` writes whole storages, so that a view would be saved with everything around it. Version counters are
+    not shared. Fake tensors and devices whose memory cannot be cut get the view itself.
+    """
+    if view.device.type not in SLICED_DEVICES or type(view) is not Tensor or not view.numel():
+        return view
+    first, size = view.storage_offset() * view.element_size(), view.numel() * view.element_size()
+    storage = view.untyped_storage()[first : first + size]
+    return torch.empty(0, dtype=view.dtype, device=view.device).set_(storage, 0, view.shape, view.stride())
 
 
 class BatchEntry(NamedTuple):
@@ -49,7 +65,8 @@ class BatchPart(NamedTuple):
 class BlockBatch:
     """L blocks of p × d of parameters that share a dtype and a device.
 
-    `storage[name]` [L, …] holds one state tensor for all blocks; the state of each parameter holds views of its part.
+    `storage[name]` [L, …] holds one state tensor for all blocks. The state of each parameter holds a tensor over its
+    part of that memory.
     `products` holds P_C = CCᵀ and P_K = KKᵀ, or nothing: they are derived from the factors and never saved. `seeds` [L]
     belong to the blocks.
     """
@@ -65,6 +82,7 @@ class BlockBatch:
         self.packs_momenta: bool = group["packed_momentum"]
         self.is_whitened = group["direction"] == "whitened"
         self.storage: dict[str, Tensor] = {}
+        self._factors: list[Tensor] = []  # of the states, with version counters of their own
         self.products: dict[str, Tensor] = {}
         self.seeds = torch.tensor(seeds, dtype=torch.int32, device=self.device)
         for name in tile_spec(Tile.single(1, 1), group):
@@ -73,23 +91,26 @@ class BlockBatch:
             self.products = self._new_products()
         named = {**self.storage, **self.products}
         factors = Factors(**{name: named.get(name) for name in Factors._fields})  # type: ignore[arg-type]
+        self._factors += [factors.factor_c, factors.factor_k]
         self._whole = BatchPart(factors, self.storage["skipped"], self.seeds)
         self.note_versions()
 
     def _adopt(self, states: Any, name: str) -> None:
-        """Move one state tensor of all entries into one storage, and leave views of it in their states."""
+        """Move one state tensor of all entries into one storage, and leave their parts of it in their states."""
         parts = [states[entry.param][name + entry.suffix] for entry in self.entries]
         self.storage[name] = torch.cat(parts)
         for entry in self.entries:
-            states[entry.param][name + entry.suffix] = self.storage[name][entry.blocks]
+            part = own_storage(self.storage[name][entry.blocks])
+            states[entry.param][name + entry.suffix] = part
+            if name in ("factor_c", "factor_k"):
+                self._factors.append(part)
 
     def note_versions(self) -> None:
         """Remember the version counters of the factors, so that a change from outside shows."""
         self._versions = self._factor_versions()
 
     def _factor_versions(self) -> list[int]:
-        factors = (self.storage["factor_c"], self.storage["factor_k"])
-        return [0 if factor.is_inference() else factor._version for factor in factors]
+        return [0 if factor.is_inference() else factor._version for factor in self._factors]
 
     def products_are_valid(self) -> bool:
         """Return whether the products still belong to the factors: a user may have written into one."""
@@ -97,14 +118,17 @@ class BlockBatch:
 
     def _new_products(self) -> dict[str, Tensor]:
         """Compute P_C and P_K from the factors, bitwise as an update does, so that a resumed run repeats."""
-        make = self.backend.operators.kron_products
-        products = make(self.storage["factor_c"], self.storage["factor_k"], self.matmul_dtype)
+        factors = self.storage["factor_c"], self.storage["factor_k"]
+        if type(factors[0]) is not Tensor:  # fake tensors have nothing to multiply
+            products = self.empty_products(*factors)
+        else:
+            products = self.backend.operators.kron_products(*factors, self.matmul_dtype)
         return dict(zip(("product_c", "product_k"), products, strict=True))
 
-    def empty_products(self, factors: Factors) -> tuple[Tensor, Tensor]:
+    def empty_products(self, factor_c: Tensor, factor_k: Tensor) -> tuple[Tensor, Tensor]:
         """Return memory for P_C and P_K of some blocks, for a step that does not keep them."""
         dtype = self.matmul_dtype
-        return torch.empty_like(factors.factor_c, dtype=dtype), torch.empty_like(factors.factor_k, dtype=dtype)
+        return torch.empty_like(factor_c, dtype=dtype), torch.empty_like(factor_k, dtype=dtype)
 
     def index(self, entries: Sequence[BatchEntry]) -> Tensor | None:
         """Return the indices of these entries' blocks. None stands for all blocks of the batch."""
@@ -134,22 +158,25 @@ class BlockBatch:
 
 def make_batches(
     tiles_of: Mapping[Tensor, Sequence[Tile]],
+    ranks: Sequence[int],
     states: Any,
     group: Group,
     seed_of: Callable[[Tensor, int], int],
 ) -> list[BlockBatch]:
     """Return the batches of a group, over the tiles of every parameter that has state.
 
+    `ranks` holds the overlap ranks of the parameters. Those that share memory must be stepped one after the other.
+
     `seed_of` returns the seed of a parameter's block, from the block's index in the parameter.
     """
     entries: dict[Any, list[BatchEntry]] = defaultdict(list)
     seeds: dict[Any, list[int]] = defaultdict(list)
     parts: dict[Any, int] = defaultdict(int)
-    for param, tiles in tiles_of.items():
+    for (param, tiles), rank in zip(tiles_of.items(), ranks, strict=True):
         alone = id(param) if group["foreach"] is False else None
         next_block = 0
         for number, tile in enumerate(tiles):
-            kind = (tile.block_shape, param.dtype, param.device, alone)
+            kind = (tile.block_shape, param.dtype, param.device, alone, rank)
             if _is_full(len(seeds[kind, parts[kind]]), tile):
                 parts[kind] += 1
             key = (kind, parts[kind])

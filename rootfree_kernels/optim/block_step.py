@@ -64,7 +64,7 @@ class BlockBatchStep(NamedTuple):
             if context.is_profiled:
                 ranges.phase("factor update")
             if batch.backend.makes_products and factors.product_c is None and not batch.is_whitened:
-                product_c, product_k = batch.empty_products(factors)
+                product_c, product_k = batch.empty_products(factors.factor_c, factors.factor_k)
                 factors = factors._replace(product_c=product_c, product_k=product_k)
             ok = ops.kron_factor(factors, gathered, draws, scaling.found_inf, update, batch.backend)
         if context.is_profiled:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from rootfree_kernels.arguments import DiagonalOptions, FactorOptions, ScaledOptions, Scaling, StepOptions
@@ -18,6 +19,18 @@ class GroupOptions(NamedTuple):
     factor: FactorOptions | None  # None for an optimizer without matrices
     step: StepOptions
     maximize: bool
+
+
+def factor_damping(group: Group) -> float:
+    """Return λ of the factors: at least ε² of the dtype that they are computed in, while they average (γ = 1).
+
+    A row or a column that never has a gradient has the curvature 0, and its factor would grow until it overflows. ε² is
+    the curvature of gradients that are lost in a sum with gradients of size 1, so nothing that matters is smaller. The
+    growth ends where C and K multiply a gradient by at most about 1/ε².
+    """
+    is_wide = (group["matmul_dtype"] or group["factor_dtype"]) == torch.float64
+    least: float = torch.finfo(torch.float64 if is_wide else torch.float32).eps ** 2
+    return max(float(group["damping"]), least) if group["gamma"] else float(group["damping"])
 
 
 def group_options(group: Group) -> GroupOptions:
@@ -43,7 +56,7 @@ def group_options(group: Group) -> GroupOptions:
         diagonal.batch_size,
         diagonal.beta2,
         group["riemannian_momentum"],
-        diagonal.damping,
+        factor_damping(group),
         diagonal.gamma,
         group["clip"],
         diagonal.rounding,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from rootfree_kernels.optim.state_spec import (
     is_pair,
     needs_bits,
     norms_dtype,
+    real_view,
     state_dtype,
     takes_scaled_step,
     update_norm,
@@ -35,6 +36,7 @@ class ElementwiseBatch(NamedTuple):
     seeds: Tensor  # [n], int32
     backend: Backend
     owners: list[int]  # the row of each tensor's parameter in the counts of steps; empty if no random bits are drawn
+    are_complex: bool  # each is then stepped as the real numbers that it consists of
 
     @property
     def label(self) -> str:
@@ -46,6 +48,8 @@ class ElementwiseBatch(NamedTuple):
         if context.is_profiled:
             ranges.phase("apply")
         params, state, draws, backend = self.params, self.state, Draws(self.seeds, steps), self.backend
+        if self.are_complex:
+            params, grads = list(map(real_view, params)), list(map(real_view, grads))
         lr, scaling, options = context.lr, context.scaling, context.options
         if isinstance(state, DiagonalState):
             ops.rf_rmsprop(params, state, grads, lr, draws, scaling, options.diagonal, backend)
@@ -60,19 +64,21 @@ class ElementwiseBatch(NamedTuple):
 
 def elementwise_batches(
     rows: Mapping[Tensor, int],
+    ranks: Sequence[int],
     excluded: set[Tensor],
     states: Any,
     group: Group,
     seed_of: Callable[[Tensor, int], int],
 ) -> list[ElementwiseBatch]:
     """Return the batches of the parameters in `rows` that are not excluded: one for each dtype of parameters and of
-    gradients. `rows` maps every parameter with a gradient to its row in the counts of steps."""
+    gradients. `rows` maps every parameter with a gradient to its row in the counts of steps. `ranks` holds the overlap
+    rank of every row, since parameters that share memory must be stepped one after the other."""
     lists: dict[Any, list[Tensor]] = defaultdict(list)
-    for param in rows:
+    for param, row in rows.items():
         if param.numel() and param not in excluded:
             alone = id(param) if group["foreach"] is False else None
             assert param.grad is not None  # `rows` holds no other parameters
-            lists[param.dtype, param.grad.dtype, alone].append(param)
+            lists[param.dtype, param.grad.dtype, alone, ranks[row]].append(param)
     return [_batch(params, rows, states, group, seed_of) for params in lists.values()]
 
 
@@ -105,7 +111,7 @@ def _batch(
     if takes_scaled_step(group):
         norms = None
         if group["update_norm"] is not None:
-            sizes = [update_norm(param.shape, param.numel(), group) for param in params]
+            sizes = [update_norm(param.shape, real_view(param).numel(), group) for param in params]
             norms = torch.tensor(sizes, dtype=norms_dtype(first, group), device=first.device)
         state = ScaledState(*kept, every("curvature") if group["relative_damping"] else [], *residuals, norms)
     return ElementwiseBatch(
@@ -114,4 +120,5 @@ def _batch(
         torch.tensor([seed_of(param, 0) for param in params], dtype=torch.int32, device=first.device),
         _backend(params, group),
         [rows[param] for param in params] if any(needs_bits(*kind) for kind in stored) else [],
+        first.is_complex(),
     )

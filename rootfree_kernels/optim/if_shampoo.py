@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -13,6 +14,7 @@ from torch.optim.optimizer import ParamsT
 
 from rootfree_kernels.optim.base import RootFreeOptimizer
 from rootfree_kernels.optim.recipe import PAPER_RULE, RECIPE, model_groups
+from rootfree_kernels.optim.shape_warnings import flat_warning, warn_about_shapes
 from rootfree_kernels.param_split import split_params
 
 
@@ -179,6 +181,7 @@ class IFShampoo(RootFreeOptimizer):
     ) -> None:
         options = {k: v for k, v in locals().items() if k not in ("self", "params", "__class__")}
         super().__init__(params, options)
+        warn_about_shapes(self.param_groups, stacklevel=2)
 
     @classmethod
     def for_model(
@@ -213,5 +216,8 @@ class IFShampoo(RootFreeOptimizer):
         Raises:
             ValueError: `heads` names a module that the model does not have, or an option cannot be served.
         """
-        groups = model_groups(split_params(model, heads), weight_decay, rest or {})
+        split = split_params(model, heads)
+        if split.vectors and not any(param.dim() > 1 for param in model.parameters()):
+            warnings.warn(flat_warning("the model"), stacklevel=2)
+        groups = model_groups(split, weight_decay, rest or {})
         return cls(groups, lr, **{**RECIPE, "weight_decay": weight_decay, **options})

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from operator import index
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import required
 
+from rootfree_kernels.blocks import matrix_shape
 from rootfree_kernels.ops.backends import DTYPES
+from rootfree_kernels.optim.overlap import has_internal_overlap
 from rootfree_kernels.rounding import ROUNDINGS
 
 CLIPS = ("frobenius", "row_sum", "none")
 DIRECTIONS = ("root_free", "whitened")
 STRUCTURES = ("dense", "elementwise")
 FACTOR_DTYPES = (torch.bfloat16, torch.float32, torch.float64)
+COMPLEX_DTYPES = (torch.complex64, torch.complex128)
+"""Complex dtypes of parameters that take the diagonal step, as pairs of real numbers."""
+
+DTYPE_OPTIONS = ("factor_dtype", "matmul_dtype", "state_dtype")
 
 
 class Rule(NamedTuple):
@@ -110,8 +119,47 @@ def batch_size_cancels(options: Mapping[str, Any]) -> bool:
     return bool(relative and options.get("update_norm"))
 
 
-def check_lr(options: Mapping[str, Any]) -> None:
+def dtype_of_text(text: str) -> torch.dtype | None:
+    """Return the dtype of a name, "bfloat16" or "torch.bfloat16", or None if there is none."""
+    dtype = getattr(torch, text.removeprefix("torch."), None)
+    return dtype if isinstance(dtype, torch.dtype) else None
+
+
+def plain(value: Any) -> Any:
+    """Return NumPy's scalars, and whatever else converts itself to a number, as Python numbers.
+
+    Other values, text among them, are returned as they are.
+    """
+    if value is None or isinstance(value, str | bytes | complex | torch.dtype) or type(value) in (bool, int, float):
+        return value
+    if getattr(value, "ndim", 0):  # an array
+        return value
+    if getattr(getattr(value, "dtype", None), "kind", "") == "b":  # numpy.bool
+        return bool(value)
+    for convert, method in ((index, "__index__"), (float, "__float__")):
+        if hasattr(type(value), method):
+            with suppress(TypeError, ValueError, RuntimeError, OverflowError):
+                return convert(value)
+    return value
+
+
+def normalise(options: dict[str, Any]) -> None:
+    """Replace numbers of other libraries by Python's, and names of dtypes by the dtypes, in place.
+
+    A Tensor stays what it is only as the learning rate, which the host must not read.
+    """
+    for name in RULES.keys() & options.keys():
+        value = options[name]
+        if name in DTYPE_OPTIONS and isinstance(value, str):
+            options[name] = dtype_of_text(value) or value
+        elif not (name == "lr" and isinstance(value, Tensor)):
+            options[name] = plain(value)
+
+
+def check_lr(options: dict[str, Any]) -> None:
     """Raise ValueError if the learning rate breaks its rule. Schedules change it at every step, so it is cheap."""
+    if type(options["lr"]) is not float and not isinstance(options["lr"], Tensor):
+        options["lr"] = plain(options["lr"])
     if not _is_lr(options["lr"]):
         raise ValueError(f"lr={options['lr']!r}: {RULES['lr'].remedy}.")
 
@@ -154,36 +202,66 @@ def check_options(options: Mapping[str, Any]) -> None:
         )
 
 
-def check_param(name: str, param: Any) -> None:
-    """Raise TypeError or ValueError unless `param` is a dense, real, local tensor of a dtype that is served."""
+def is_served(param: Tensor) -> bool:
+    """Return whether a parameter has a dtype that can be stepped."""
+    return param.dtype in DTYPES or param.dtype in COMPLEX_DTYPES
+
+
+def _param_problem(param: Tensor) -> str | None:
+    """Return why a parameter cannot be stepped, and the remedy, or None."""
+    if not is_served(param):
+        names = ", ".join(map(str, (*DTYPES, *COMPLEX_DTYPES)))
+        return f"has dtype {param.dtype}: pass parameters of {names}, or freeze it with requires_grad_(False)."
+    if is_lazy(param):
+        return None  # it has no memory yet
+    if param.is_neg() or param.is_conj():
+        return (
+            "is a view that PyTorch negates or conjugates when it is read, and kernels step the memory itself: pass "
+            "param.resolve_conj().resolve_neg()."
+        )
+    if has_internal_overlap(param):
+        return (
+            f"has shape {tuple(param.shape)} and strides {param.stride()}, with which several elements share memory: "
+            "pass a tensor of its own memory (param.clone(memory_format=torch.contiguous_format))."
+        )
+    return None
+
+
+def check_param(name: str, param: Any, options: Mapping[str, Any]) -> None:
+    """Raise TypeError or ValueError unless `param` is a dense, local tensor that can be stepped, or is frozen.
+
+    Frozen parameters may have any dtype, as quantised weights do. They are carried along.
+    """
     if not isinstance(param, Tensor):
         raise TypeError(f"{name} is a {type(param).__name__}: optimizers take Tensors.")
-    if param.is_complex():
-        raise ValueError(
-            f"{name} has dtype {param.dtype}: complex parameters are not served; pass torch.view_as_real of them."
-        )
-    if param.dtype not in DTYPES:
-        raise ValueError(f"{name} has dtype {param.dtype}: pass parameters of {', '.join(map(str, DTYPES))}.")
     if param.layout != torch.strided:
         raise ValueError(f"{name} has layout {param.layout}: pass a dense parameter (param.to_dense()).")
     if hasattr(param, "device_mesh"):
         raise ValueError(f"{name} is a DTensor: sharded parameters are not served yet; pass local tensors.")
+    if param.requires_grad and (problem := _param_problem(param)):
+        raise ValueError(f"{name} {problem}")
+    if param.requires_grad and param.is_complex() and _takes_factors(param, options):
+        raise ValueError(
+            f"{name} is a matrix of {param.dtype}: Kronecker factors are real; pass structure='elementwise' in its "
+            "group, or torch.view_as_real of it."
+        )
+
+
+def _takes_factors(param: Tensor, options: Mapping[str, Any]) -> bool:
+    return options.get("structure") == "dense" and matrix_shape(param.shape) is not None
 
 
 def grad_problem(param: Tensor, grad: Tensor) -> str | None:
     """Return what is wrong with a gradient, and the remedy. None if it is dense and matches its parameter."""
+    if problem := _param_problem(param):
+        return problem
     if grad.layout != torch.strided:
         return f"has a gradient of layout {grad.layout}: make it dense (nn.Embedding(sparse=False))."
     if grad.shape != param.shape:
         return f"of shape {tuple(param.shape)} has a gradient of shape {tuple(grad.shape)}: they must agree."
     if grad.device != param.device:
         return f"on {param.device} has a gradient on {grad.device}: move it with grad.to({str(param.device)!r})."
-    if grad.dtype not in DTYPES:
-        return f"has a gradient of dtype {grad.dtype}: pass one of {', '.join(map(str, DTYPES))}."
+    allowed = COMPLEX_DTYPES if param.is_complex() else DTYPES
+    if grad.dtype not in allowed:
+        return f"has a gradient of dtype {grad.dtype}: pass one of {', '.join(map(str, allowed))}."
     return None
-
-
-def dtype_of_text(text: str) -> torch.dtype | None:
-    """Return the dtype of a name such as "bfloat16" or "torch.bfloat16", or None if there is none of that name."""
-    dtype = getattr(torch, text.removeprefix("torch."), None)
-    return dtype if isinstance(dtype, torch.dtype) else None

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from rootfree_kernels import ranges
 from rootfree_kernels.blocks import Tile
-from rootfree_kernels.optim.block_batch import make_batches
+from rootfree_kernels.optim.block_batch import make_batches, own_storage
 from rootfree_kernels.optim.block_step import BlockBatchStep, block_steps
 from rootfree_kernels.optim.context import GroupOptions, StepContext, group_options
 from rootfree_kernels.optim.elementwise_batch import ElementwiseBatch, elementwise_batches
+from rootfree_kernels.optim.overlap import overlap_ranks
 from rootfree_kernels.optim.state_spec import Group
 
 MAX_PLANS = 64
@@ -55,17 +56,30 @@ def _are_same(left: Iterable[Any], right: Sequence[Any]) -> bool:
     return len(objects) == len(right) and all(map(is_, objects, right))
 
 
+def read_counts(counts: Sequence[Tensor]) -> list[float]:
+    """Return the numbers of several tensors. Fake tensors have none: every step is planned as the first then."""
+    if any(type(x) is not Tensor for x in counts):
+        return [0.0] * sum(map(Tensor.numel, counts))
+    return [number for x in counts for number in x.reshape(-1).tolist()]
+
+
+def _as_tensor(number: Any) -> Tensor:
+    """Return a number as a tensor, whatever the default device is."""
+    return number.detach() if isinstance(number, Tensor) else torch.tensor(number, device="cpu")
+
+
 class DeviceState:
     """The state of those parameters of a group that are on one device and have been stepped.
 
-    `counts` [number of parameters] holds their counts of steps. Their states hold 0-d views of it.
+    `counts` [number of parameters] holds their counts of steps. Their states hold 0-d views of it. `ranks` holds their
+    overlap ranks, which decide who may be stepped together.
     """
 
     def __init__(self, tiles_of: Mapping[Tensor, Sequence[Tile]], states: Any, group: Group, seed_of: SeedOf) -> None:
         self.params = list(tiles_of)
-        self.device = self.params[0].device
+        self.device, self.ranks = self.params[0].device, overlap_ranks(self.params)
         self.counts = self._packed_counts(states, self.device if group["capturable"] else torch.device("cpu"))
-        self.batches = make_batches(tiles_of, states, group, seed_of)
+        self.batches = make_batches(tiles_of, self.ranks, states, group, seed_of)
         self.cached_batches = [batch for batch in self.batches if batch.products]
         self.plans: dict[Any, StepPlan] = {}
         self._states = [states[param] for param in self.params]
@@ -73,10 +87,14 @@ class DeviceState:
 
     def _packed_counts(self, states: Any, device: torch.device) -> Tensor:
         steps = [states[param]["step"] for param in self.params]
-        counts = torch.stack([torch.as_tensor(step, dtype=torch.float32, device=device) for step in steps])
+        counts = torch.stack([_as_tensor(step).to(device, torch.float32) for step in steps])
         for row, param in enumerate(self.params):
-            states[param]["step"] = counts[row]
+            states[param]["step"] = own_storage(counts[row])
         return counts
+
+    def read_counts(self) -> list[float]:
+        """Return the counts of steps on the host."""
+        return read_counts([self.counts])
 
     def _held(self) -> Iterable[Any]:
         return chain.from_iterable(map(dict.values, self._states))
@@ -92,6 +110,10 @@ class DeviceState:
             and _are_same(self._held(), self._entries)
             and all(batch.products_are_valid() for batch in self.cached_batches)
         )
+
+    def ranks_are_valid(self) -> bool:
+        """Return whether the same parameters share memory as before: their addresses may have changed."""
+        return overlap_ranks(self.params) == self.ranks
 
     def gradients(self) -> tuple[list[Tensor | None], tuple[bool, ...]]:
         """Return the gradients of all parameters, and for each parameter whether it has one."""
@@ -137,7 +159,7 @@ class GroupCache:
         """Return whether the parameters look as before. Unchanged addresses imply unchanged parameters: a cheap test
         comes first."""
         if (places := _places(params)) != self._places:
-            if kinds(params) != self._kinds:
+            if kinds(params) != self._kinds or not all(state.ranks_are_valid() for state in self.device_states):
                 return False
             self._places = places
         return True
@@ -160,7 +182,8 @@ class StepPlan:
         rows = {param: row for row, param in enumerate(state.params) if grads[row] is not None}
         is_due = {param: due if isinstance(due, bool) else due[row] for param, row in rows.items()}
         matrices = block_steps(state.batches, rows, is_due, states, group)
-        others = elementwise_batches(rows, {p for step in matrices for p in step.params}, states, group, seed_of)
+        excluded = {param for step in matrices for param in step.params}
+        others = elementwise_batches(rows, state.ranks, excluded, states, group, seed_of)
         self.batches: list[ElementwiseBatch | BlockBatchStep] = [*others, *matrices]
         self.params = [param for batch in self.batches for param in batch.params]
         bounds = [0, *accumulate(len(batch.params) for batch in self.batches)]

@@ -5,20 +5,21 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from rootfree_kernels.backend import is_captured
 from rootfree_kernels.blocks import Tile
 from rootfree_kernels.ops import dispatch
 from rootfree_kernels.ops.backends import choose
 from rootfree_kernels.optim.context import GroupOptions, group_options
-from rootfree_kernels.optim.options import RULES, check_lr, check_options, grad_problem
-from rootfree_kernels.optim.plan import DeviceState, GroupCache, StepPlan, kinds
-from rootfree_kernels.optim.schedules import updates_due
+from rootfree_kernels.optim.options import RULES, check_lr, check_options, grad_problem, is_served, normalise
+from rootfree_kernels.optim.plan import DeviceState, GroupCache, StepPlan, kinds, read_counts
+from rootfree_kernels.optim.schedules import Answers, updates_due
 from rootfree_kernels.optim.state_spec import (
     LAYOUT_OPTIONS,
     Group,
@@ -67,8 +68,8 @@ class Planner:
         self.caches: dict[int, GroupCache] = {}
         self.traced: dict[int, list[list[StepPlan]]] = {}
         self._checked: dict[int, Any] = {}  # the options and parameters for which a group's state was checked
-        self._seeds: dict[Tensor, int] = {}  # the index of every parameter
-        self._rules: dict[int, dict[str, Any]] = {}  # by which rule the state of a group was made
+        self._rules: Any = WeakTensorKeyDictionary()  # by which rule the state of a parameter was made
+        self._answers = Answers()
 
     def planned_steps(self, groups: Sequence[Group], states: States) -> list[PlannedStep]:
         """Return what this step has to do. All checks of all groups come first, then what has to be made.
@@ -76,14 +77,29 @@ class Planner:
         Raises:
             ValueError, RuntimeError: an option or a gradient cannot be served; nothing was changed.
         """
+        if len(self.caches) > len(groups):
+            self._forget_groups_from(len(groups))
         cached = [self._cached(number, group, states) for number, group in enumerate(groups)]
-        for number, group in enumerate(groups):
-            if cached[number] is None:
-                self._check(number, group, states)
+        stale = [number for number, steps in enumerate(cached) if steps is None]
+        for number in stale:
+            self._check(number, groups[number], states)
+        if stale:
+            make_states([groups[number] for number in stale], states)
         every = []
         for number, steps in enumerate(cached):
             every += self._new(number, groups, states) if steps is None else steps
         return every
+
+    def finish_step(self) -> None:
+        """Note that the planned steps have been taken."""
+        self._answers.forget()
+
+    def _forget_groups_from(self, number: int) -> None:
+        """Drop what is kept for groups that were removed, so that their parameters and state can be freed."""
+        self.traced.clear()
+        for kept in (self.caches, self._checked):
+            for old in [key for key in kept if key >= number]:
+                del kept[old]
 
     def _cached(self, number: int, group: Group, states: States) -> list[PlannedStep] | None:
         """Return the cached steps of a group, or None if they are stale."""
@@ -95,7 +111,7 @@ class Planner:
         every = []
         for device_state in cache.device_states:
             grads, present = device_state.gradients()
-            plan = device_state.plans.get((present, self._due(group, device_state.counts.tolist)))
+            plan = device_state.plans.get((present, self._due(group, device_state.read_counts, present)))
             ordered = None if plan is None else plan.served(grads)
             if plan is None or ordered is None:
                 return None
@@ -105,17 +121,16 @@ class Planner:
     def _new(self, number: int, groups: Sequence[Group], states: States) -> list[PlannedStep]:
         """Return new steps for a group."""
         group = groups[number]
+        seed_of = partial(self._seed, self._index_of(groups), group)
         for param in group["params"]:
-            if param.grad is not None and not states[param]:
-                states[param].update(new_state(param, group))
-        self._rules.setdefault(number, rule_of(group))
-        seed_of = partial(self._seed, groups, group)
+            if states.get(param):
+                self._rules.setdefault(param, rule_of(group))
         if number not in self.caches:
             self.caches[number] = self._new_cache(group, states, seed_of)
         cache, every = self.caches[number], []
         for device_state in cache.device_states:
             grads, present = device_state.gradients()
-            due = self._due(group, device_state.counts.tolist)
+            due = self._due(group, device_state.read_counts, present)
             plan = StepPlan(device_state, states, group, grads, due, seed_of)
             device_state.keep((present, due), plan)
             every.append(PlannedStep(group, cache.options, plan, plan.served(grads) or []))
@@ -135,10 +150,10 @@ class Planner:
     def _options_are_valid(self, cache: GroupCache, group: Group) -> bool:
         """Return whether the options still ask for the same state and plans. Check them again if one has changed."""
         check_lr(group)
-        values = self._option_values(group)
-        if values != cache.option_values:
+        if self._option_values(group) != cache.option_values:
+            normalise(group)
             check_options(group)
-            cache.option_values, cache.options = values, group_options(group)
+            cache.option_values, cache.options = self._option_values(group), group_options(group)
             if self._plan_key(group) != cache.key:
                 return False
         return cache.environment == _environment()
@@ -154,21 +169,25 @@ class Planner:
         caches = "structure" in group and caches_products(group)
         return *map(group.get, _PLAN_OPTIONS), caches, *_environment()
 
-    def _due(self, group: Group, read_counts: Callable[[], list[float]]) -> bool | tuple[bool, ...]:
-        """Return whether factors are updated in this step: one answer for all, or else one for each count of steps."""
+    def _due(
+        self, group: Group, read_counts: Callable[[], list[float]], present: Sequence[bool]
+    ) -> bool | tuple[bool, ...]:
+        """Return whether factors are updated in this step: one answer for all parameters, or else one for each."""
         frequency = group.get("precondition_frequency", 1)
-        return True if frequency == 1 else updates_due(frequency, read_counts())
+        return True if frequency == 1 else updates_due(frequency, read_counts(), present, self._answers)
 
     # ---- checks ---------------------------------------------------------------------------------------------------
 
     def _check(self, number: int, group: Group, states: States) -> None:
         """Raise if an option, a gradient, the state or the backend cannot be served."""
+        normalise(group)
         check_options(group)
-        if rule_of(group) != (rule := self._rules.get(number, rule_of(group))):
-            raise ValueError(
-                f"{rule_of(group)} in a group whose state was made with {rule}: set them before the first step, or "
-                "make a new optimizer."
-            )
+        for param in group["params"]:
+            if states.get(param) and rule_of(group) != (rule := self._rules.get(param, rule_of(group))):
+                raise ValueError(
+                    f"{rule_of(group)} in a group whose state was made with {rule}: set them before the first step, or "
+                    "make a new optimizer."
+                )
         for index, param in enumerate(group["params"]):
             if param.grad is not None and (problem := grad_problem(param, param.grad)):
                 raise RuntimeError(f"{label_of(group, index)} {problem}")
@@ -182,17 +201,41 @@ class Planner:
                 "a step that a CUDA graph captures needs state and plans that were made before: take a step with the "
                 "same options and gradients first."
             )
-        counts = (states[param]["step"] if states.get(param) else 0 for param in group["params"])
-        self._due(group, lambda: list(map(float, counts)))  # a user's callable may raise
+        taking_part = [param for param in group["params"] if param.grad is not None]
+        self._due(group, partial(_counts_of, taking_part, states), [True] * len(taking_part))  # a callable may raise
 
     # ---- seeds ----------------------------------------------------------------------------------------------------
 
-    def _seed(self, groups: Sequence[Group], group: Group, param: Tensor, block_index: int) -> int:
+    def _index_of(self, groups: Sequence[Group]) -> Callable[[Tensor], int]:
+        """Return a function from a parameter to its index among all. It looks at the groups when it is first called."""
+
+        @cache
+        def indices() -> dict[Tensor, int]:
+            return {param: index for index, param in enumerate(p for g in groups for p in g["params"])}
+
+        return lambda param: indices()[param]
+
+    def _seed(self, index_of: Callable[[Tensor], int], group: Group, param: Tensor, block_index: int) -> int:
         """Return the seed of a block: a function of the group's seed and of the parameter's index among all."""
-        if param not in self._seeds:
-            every = (p for g in groups for p in g["params"])
-            self._seeds = {p: index for index, p in enumerate(every)}
-        return block_seed(group["seed"], self._seeds[param], block_index)
+        return block_seed(group["seed"], index_of(param), block_index)
+
+
+def make_states(groups: Sequence[Group], states: States) -> None:
+    """Make the state of all parameters with their first gradient. An error while it is made changes nothing."""
+    made = {
+        param: new_state(param, group)
+        for group in groups
+        for param in group["params"]
+        if param.grad is not None and not states.get(param)
+    }
+    states.update(made)
+
+
+def _counts_of(params: Sequence[Tensor], states: States) -> list[float]:
+    """Return the counts of steps of parameters. They are 0 before the first step."""
+    return read_counts([states[param]["step"] for param in params if states.get(param)]) + [
+        0.0 for param in params if not states.get(param)
+    ]
 
 
 def _check_state(group: Group, states: States) -> None:
@@ -209,7 +252,7 @@ def _check_state(group: Group, states: States) -> None:
 def check_backends(params: Sequence[Tensor], group: Group) -> None:
     """Raise if a backend was asked for that cannot serve, or if a dispatch table cannot be read."""
     served = set()
-    for param in params:
+    for param in filter(is_served, params):
         factors = factor_dtypes(group) if tiles_of(param, group) else None
         served.add((param.device, arithmetic_dtype(param, group), factors))
     for device, dtype, factors in served:

@@ -3,18 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import compress
+
+Frequency = int | Callable[[int], bool]
+"""T, or a callable that decides by a parameter's step."""
 
 
-def updates_due(frequency: int | Callable[[int], bool], counts: Sequence[float]) -> bool | tuple[bool, ...]:
+class Answers:
+    """What callables answered in the present step: each is asked once for a step of a parameter.
+
+    A callable may remember when it is next due, so a second question could change its answer. Answers are kept until
+    the step has been taken, so that a step that raised an error can be repeated.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[int, int], bool] = {}
+
+    def ask(self, frequency: Callable[[int], bool], step: int) -> bool:
+        """Return whether the factors of parameters that have taken `step` steps are updated."""
+        key = id(frequency), step
+        if key not in self._kept:
+            self._kept[key] = bool(frequency(step))
+        return self._kept[key]
+
+    def forget(self) -> None:
+        """Forget the answers: the step has been taken."""
+        if self._kept:
+            self._kept.clear()
+
+
+def updates_due(
+    frequency: Frequency, counts: Sequence[float], present: Sequence[bool], answers: Answers
+) -> bool | tuple[bool, ...]:
     """Return whether the factors of parameters with these counts of steps are updated.
 
-    One answer stands for all counts; if they disagree, there is one for each.
+    Only parameters that are `present`, which have a gradient, are asked about. One answer stands for all parameters; if
+    answers disagree, there is one for each.
     """
+    steps = set(map(int, counts if all(present) else compress(counts, present)))
     if callable(frequency):
-        due = {count: bool(frequency(int(count))) for count in set(counts)}
+        due = {step: answers.ask(frequency, step) for step in sorted(steps)}
     else:
-        due = {count: int(count) % frequency == 0 for count in set(counts)}
-    return tuple([due[count] for count in counts]) if len(set(due.values())) > 1 else all(due.values())
+        due = {step: step % frequency == 0 for step in steps}
+    if len(set(due.values())) < 2:
+        return all(due.values())
+    return tuple([takes_part and due[int(count)] for count, takes_part in zip(counts, present, strict=True)])
 
 
 class GrowingInterval:

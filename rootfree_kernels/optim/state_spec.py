@@ -48,20 +48,25 @@ def is_pair(dtype: torch.dtype, rounding: str) -> bool:
     return dtype == torch.bfloat16 and rounding == "compensated"
 
 
+def real_view(x: Tensor) -> Tensor:
+    """Return a complex tensor as real numbers, with a last axis of 2. A real tensor is returned as it is."""
+    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
+
+
 def state_dtype(param: Tensor, group: Group) -> torch.dtype:
     """Return the dtype of the momentum buffer and of s."""
     chosen: torch.dtype | None = group["state_dtype"]
-    return chosen or torch.promote_types(param.dtype, torch.float32)
+    return chosen or torch.promote_types(param.dtype.to_real(), torch.float32)
 
 
 def arithmetic_dtype(param: Tensor, group: Group) -> torch.dtype:
     """Return the dtype that decides about the backend: FP64 if the parameter or its state is, else the parameter's."""
-    return torch.float64 if state_dtype(param, group) == torch.float64 else param.dtype
+    return torch.float64 if state_dtype(param, group) == torch.float64 else param.dtype.to_real()
 
 
 def tiles_of(param: Tensor, group: Group) -> list[Tile]:
     """Return the tiles of a parameter's blocks. There are none if it takes the diagonal step."""
-    if group.get("structure", "elementwise") == "elementwise" or not param.numel():
+    if group.get("structure", "elementwise") == "elementwise" or not param.numel() or param.is_complex():
         return []
     return tiles(param.shape, group["max_preconditioner_dim"])
 
@@ -124,7 +129,7 @@ def state_spec(param: Tensor, group: Group) -> dict[str, StateSpec]:
 
 
 def _diagonal_spec(param: Tensor, group: Group) -> dict[str, StateSpec]:
-    shape, kept = tuple(param.shape), state_dtype(param, group)
+    shape, kept = tuple(real_view(param).shape), state_dtype(param, group)
     start = 0.0 if group.get("factor_init") == "gradient" else 1.0
     spec = {
         "square": StateSpec(shape, kept, fill=start, like_param=True),
@@ -170,11 +175,12 @@ def new_state(param: Tensor, group: Group) -> dict[str, Tensor]:
     """Return the state of a parameter before its first step."""
     device = param.device if group["capturable"] else "cpu"
     state = {"step": torch.zeros((), dtype=torch.float32, device=device)}
+    like = real_view(param.detach())
     for name, entry in state_spec(param, group).items():
         if entry.like_param:
-            state[name] = torch.full_like(param, entry.fill, dtype=entry.dtype, requires_grad=False)
+            state[name] = torch.full_like(like, entry.fill, dtype=entry.dtype)
         else:
-            state[name] = param.new_full(entry.shape, entry.fill, dtype=entry.dtype)
+            state[name] = like.new_full(entry.shape, entry.fill, dtype=entry.dtype)
         if entry.is_identity:
             state[name].diagonal(dim1=-2, dim2=-1).fill_(1.0)
     return state

@@ -214,8 +214,11 @@ def constant(value: float, device: torch.device, dtype: torch.dtype = torch.floa
 
 
 def on_device(device: torch.device, scalar: Tensor | None, default: float) -> Tensor:
-    """Return a one-element tensor as kernels read it: FP32 on `device`. None becomes a cached constant."""
-    return constant(default, device) if scalar is None else scalar.to(device, torch.float32, non_blocking=True)
+    """Return a one-element tensor as kernels read it: FP32 on `device`, and not a view that PyTorch negates lazily.
+    None becomes a cached constant."""
+    if scalar is None:
+        return constant(default, device)
+    return scalar.to(device, torch.float32, non_blocking=True).resolve_neg()
 
 
 def split_lr(lr: Tensor, device: torch.device) -> tuple[float, Tensor]:

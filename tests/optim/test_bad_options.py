@@ -34,9 +34,9 @@ BAD_VALUES = {
     "clip": ("spectral", None, 1.0),
     "structure": ("diagonal", None),
     "max_preconditioner_dim": (0, -1, 2.5, True),
-    "factor_dtype": (torch.float16, torch.int8, None, "bfloat16"),
-    "matmul_dtype": (torch.float16, "bfloat16"),
-    "state_dtype": (torch.float16, torch.int16, "float32"),
+    "factor_dtype": (torch.float16, torch.int8, None, "bf16"),
+    "matmul_dtype": (torch.float16, "Tensor"),
+    "state_dtype": (torch.float16, torch.int16, "torch.nn"),
     "rounding": ("up", None, True),
     "weight_rounding": ("up", None, True),
     "seed": (0.5, None, "0"),
@@ -164,12 +164,27 @@ def test_beta2_of_1_is_allowed_for_sums() -> None:
 # ---- backends --------------------------------------------------------------------------------------------------------
 
 
-def test_fused_is_refused_when_the_optimizer_is_made(case: Case) -> None:
-    model = Model(torch.float64)
-    with pytest.raises(
-        RuntimeError, match=r"fused=True .* cpp: its arithmetic is FP32.* eager: it has no fused kernels"
-    ):
-        case.make(model.parameters(), fused=True)
+def test_fused_is_refused_when_the_optimizer_is_made(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rootfree_kernels.native._build_problem", lambda backend: "it was not built")
+    with pytest.raises(RuntimeError, match=r"fused=True .* cpp: it was not built.* eager: it has no fused kernels"):
+        case.make(Model().parameters(), fused=True)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_fused_serves_fp64_and_meta_parameters_by_eager_pytorch(case: Case, device: str) -> None:
+    """No backend has kernels for them. torch.optim accepts such parameters with fused=True."""
+    dtype = torch.float64 if device == "cpu" else torch.float32
+    finals = []
+    for options in ({"fused": True}, {"fused": False}):
+        model = Model(dtype).to(device)
+        optimizer = case.make(model.parameters(), **options)
+        for _ in range(3):
+            for param in model.parameters():
+                param.grad = torch.ones_like(param)
+            optimizer.step()
+        finals.append(snapshot(optimizer))
+    if device == "cpu":
+        assert_same_bits(*finals)
 
 
 @pytest.mark.parametrize("backend", ["cuda", "triton", "no-such-backend"])

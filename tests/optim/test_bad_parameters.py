@@ -9,19 +9,24 @@ import pytest
 import torch
 from torch import nn
 
-from rootfree_kernels import IFShampoo, RFAdaGrad, RFRMSProp
+from rootfree_kernels import RECIPE, IFShampoo, RFAdaGrad, RFRMSProp
 from tests.calls.optimizers import OPTIONS, Case, Model, snapshot, train
 from tests.calls.tensors import assert_same_bits
 
 OPTIMIZERS = (RFRMSProp, RFAdaGrad, IFShampoo)
 
 
+def trainable(dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(torch.ones(3, 4).to(dtype))
+
+
 BAD_PARAMETERS = {
-    "integer": (lambda: torch.ones(3, 4, dtype=torch.int64), ValueError, "torch.int64"),
-    "boolean": (lambda: torch.ones(3, 4, dtype=torch.bool), ValueError, "torch.bool"),
-    "complex": (lambda: torch.ones(3, 4, dtype=torch.complex64), ValueError, "torch.complex64"),
-    "float8": (lambda: torch.ones(3, 4).to(torch.float8_e4m3fn), ValueError, "torch.float8_e4m3fn"),
+    "float8": (lambda: trainable(torch.float8_e4m3fn), ValueError, "torch.float8_e4m3fn.*freeze"),
+    "complex32": (lambda: trainable(torch.complex32), ValueError, "torch.complex32.*freeze"),
     "sparse": (lambda: torch.eye(4).to_sparse(), ValueError, "torch.sparse_coo"),
+    "expanded": (lambda: torch.ones(4).expand(3, 4), ValueError, r"strides \(0, 1\).*share memory.*param\.clone"),
+    "windows": (lambda: torch.ones(6).as_strided((3, 4), (1, 1)), ValueError, r"share memory"),
+    "negated": (lambda: torch._neg_view(torch.ones(3, 4)), ValueError, r"negates.*param\.resolve_neg\(\)"),
     "number": (lambda: 1.0, TypeError, "float"),
     "string": (lambda: "weight", TypeError, "str"),
     "list": (lambda: [torch.ones(3, 4)], TypeError, "list"),
@@ -44,11 +49,79 @@ def test_a_bad_parameter_is_refused(optimizer: Any, kind: str) -> None:
     assert opt.state_dict()["param_groups"] == groups
 
 
+@pytest.mark.parametrize("remedy", [lambda x: x.clone(memory_format=torch.contiguous_format), torch.Tensor.contiguous])
+def test_the_remedy_for_elements_that_share_memory_works(case: Case, remedy: Any) -> None:
+    case.make([nn.Parameter(remedy(torch.ones(4, dtype=case.dtype).expand(3, 4)))])
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_bad_named_parameter_is_named(optimizer: Any) -> None:
-    named = [("good", nn.Parameter(torch.ones(3))), ("encoder.index", torch.ones(3, dtype=torch.int32))]
-    with pytest.raises(ValueError, match=r"encoder\.index.*torch\.int32.*pass"):
+    named = [("good", nn.Parameter(torch.ones(3))), ("encoder.table", trainable(torch.float8_e5m2))]
+    with pytest.raises(ValueError, match=r"encoder\.table.*torch\.float8_e5m2.*pass"):
         optimizer(named, **OPTIONS)
+
+
+# ---- frozen parameters, complex parameters ---------------------------------------------------------------------------
+
+FROZEN = (torch.uint8, torch.int8, torch.int64, torch.bool, torch.float8_e4m3fn, torch.complex32, torch.complex64)
+
+
+@pytest.mark.parametrize("dtype", FROZEN, ids=str)
+def test_a_frozen_parameter_of_any_dtype_is_carried_along(case: Case, dtype: torch.dtype) -> None:
+    """Quantised weights have such dtypes. The other parameters are stepped as without it."""
+    finals = []
+    for extra in ([], [torch.ones(4, 4).to(dtype)]):
+        model = Model(case.dtype)
+        optimizer = case.make([*model.parameters(), *extra])
+        train(model, optimizer, range(3))
+        assert optimizer.state_dict()["param_groups"][0]["params"] == list(range(len([*model.parameters(), *extra])))
+        optimizer.load_state_dict(optimizer.state_dict())
+        train(model, optimizer, range(3, 5))
+        finals.append(snapshot(optimizer))
+    number = len(list(Model().parameters()))
+    assert_same_bits({k: v for k, v in finals[1].items() if not k.startswith(f"{number} ")}, finals[0])
+
+
+def test_a_frozen_parameter_of_another_dtype_that_gets_a_gradient_is_an_error(case: Case) -> None:
+    model, frozen = Model(case.dtype), nn.Parameter(torch.ones(4, 4).to(torch.float8_e4m3fn), requires_grad=False)
+    optimizer = case.make([*model.parameters(), frozen])
+    model(0).backward()
+    frozen.requires_grad_(True).grad = torch.ones_like(frozen)
+    before = snapshot(optimizer)
+    with pytest.raises(RuntimeError, match=r"torch\.float8_e4m3fn.*requires_grad_\(False\)"):
+        optimizer.step()
+    assert_same_bits(snapshot(optimizer), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
+@pytest.mark.parametrize("shape", [(), (5,), (3, 4)], ids=str)
+@pytest.mark.parametrize(
+    ("optimizer", "options"),
+    [(RFRMSProp, {}), (RFAdaGrad, {}), (IFShampoo, {}), (IFShampoo, RECIPE)],
+    ids=["RFRMSProp", "RFAdaGrad", "IFShampoo", "recipe"],
+)
+def test_a_complex_parameter_is_stepped_as_two_real_ones(
+    optimizer: Any, options: dict[str, Any], shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    if optimizer is IFShampoo:
+        options = {**options, "structure": "elementwise", "update_norm": "rms"}
+    start, generator = torch.randn(shape, dtype=dtype), torch.Generator().manual_seed(0)
+    whole, parts = nn.Parameter(start.clone()), nn.Parameter(torch.view_as_real(start).clone())
+    steppers = [optimizer([x], **{**OPTIONS, **options}) for x in (whole, parts)]
+    for step in range(4):
+        grad = torch.randn(shape, dtype=dtype, generator=generator)
+        whole.grad = grad.conj().clone().conj() if step % 2 else grad  # with and without a lazy conjugate
+        parts.grad = torch.view_as_real(grad).clone()
+        for stepper in steppers:
+            stepper.step()
+        steppers[0].load_state_dict(copy.deepcopy(steppers[0].state_dict()))
+    assert torch.equal(torch.view_as_real(whole.detach()), parts.detach())
+    assert not torch.equal(whole, start)
+
+
+def test_a_complex_matrix_has_no_kronecker_factors() -> None:
+    with pytest.raises(ValueError, match=r"'params\[0\]' is a matrix of torch\.complex64.*structure='elementwise'"):
+        IFShampoo([trainable(torch.complex64)], **OPTIONS)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

@@ -15,6 +15,7 @@ from tests.calls.device import DEVICE, kernel_test
 from tests.calls.optimizers import OPTIONS, snapshot
 from tests.calls.tensors import BF16, FP16, FP32, assert_same_bits, channels_last, permuted, sliced
 from tests.calls.tolerances import one_step
+from tests.optim.memory_formats import RULES, assert_formats_make_no_difference
 from tests.optim.triton_runs import BOTH, COMPENSATED, backend, parameters, set_gradients, start
 
 pytestmark = kernel_test
@@ -138,6 +139,22 @@ def test_if_shampoo_steps_weights_of_any_strides_as_eager_pytorch() -> None:
         twins.step(step)
     for tensor, *params in zip(tensors, *twins.params.values(), strict=True):
         assert [param.stride() for param in params] == [tensor.stride()] * 2
+
+
+@pytest.mark.parametrize(
+    ("shape", "pairs"),
+    [
+        ((3, 1, 5, 5), [("channels_last", "contiguous")]),
+        ((4, 2, 2, 2), [("channels_last", "sliced")]),
+        ((6, 8), [("sliced", "transposed")]),
+        ((5,), [("sliced", "contiguous"), ("contiguous", "sliced")]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("rule", RULES)
+def test_memory_formats_make_no_difference(rule: str, shape: tuple[int, ...], pairs: list[tuple[str, str]]) -> None:
+    with backend("triton"):
+        assert_formats_make_no_difference(rule, shape, BF16, pairs, DEVICE)
 
 
 @pytest.mark.parametrize("optimizer", [RFRMSProp, RFAdaGrad])
