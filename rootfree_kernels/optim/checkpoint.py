@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from rootfree_kernels.optim.saved_groups import FORMAT_VERSION, SavedGroups, plain_groups
+from rootfree_kernels.optim.saved_groups import FORMAT_VERSION, SavedGroups, saved_groups
 from rootfree_kernels.optim.state_spec import Group, layout_options, state_spec
 
 
 def finished(state_dict: dict[str, Any]) -> dict[str, Any]:
     """Return a state dict of `Optimizer.state_dict` with plain values and the version of its format."""
-    groups = plain_groups(state_dict["param_groups"])
+    groups = saved_groups(state_dict["param_groups"])
     return {**state_dict, "param_groups": groups, "format_version": FORMAT_VERSION}
 
 
