@@ -69,6 +69,10 @@ def assert_goes_on(case: Case, model: Model, optimizer: torch.optim.Optimizer) -
     assert_same_bits(snapshot(optimizer), uninterrupted(case))
 
 
+def flat(state: dict[Any, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {f"{index} {name}": value for index, entries in state.items() for name, value in entries.items()}
+
+
 def plain_kinds(value: Any) -> set[type]:
     """Return the types of everything in a state dict."""
     if isinstance(value, dict):
@@ -216,6 +220,131 @@ def test_groups_and_submodules_resume(case: Case, named: bool, mode: dict[str, b
     set_state_dict(resumed_pair, again, model_state_dict=saved[0], optim_state_dict=saved[1], options=options)
     train(resumed_pair, again, SECOND)
     assert_same_bits(snapshot(again), snapshot(optimizer))
+
+
+# ---- before the first step, and without gradients --------------------------------------------------------------------
+
+BEFORE_TRAINING = {
+    "plain": {},
+    "decoupled weight decay": {"decoupled_weight_decay": True},
+    "tensor lr": {"lr": torch.tensor(0.01)},
+    "capturable": {"capturable": True, "lr": torch.tensor(0.01)},
+    "bf16 state": {"state_dtype": torch.bfloat16},
+}
+
+
+@pytest.mark.parametrize("changes", BEFORE_TRAINING.values(), ids=BEFORE_TRAINING)
+def test_asking_for_the_state_dict_before_training_changes_nothing(case: Case, changes: dict[str, Any]) -> None:
+    if changes.get("capturable") and case.options.get("precondition_frequency", 1) != 1:
+        changes = {**changes, "precondition_frequency": 1}
+    plain_model, plain = case.start(**changes)
+    model, optimizer = case.start(**changes)
+    weights = {name: param.detach().clone() for name, param in model.named_parameters()}
+    saved = get_optimizer_state_dict(model, optimizer)
+    assert_same_bits(dict(model.named_parameters()), weights)
+    assert all(state["step"] == 0 for state in saved["state"].values())
+    get_optimizer_state_dict(model, optimizer)
+    train(model, optimizer, FIRST)
+    train(plain_model, plain, FIRST)
+    assert_same_bits(snapshot(optimizer), snapshot(plain))
+
+
+def test_a_run_resumes_from_a_checkpoint_before_the_first_step(case: Case) -> None:
+    model, optimizer = case.start()
+    saved = through_file([model.state_dict(), get_optimizer_state_dict(model, optimizer)])
+    model, optimizer = fresh(case)
+    model.load_state_dict(saved[0])
+    set_optimizer_state_dict(model, optimizer, saved[1])
+    train(model, optimizer, FIRST)
+    assert_goes_on(case, model, optimizer)
+
+
+UNUSED = ("twin", "bias")
+"""A matrix whose shape another parameter shares, and a vector."""
+
+
+def train_partly(model: Model, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    """Take steps in which the unused parameters have no gradients."""
+    for step in steps:
+        optimizer.zero_grad()
+        model(step).backward()
+        for name in UNUSED:
+            getattr(model, name).grad = None
+        optimizer.step()
+
+
+def run_with_unused(case: Case) -> dict[str, torch.Tensor]:
+    """Return the results of a run in which the unused parameters have gradients only at the end."""
+    model, optimizer = case.start()
+    train_partly(model, optimizer, range(6))
+    train(model, optimizer, SECOND)
+    return snapshot(optimizer)
+
+
+@resumed
+@pytest.mark.parametrize("again", [False, True], ids=["new", "stepped"])
+@some_modes
+def test_a_run_with_unused_parameters_resumes_from_a_distributed_checkpoint(
+    case: Case, mode: dict[str, bool], again: bool, tmp_path: Path
+) -> None:
+    """The load is strict, and its plan refuses checkpoints that lack an entry."""
+
+    def parts(model: Model, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        state_dict = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(**{**mode, "strict": True}))
+        return {"model": model.state_dict(), "optimizer": state_dict}
+
+    model, optimizer = case.start()
+    train_partly(model, optimizer, range(3))
+    dcp.save(parts(model, optimizer), checkpoint_id=tmp_path, no_dist=True)
+    model, optimizer = fresh(case)
+    if again:
+        train_partly(model, optimizer, range(20, 22))
+    loaded = parts(model, optimizer)
+    dcp.load(loaded, checkpoint_id=tmp_path, no_dist=True)
+    model.load_state_dict(loaded["model"])
+    optimizer.zero_grad()
+    set_optimizer_state_dict(model, optimizer, loaded["optimizer"], options=loading(mode, strict=True))
+    train_partly(model, optimizer, range(3, 6))
+    train(model, optimizer, SECOND)
+    assert_same_bits(snapshot(optimizer), run_with_unused(case))
+
+
+@resumed
+def test_a_run_with_unused_parameters_resumes_from_a_plain_state_dict(case: Case) -> None:
+    model, optimizer = case.start()
+    train_partly(model, optimizer, range(3))
+    before = {param: dict(state) for param, state in optimizer.state.items()}
+    saved = through_file([model.state_dict(), optimizer.state_dict()])
+    assert {param: dict(state) for param, state in optimizer.state.items()}.keys() == before.keys()
+    model, optimizer = fresh(case)
+    model.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    assert_same_bits(flat(optimizer.state_dict()["state"]), flat(saved[1]["state"]))
+    train_partly(model, optimizer, range(3, 6))
+    train(model, optimizer, SECOND)
+    assert_same_bits(snapshot(optimizer), run_with_unused(case))
+
+
+def test_the_state_dict_of_an_optimizer_without_state_has_none(case: Case) -> None:
+    model, optimizer = case.start()
+    assert optimizer.state_dict()["state"] == {} and not optimizer.state
+    model.requires_grad_(False)
+    model.weight.requires_grad_(True)
+    train(model, optimizer, FIRST)
+    assert list(optimizer.state_dict()["state"]) == [0]  # frozen parameters have none
+
+
+def test_a_hook_of_the_state_dict_sees_the_state_of_unused_parameters_and_may_drop_it(case: Case) -> None:
+    model, optimizer = case.start()
+    train_partly(model, optimizer, range(3))
+    seen = []
+
+    def without_untouched(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        seen.extend(state_dict["state"])
+        return {**state_dict, "state": {i: state for i, state in state_dict["state"].items() if state["step"] > 0}}
+
+    optimizer.register_state_dict_post_hook(without_untouched)
+    assert len(optimizer.state_dict()["state"]) == len(seen) - len(UNUSED)
 
 
 # ---- with a process group --------------------------------------------------------------------------------------------
