@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rootfree_kernels.optim.options import RULES, check_options, normalise, plain
+from rootfree_kernels.optim.saved_names import in_own_order
 from rootfree_kernels.optim.state_spec import Group
 
 FORMAT_VERSION = 1
@@ -72,9 +73,9 @@ class SavedGroups:
     """
 
     def __init__(self, optimizer: Any, state_dict: Mapping[str, Any]) -> None:
-        saved, own = state_dict["param_groups"], optimizer.param_groups
-        version = _version(state_dict)
-        _check_class(optimizer, saved)
+        own, version = optimizer.param_groups, _version(state_dict)
+        _check_class(optimizer, state_dict["param_groups"])
+        saved = in_own_order(own, state_dict["param_groups"], _TO_CALLER)
         older = {} if version else older_values(saved, optimizer._newer_options)
         defaults = optimizer.defaults.items()
         self.kept: list[dict[str, Any]] = []
