@@ -33,10 +33,10 @@ def in_own_order(own: Sequence[Group], saved: Sequence[Mapping[str, Any]], stack
         ValueError: names are the same, but in other groups.
     """
     groups = [_with_names_of_ids(group) for group in saved]
-    found = _names(own), _names(groups)
-    if found[0] is None or found[1] is None or found[0] == found[1]:
+    own_names, saved_names = _names(own), _names(groups)
+    if own_names is None or saved_names is None or own_names == saved_names:
         return groups
-    wanted, given = _comparable(*found)
+    wanted, given = _comparable(own_names, saved_names)
     if _all(wanted) == _all(given):
         _check_groups(wanted, given)
     elif wanted != given and (differing := sorted({*_all(wanted)} ^ {*_all(given)})):
