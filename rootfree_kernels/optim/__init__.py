@@ -15,6 +15,8 @@
     overlap             which tensors share memory
     state_spec          what the state of a parameter looks like
     checkpoint          saving and loading of that state
+    saved_groups        options in a state dict, of this version and of others
+    saved_names         names of parameters in a state dict, in whatever order
     report              which batches an optimizer steps, and which backend steps each
 
 `docs/a-step.md` follows one gradient through these files.

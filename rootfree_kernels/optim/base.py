@@ -15,7 +15,7 @@ from rootfree_kernels import ranges
 from rootfree_kernels.arguments import Scaling
 from rootfree_kernels.backend import is_captured
 from rootfree_kernels.batch_size import BatchSizeCounter
-from rootfree_kernels.optim.checkpoint import Load, finished
+from rootfree_kernels.optim.checkpoint import Load, add_untouched, finished
 from rootfree_kernels.optim.context import GroupOptions, StepContext, group_options
 from rootfree_kernels.optim.options import check_options, check_param, normalise
 from rootfree_kernels.optim.plan import StepPlan, reserve
@@ -133,8 +133,15 @@ class RootFreeOptimizer(Optimizer):
         It holds nothing but numbers, text, bools, None and Tensors, so that `torch.load(weights_only=True)` and
         `torch.distributed.checkpoint` accept it. Dtypes are saved as text, such as "bfloat16". Callables among the
         options are saved as their names, and an optimizer that loads them keeps its own callables.
+
+        Once the optimizer has state, trainable parameters that never had a gradient are saved with the state that they
+        will start from. It is made for the state dict, and takes memory as long as that is kept.
         """
-        return finished(super().state_dict())
+        handle = self.register_state_dict_post_hook(add_untouched, prepend=True)
+        try:
+            return finished(super().state_dict())
+        finally:
+            handle.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of the same class and of parameters of the same shapes. Dtypes stay as they were saved.

@@ -7,16 +7,32 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import Optimizer
 
-from rootfree_kernels.optim.saved_groups import FORMAT_VERSION, SavedGroups, plain_groups
-from rootfree_kernels.optim.state_spec import Group, layout_options, state_spec
+from rootfree_kernels.optim.saved_groups import FORMAT_VERSION, SavedGroups, saved_groups
+from rootfree_kernels.optim.state_spec import Group, layout_options, new_state, state_spec
 
 
 def finished(state_dict: dict[str, Any]) -> dict[str, Any]:
     """Return a state dict of `Optimizer.state_dict` with plain values and the version of its format."""
-    groups = plain_groups(state_dict["param_groups"])
+    groups = saved_groups(state_dict["param_groups"])
     return {**state_dict, "param_groups": groups, "format_version": FORMAT_VERSION}
+
+
+def add_untouched(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    """Add the state that parameters without a gradient so far will start from, if other parameters have state.
+
+    `torch.distributed.checkpoint` loads a checkpoint only if it has the state of all trainable parameters, and so it
+    has. An optimizer without any state has nothing to save. Nothing is added to the optimizer.
+    """
+    state, has_state = state_dict["state"], optimizer.state.get
+    if not any(has_state(param) for group in optimizer.param_groups for param in group["params"]):
+        return
+    for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
+        for param, index in zip(group["params"], saved["params"], strict=True):
+            if param.requires_grad and not is_lazy(param) and not has_state(param):
+                state[index] = new_state(param, group)
 
 
 def _saved_states(

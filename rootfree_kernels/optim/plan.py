@@ -71,8 +71,8 @@ def _as_tensor(number: Any) -> Tensor:
 class DeviceState:
     """The state of those parameters of a group that are on one device and have been stepped.
 
-    `counts` [number of parameters], int64, holds their counts of steps. Their states hold 0-d parts of it. `ranks` holds their
-    overlap ranks, which decide who may be stepped together.
+    `counts` [number of parameters], int64, holds their counts of steps. Their states hold 0-d parts of it. `ranks`
+    holds their overlap ranks, which decide who may be stepped together.
     """
 
     def __init__(self, tiles_of: Mapping[Tensor, Sequence[Tile]], states: Any, group: Group, seed_of: SeedOf) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rootfree_kernels.optim.options import RULES, check_options, dtype_of_text
+from rootfree_kernels.optim.options import RULES, check_options, normalise, plain
+from rootfree_kernels.optim.saved_names import in_own_order
 from rootfree_kernels.optim.state_spec import Group
 
 FORMAT_VERSION = 1
@@ -17,8 +18,6 @@ FORMAT_VERSION = 1
 
 CALLABLE = "callable: "
 """What the saved name of a callable begins with."""
-
-DTYPE_OPTIONS = ("factor_dtype", "matmul_dtype", "state_dtype")
 
 KNOWN_EXTRAS = frozenset(
     (
@@ -33,27 +32,25 @@ _TO_CALLER = 9
 """Number of frames from a warning here to the call of `load_state_dict`."""
 
 
-def plain(value: Any) -> Any:
+def as_saved(value: Any) -> Any:
     """Return a value of a group as text, number, bool, None or Tensor, which `torch.load(weights_only=True)` reads."""
-    if value is None or isinstance(value, Tensor) or type(value) in (bool, int, float, str):
+    if isinstance(value, Tensor):
         return value
+    if isinstance(value, str):
+        return str.__str__(value)  # also of text of NumPy
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
-    for kind in (int, float):  # also those of enumerations and of NumPy
-        if isinstance(value, kind):
-            return kind(value)
+    if type(value) in (list, tuple):
+        return type(value)(map(as_saved, value))
+    value = plain(value)
     if callable(value):
         return f"{CALLABLE}{getattr(value, '__qualname__', type(value).__qualname__)}"
-    if getattr(value, "shape", None) == ():  # a scalar of NumPy
-        return value.item()
-    if type(value) in (list, tuple):
-        return type(value)(map(plain, value))
     return value
 
 
-def plain_groups(groups: Sequence[Group]) -> list[Group]:
-    """Return the groups of a state dict with plain values only."""
-    return [{name: plain(value) for name, value in group.items()} for group in groups]
+def saved_groups(groups: Sequence[Group]) -> list[Group]:
+    """Return the groups of a state dict as they are saved."""
+    return [{name: as_saved(value) for name, value in group.items()} for group in groups]
 
 
 def older_values(groups: Sequence[Mapping[str, Any]], newer: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -76,9 +73,9 @@ class SavedGroups:
     """
 
     def __init__(self, optimizer: Any, state_dict: Mapping[str, Any]) -> None:
-        saved, own = state_dict["param_groups"], optimizer.param_groups
-        version = _version(state_dict)
-        _check_class(optimizer, saved)
+        own, version = optimizer.param_groups, _version(state_dict)
+        _check_class(optimizer, state_dict["param_groups"])
+        saved = in_own_order(own, state_dict["param_groups"], _TO_CALLER)
         older = {} if version else older_values(saved, optimizer._newer_options)
         defaults = optimizer.defaults.items()
         self.kept: list[dict[str, Any]] = []
@@ -88,7 +85,8 @@ class SavedGroups:
             kept = {name: own_group.get(name, default) for name, default in defaults if name not in values}
             kept.update({name: own_group[name] for name in _callables(group) if name in own_group})
             self.kept.append(kept)
-            self.groups.append({**values, **_dtypes(values), **kept})
+            self.groups.append({**values, **kept})
+            normalise(self.groups[-1])
             check_options(self.groups[-1])
         _warn_of_callables(saved, self.kept)
         if version > FORMAT_VERSION:
@@ -122,20 +120,6 @@ def _check_class(optimizer: Any, saved: Sequence[Mapping[str, Any]]) -> None:
             )
         if not group.keys() & optimizer._own_options:
             raise ValueError(f"state_dict has none of the options {optimizer._own_options}: load one of a {name}.")
-
-
-def _dtypes(group: Mapping[str, Any]) -> dict[str, torch.dtype]:
-    """Return the options that are dtypes and were saved as text."""
-    found = {}
-    for name in DTYPE_OPTIONS:
-        if isinstance(text := group.get(name), str):
-            dtype = dtype_of_text(text)
-            if dtype is None:
-                raise ValueError(
-                    f"state_dict has {name}={text!r}: load one with the name of a dtype, such as 'bfloat16'."
-                )
-            found[name] = dtype
-    return found
 
 
 def _warn_of_callables(saved: Sequence[Mapping[str, Any]], kept: Sequence[Mapping[str, Any]]) -> None:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import copy
 import pickle
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.optim.lr_scheduler import OneCycleLR
 
 from rootfree_kernels import GrowingInterval, IFShampoo
@@ -213,27 +210,3 @@ def test_cached_products_are_recomputed_bitwise(dtype: torch.dtype) -> None:
     run(params, optimizer, range(2, 4))
     run(resumed, loaded, range(2, 4))
     assert all(torch.equal(x, y) for x, y in zip(params, resumed, strict=True))
-
-
-# ---- torch.distributed.checkpoint ------------------------------------------------------------------------------------
-
-
-def dcp_parts(model: Model, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    return {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}
-
-
-@resumed
-@pytest.mark.filterwarnings("ignore::UserWarning:torch.distributed")  # warns that there is no process group
-def test_a_distributed_checkpoint_resumes(case: Case, tmp_path: Path) -> None:
-    model, optimizer = case.start()
-    train(model, optimizer, FIRST)
-    dcp.save(dcp_parts(model, optimizer), checkpoint_id=tmp_path, no_dist=True)
-
-    model = Model(case.dtype, seed=-2)
-    optimizer = case.make(model.parameters(), lr=1.0)
-    loaded = dcp_parts(model, optimizer)
-    dcp.load(loaded, checkpoint_id=tmp_path, no_dist=True)
-    model.load_state_dict(loaded["model"])
-    set_optimizer_state_dict(model, optimizer, loaded["optimizer"])
-    train(model, optimizer, SECOND)
-    assert_same_bits(snapshot(optimizer), uninterrupted(case))

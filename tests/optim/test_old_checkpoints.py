@@ -12,7 +12,7 @@ import torch
 
 import rootfree_kernels
 from rootfree_kernels import PAPER_RULE, RECIPE
-from rootfree_kernels.optim.saved_groups import DTYPE_OPTIONS, dtype_of_text
+from rootfree_kernels.optim.options import DTYPE_OPTIONS, dtype_of_text
 from tests.calls.cpu import needs_cpp
 from tests.calls.tensors import assert_same_bits
 from tests.optim.checkpoints import through_file
