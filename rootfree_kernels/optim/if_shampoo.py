@@ -135,8 +135,8 @@ class IFShampoo(RootFreeOptimizer):
     the diagonal step). Compensated rounding adds int16 `residual_c` and `residual_k`, and `weight_residual` for BF16
     weights. If blocks differ in shape, further names end in .1, .2 and .3.
 
-    A step leaves out a whole block if its gradient is not finite, or so large that a norm overflows: that of the gradient,
-    and in a step with an update that of AAᵀ and AᵀA, which takes the fourth power of A = CᵀGK. The diagonal
+    A step leaves out a whole block if its gradient is not finite, or so large that a norm overflows: its own, and in a
+    step with an update that of AAᵀ and AᵀA, which takes the fourth power of A = CᵀGK. The diagonal
     step leaves out elements by the paper's rule, and whole tensors with options of the recipe. `skipped` counts such
     steps. The next step goes on.
 
