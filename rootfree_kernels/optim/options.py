@@ -157,7 +157,7 @@ def normalise(options: dict[str, Any]) -> None:
 
 
 def _refusal(name: str, value: Any) -> str:
-    """Return the message for an option that breaks its rule. For some values it has the words of PyTorch's optimizers."""
+    """Return the message for an option that breaks its rule. Some have words of PyTorch's optimizers as well."""
     is_long = name == "lr" and isinstance(value, Tensor) and value.numel() != 1
     return f"{name}={value!r}: {'Tensor lr must be 1-element; ' * is_long}{RULES[name].remedy}."
 
