@@ -22,11 +22,11 @@ TORCH_LIBRARY(rootfree_native, m) {
   //   grads     int64 [n]: addresses of the gradients
   //   owners    int32 [programs]: index of the tensor that a program works on
   //   counters  int64 [n]: scratch memory, zero before and after the call
-  //   seeds, steps: element i * seed_stride (or i * step_stride) belongs to tensor i
+  //   seeds, steps: int32 and int64; element i * seed_stride (or i * step_stride) belongs to tensor i
   //   lr, grad_scale, found_inf: float32 [1], on the device
   m.def(
       "rf_rmsprop_table(Tensor rows, Tensor grads, Tensor owners, Tensor(a!) counters, Tensor seeds, Tensor steps, "
-      "Tensor lr, Tensor grad_scale, Tensor found_inf, int seed_stride, int step_stride, float step, float lr_value, "
+      "Tensor lr, Tensor grad_scale, Tensor found_inf, int seed_stride, int step_stride, int step, float lr_value, "
       "float sign, float decay, float growth, float momentum, float damping, float weight_decay, "
       "float decoupled_decay, ScalarType param, ScalarType grad, ScalarType square, ScalarType buffer, "
       "int rounding, int weight_rounding) -> ()");

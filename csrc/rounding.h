@@ -73,10 +73,9 @@ ROOTFREE_INLINE uint32_t mix(uint32_t x) {
   return x ^ (x >> 16);
 }
 
-// Return the key of the random bits that one block or tensor draws in one step. `step` is an integer in FP32.
-ROOTFREE_INLINE uint32_t random_key(int32_t seed, float step, uint32_t slot) {
-  const auto count = static_cast<uint32_t>(static_cast<int32_t>(step));
-  return mix(mix(static_cast<uint32_t>(seed) ^ count) + slot * 0x9E3779B9u);
+// Return the key of the random bits that one block or tensor draws in one step. `step` is the count modulo 2^32.
+ROOTFREE_INLINE uint32_t random_key(int32_t seed, uint32_t step, uint32_t slot) {
+  return mix(mix(static_cast<uint32_t>(seed) ^ step) + slot * 0x9E3779B9u);
 }
 
 // Return 16 random bits for the element at `index`, its row-major index in its block or tensor modulo 2^32.

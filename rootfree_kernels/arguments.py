@@ -20,7 +20,7 @@ class Draws(NamedTuple):
     """Where random bits come from: one seed and one step for every block, or every tensor of a list."""
 
     seeds: Tensor  # [L] or [n], int32, on the parameters' device
-    steps: Tensor  # [L] or [n], whole numbers of any dtype, on any device; empty if nothing is rounded stochastically
+    steps: Tensor  # [L] or [n], int64, on any device; empty if nothing is rounded stochastically
 
 
 class Scaling(NamedTuple):

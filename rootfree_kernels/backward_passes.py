@@ -14,6 +14,10 @@ NOTHING_COUNTED = (
     "no backward pass went through a call of the model that the counter was made for. Call that model itself, and not "
     "a part of it or a copy"
 )
+NO_MODEL = (
+    "the counter has no model: the optimizer was copied or unpickled without it, or the model is gone. Make a new "
+    "BatchSizeCounter, which replaces this one"
+)
 UNCOUNTED = (
     "a backward pass changed the gradients without going through a call of the model. Call the model itself, and not a "
     "part of it; add a penalty to the loss, and call backward() once"

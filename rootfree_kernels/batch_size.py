@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from rootfree_kernels.backward_passes import (
     INTERRUPTED,
+    NO_MODEL,
     UNCOUNTED,
     BackwardPass,
     Call,
@@ -155,7 +156,8 @@ class BatchSizeCounter:
     # ---- forward and backward passes ---------------------------------------------------------------------------------
 
     def _after_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if self._optimizer() is None or torch._C._functorch.maybe_current_level() is not None:
+        optimizer = self._optimizer()
+        if optimizer is None or torch._C._functorch.maybe_current_level() is not None:
             return
         task = torch._C._current_graph_task_id()
         with _lock:
@@ -168,7 +170,8 @@ class BatchSizeCounter:
         # A hook on a leaf would stay there, and would not tell of this call.
         outputs = [tensor for tensor in tensors_in(output) if tensor.requires_grad and not tensor.is_leaf]
         if outputs:
-            self._watch_params()
+            for counter in _counters(optimizer):  # models may share parameters
+                counter._watch_params()
             call = Call(number_of_terms(self._count_terms, args, kwargs), task)
             for tensor in outputs:
                 tensor.register_hook(partial(self._on_output, call))
@@ -253,9 +256,10 @@ class BatchSizeCounter:
                 batch_size = self._batch_size()
                 groups = [] if batch_size is None or self._yields(optimizer, batch_size) else self._groups()
             except UnknownTermsError as error:
+                reason = str(error) if self._model() is not None else NO_MODEL
                 raise RuntimeError(
-                    f"the batch_size of {type(optimizer).__name__} cannot be counted: {error}. Or remove() the counter "
-                    "and set group['batch_size'] before every step."
+                    f"the batch_size of {type(optimizer).__name__} cannot be counted: {reason}. Or remove() the "
+                    "counter and set group['batch_size'] before every step."
                 ) from None
             for group in groups:
                 group["batch_size"] = batch_size

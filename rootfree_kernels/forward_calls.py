@@ -49,8 +49,8 @@ def tensors_in(output: Any) -> Iterator[Tensor]:
         return
     if isinstance(output, Mapping):
         parts = list(output.values())
-    elif is_dataclass(output):
-        parts = [getattr(output, field.name) for field in fields(output)]
+    elif is_dataclass(output) and not isinstance(output, type):
+        parts = [getattr(output, field.name, None) for field in fields(output)]
     elif isinstance(output, Distribution):
         parts = list(vars(output).values())
     else:

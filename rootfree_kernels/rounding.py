@@ -18,7 +18,8 @@ every backend computes with the same result, in 32-bit wrap-around arithmetic:
     key     = mix(mix(seed ^ step) + slot · 0x9E3779B9)
     bits(i) = mix(key ^ i) >> 16          i: row-major index of the element in its block or tensor
 
-`seed` belongs to one block or tensor (see `block_seed`). `slot` distinguishes the tensors that a step rounds.
+`seed` belongs to one block or tensor (see `block_seed`). `step` is taken modulo 2³². `slot` distinguishes the tensors
+that a step rounds.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ SLOT_FACTOR_C, SLOT_FACTOR_K, SLOT_SQUARE, SLOT_WEIGHT = range(4)
 _GOLDEN = 0x9E3779B9
 
 
-def _signed(value: int) -> int:
+def signed(value: int) -> int:
     """Return the int32 with the same 32 bits."""
     return (value & 0xFFFFFFFF ^ 0x80000000) - 0x80000000
 
@@ -60,9 +61,9 @@ def _mix(x: Tensor) -> Tensor:
 def _mix_but_last_shift(x: Tensor) -> Tensor:
     """Apply `mix` without its last step, in place. The masks make the arithmetic shifts of int32 logical."""
     x ^= (x >> 16) & 0xFFFF
-    x *= _signed(0x7FEB352D)
+    x *= signed(0x7FEB352D)
     x ^= (x >> 15) & 0x1FFFF
-    x *= _signed(0x846CA68B)
+    x *= signed(0x846CA68B)
     return x
 
 
@@ -73,13 +74,17 @@ def _upper_half_of_mix(x: Tensor) -> Tensor:
 
 def block_seed(seed: int, param_index: int, block_index: int) -> int:
     """Return the int32 seed of one block of one parameter."""
-    return _signed(_mix_int(_mix_int(_mix_int(seed) ^ param_index) ^ block_index))
+    return signed(_mix_int(_mix_int(_mix_int(seed) ^ param_index) ^ block_index))
 
 
 def keys(seeds: Tensor, steps: Tensor, slot: int) -> Tensor:
-    """Return the keys [L], int32, of L blocks. `seeds` [L] are int32; `steps` [L] or 0-d are integers of any dtype."""
+    """Return the keys [L], int32, of L blocks.
+
+    `seeds` [L] are int32. `steps` [L] or 0-d are whole numbers of any dtype, of which the lower 32 bits count.
+    """
+    steps = steps.to(torch.int64)  # a float beyond 2³¹ has no int32
     key = _mix(seeds ^ steps.to(device=seeds.device, dtype=torch.int32, non_blocking=True))
-    key += _signed(slot * _GOLDEN)
+    key += signed(slot * _GOLDEN)
     return _mix(key)
 
 

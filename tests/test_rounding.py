@@ -30,13 +30,14 @@ def bits(seed: int, step: int, slot: int, index: int) -> int:
 
 @given(
     st.lists(st.integers(-(2**31), 2**31 - 1), min_size=1, max_size=4),
-    st.integers(0, 2**24),
+    st.integers(0, 2**24) | st.integers(0, 2**40),
     st.integers(0, 3),
 )
 def test_bits_follow_the_documented_function_of_seed_step_slot_and_element(seeds, step, slot):
-    seed, steps = torch.tensor(seeds, dtype=torch.int32), torch.full((len(seeds),), float(step))
+    seed, steps = torch.tensor(seeds, dtype=torch.int32), torch.full((len(seeds),), step)
     drawn = rnd.BlockBits(seed, steps, slot, 9)()
     assert drawn.tolist() == [[bits(s & 0xFFFFFFFF, step, slot, i) for i in range(9)] for s in seeds]
+    assert torch.equal(rnd.BlockBits(seed, steps.double(), slot, 9)(), drawn)  # whole numbers of another dtype
     sizes = [3 + n for n in range(len(seeds))]
     ragged = rnd.RaggedBits(seed, steps, slot, sizes)()
     assert ragged.tolist() == [drawn[n, i].item() for n, size in enumerate(sizes) for i in range(size)]

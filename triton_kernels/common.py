@@ -40,7 +40,8 @@ def mix(x):
 
 @triton.jit
 def random_key(seed, step, slot: tl.constexpr):
-    """Return the uint32 key of a block or tensor, from its int32 seed and its step, a whole number of any dtype."""
+    """Return the uint32 key of a block or tensor, from its int32 seed and its step, an int64 of which the
+    lower 32 bits count."""
     mixed = mix(seed.to(tl.uint32, bitcast=True) ^ step.to(tl.int32).to(tl.uint32, bitcast=True))
     return mix(mixed + ((slot * 0x9E3779B9) & 0xFFFFFFFF))
 

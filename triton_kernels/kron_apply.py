@@ -128,10 +128,10 @@ def kron_apply_kernel(
     ok_ptr,  # [L] or one element, bool: whether the factors were updated
     found_inf_ptr,  # one element, FP32
     seeds_ptr,  # [L] or one element, int32
-    steps_ptr,  # [L] or one element, FP32: added to `step_value`
+    steps_ptr,  # [L] or one element, int64: added to `step_value`
     lr_ptr,  # one element, FP32: added to `lr_value`
     lr_value,
-    step_value,
+    step_value,  # int32
     scaled,  # 0 or 1: whether U is scaled to a norm
     ok_stride,  # 0 without an update in this step
     seed_stride,  # 0 if no bits are drawn
@@ -195,8 +195,8 @@ BUFFERS = (tl.float32, tl.bfloat16)
 def configurations() -> Iterator[Configuration]:
     """Yield every configuration that `step_in_parts` can launch."""
     yield Configuration(kron_size_kernel, ("*bf16", "*fp32", *("i32",) * 3), (), NUM_WARPS, 1, kind="irregular")
-    pointers = ("*bf16", "*i64", "*i32", "*fp32", "*fp32", "*fp32", "*i1", "*fp32", "*i32", "*fp32", "*fp32")
-    scalars = ("fp32", "fp32", *("i32",) * 10, "fp32", "fp32", "i32")
+    pointers = ("*bf16", "*i64", "*i32", "*fp32", "*fp32", "*fp32", "*i1", "*fp32", "*i32", "*i64", "*fp32")
+    scalars = ("fp32", *("i32",) * 11, "fp32", "fp32", "i32")
     weights = [(tl.float32, "nearest"), (tl.float16, "nearest")]
     weights += [(tl.bfloat16, rounding) for rounding in ("stochastic", "compensated", "nearest")]
     for aligned in (True, False):

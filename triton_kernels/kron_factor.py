@@ -179,7 +179,7 @@ def kron_factor_kernel(
     weights_ptr,  # [L, 4], FP32: what `kron_start_kernel` wrote, or a stand-in
     curvature_ptr,  # q [L], FP32: written, or one element
     seeds_ptr,  # [L] or one element, int32
-    steps_ptr,  # [L] or one element, FP32: added to `step_value`
+    steps_ptr,  # [L] or one element, int64: added to `step_value`
     found_inf_ptr,  # one element, FP32
     ok_ptr,  # [L], bool: written
     seed_stride,  # 0 if no bits are drawn
@@ -189,7 +189,7 @@ def kron_factor_kernel(
     p8,  # padded sides / 8
     d8,
     follows,  # 0 or 1: whether there is a curvature
-    step_value,
+    step_value,  # int32
     beta2,  # β₂
     clipped,  # 0 or 1: whether the step is divided by max(1, ‖m'‖)
     BLOCK: tl.constexpr,  # rows and columns of a tile
@@ -258,7 +258,7 @@ def configurations() -> Iterator[Configuration]:
                     kron_factor_kernel,
                     (
                         *(*("*bf16",) * 8, "*i16", "*i16", *("*fp32",) * 3),
-                        *("*i32", "*fp32", "*fp32", "*i1", *("i32",) * 7, "fp32", "fp32", "i32"),
+                        *("*i32", "*i64", "*fp32", "*i1", *("i32",) * 8, "fp32", "i32"),
                     ),
                     (block, depth, row_sum, rounding),
                     num_warps,

@@ -67,10 +67,10 @@ def kron_step_kernel(
     ok_ptr,  # [L] or one element, bool: whether the factors were updated
     found_inf_ptr,  # one element, FP32
     seeds_ptr,  # [L] or one element, int32
-    steps_ptr,  # [L] or one element, FP32: added to `step_value`
+    steps_ptr,  # [L] or one element, int64: added to `step_value`
     lr_ptr,  # one element, FP32: added to `lr_value`
     lr_value,
-    step_value,
+    step_value,  # int32
     ok_stride,  # 0 without an update in this step
     seed_stride,  # 0 if no bits are drawn
     step_stride,  # 0 if all blocks have the same step
@@ -144,8 +144,8 @@ def configurations() -> Iterator[Configuration]:
                     yield Configuration(
                         kron_step_kernel,
                         (
-                            *("*bf16", "*bf16", "*i64", "*i32", "*fp32", "*i1", "*fp32", "*i32", "*fp32", "*fp32"),
-                            *("fp32", "fp32", *("i32",) * 8, "fp32", "fp32", "i32"),
+                            *("*bf16", "*bf16", "*i64", "*i32", "*fp32", "*i1", "*fp32", "*i32", "*i64", "*fp32"),
+                            *("fp32", *("i32",) * 9, "fp32", "fp32", "i32"),
                         ),
                         (weight, buffer, rounding, aligned, config.block, config.depth),
                         config.num_warps,

@@ -100,13 +100,13 @@ def rf_rmsprop_kernel(
     owner_table,  # [programs], int32: the tensor that a program works on
     counter_ptr,  # [n], int64: programs that finished; in the upper half, how many of them left elements out
     seed_ptr,  # [n], int32
-    step_ptr,  # [n] or one element, FP32: added to `step_value`
+    step_ptr,  # [n] or one element, int64: added to `step_value`
     lr_ptr,  # one element, FP32: added to `lr_value`
     scale_ptr,  # one element, FP32: gradients are divided by it
     found_inf_ptr,  # one element, FP32
     seed_stride,  # 0 if no bits are drawn
     step_stride,  # 0 if all tensors have the same step
-    step_value,
+    step_value,  # int32
     lr_value,
     sign,  # −1 to maximize, otherwise 1
     decay,  # 1 − β₂γ
@@ -181,7 +181,7 @@ def _modes(dtype: torch.dtype) -> tuple[str, ...]:
 
 def configurations() -> Iterator[Configuration]:
     """Yield every configuration that `rf_rmsprop` can launch."""
-    arguments = ("*i64", "*i64", "*i32", "*i64", "*i32", *("*fp32",) * 4, "i32", "i32", *("fp32",) * 9)
+    arguments = ("*i64", "*i64", "*i32", "*i64", "*i32", "*i64", *("*fp32",) * 3, *("i32",) * 3, *("fp32",) * 8)
     for param, square, buffer in product(GRAD_DTYPES, STATE_DTYPES, STATE_DTYPES):
         for grad in GRAD_DTYPES[param]:
             dtypes = [TRITON_DTYPES[dtype] for dtype in (param, grad, square, buffer)]

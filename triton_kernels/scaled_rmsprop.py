@@ -173,12 +173,12 @@ def scaled_average_kernel(
     # [n, 3], FP32: written. 0 whether the tensor is stepped; 1 λ, or √λ for the whitened direction; 2 q
     scalars_ptr,
     seed_ptr,  # [n], int32
-    step_ptr,  # [n] or one element, FP32: added to `step_value`
+    step_ptr,  # [n] or one element, int64: added to `step_value`
     scale_ptr,  # one element, FP32: gradients are divided by it
     found_inf_ptr,  # one element, FP32
     seed_stride,  # 0 if no bits are drawn
     step_stride,  # 0 if all tensors have the same step
-    step_value,
+    step_value,  # int32
     sign,  # −1 to maximize, otherwise 1
     batch_size,  # B
     decay,  # 1 − β₂γ
@@ -289,12 +289,12 @@ def scaled_step_kernel(
     scalars_ptr,  # [n, 3], FP32: what `scaled_average_kernel` wrote
     update_norms_ptr,  # [n], FP32, or one element
     seed_ptr,  # [n], int32
-    step_ptr,  # [n] or one element, FP32: added to `step_value`
+    step_ptr,  # [n] or one element, int64: added to `step_value`
     lr_ptr,  # one element, FP32: added to `lr_value`
     scale_ptr,  # one element, FP32: gradients are divided by it
     seed_stride,  # 0 if no bits are drawn
     step_stride,  # 0 if all tensors have the same step
-    step_value,
+    step_value,  # int32
     lr_value,
     sign,  # −1 to maximize, otherwise 1
     momentum,  # α₁
@@ -377,7 +377,7 @@ def configurations() -> Iterator[Configuration]:
         dtypes = [TRITON_DTYPES[grad]]
         yield Configuration(scaled_squares_kernel, (*tables, "*fp32", "*fp32"), (*dtypes,), NUM_WARPS, 1, "irregular")
     # Two kernels take as many arguments of each kind, but for the flags at the end.
-    arguments = (*tables, *("*fp32",) * 3, "*i32", *("*fp32",) * 3, "i32", "i32", *("fp32",) * 8)
+    arguments = (*tables, *("*fp32",) * 3, "*i32", "*i64", "*fp32", "*fp32", *("i32",) * 3, *("fp32",) * 7)
     average, step = (*arguments, *("i32",) * 2), (*arguments, *("i32",) * 4)
     for grad, square, buffer in product(TRITON_DTYPES, STATE_DTYPES, STATE_DTYPES):
         dtypes = [TRITON_DTYPES[dtype] for dtype in (grad, square, buffer)]

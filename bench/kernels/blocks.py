@@ -118,7 +118,7 @@ class Blocks:
         self.tiles = [*Tile.single(p, d).as_ints] * count
         self.skipped = torch.zeros(count, dtype=torch.int32, device=device)
         self.seeds = torch.arange(count, dtype=torch.int32, device=device)
-        self.steps = torch.zeros(count, device=device)
+        self.steps = torch.zeros(count, dtype=torch.int64, device=device)
         self.lr = torch.tensor(1e-4, dtype=torch.float64)
 
     def state(self) -> dict[str, Tensor]:

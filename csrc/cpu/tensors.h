@@ -83,12 +83,12 @@ inline float sum_of(const float* partial_sums, int64_t length) {
 class Draws {
  public:
   Draws(const at::Tensor& seeds,  // int32 [L]
-        const at::Tensor& steps)  // [L], or one element for all, of any dtype
-      : seeds_(seeds.contiguous()), steps_(steps.to(at::kFloat).contiguous()) {}
+        const at::Tensor& steps)  // [L], or one element for all: whole numbers of any dtype
+      : seeds_(seeds.contiguous()), steps_(steps.to(at::kLong).contiguous()) {}
 
   uint32_t key(int64_t block, Slot slot) const {
-    const float* steps = steps_.const_data_ptr<float>();
-    return random_key(seeds_.const_data_ptr<int32_t>()[block], steps[steps_.numel() == 1 ? 0 : block], slot);
+    const int64_t step = steps_.const_data_ptr<int64_t>()[steps_.numel() == 1 ? 0 : block];
+    return random_key(seeds_.const_data_ptr<int32_t>()[block], static_cast<uint32_t>(step), slot);
   }
 
  private:

@@ -59,11 +59,11 @@ void rf_rmsprop_cuda(const Tensor& rows,        // int64 [n, 8]
                      const Tensor& owners,      // int32 [programs]
                      const Tensor& counters,    // int64 [n]
                      const Tensor& seeds,       // int32 [n], or any one element if seed_stride is 0
-                     const Tensor& steps,       // float32 [n], or one element if step_stride is 0
+                     const Tensor& steps,       // int64 [n], or one element if step_stride is 0
                      const Tensor& lr,          // float32 [1]
                      const Tensor& grad_scale,  // float32 [1]
                      const Tensor& found_inf,   // float32 [1]
-                     int64_t seed_stride, int64_t step_stride, double step, double lr_value, double sign, double decay,
+                     int64_t seed_stride, int64_t step_stride, int64_t step, double lr_value, double sign, double decay,
                      double growth, double momentum, double damping, double weight_decay, double decoupled_decay,
                      ScalarType param, ScalarType grad, ScalarType square, ScalarType buffer, int64_t rounding,
                      int64_t weight_rounding) {
@@ -82,13 +82,13 @@ void rf_rmsprop_cuda(const Tensor& rows,        // int64 [n, 8]
   arguments.owners = checked_pointer<int32_t>(owners, "owners", ScalarType::Int, 0, device);
   arguments.counters = checked_pointer<unsigned long long>(counters, "counters", ScalarType::Long, n, device);
   arguments.seeds = checked_pointer<int32_t>(seeds, "seeds", ScalarType::Int, (n - 1) * seed_stride + 1, device);
-  arguments.steps = checked_pointer<float>(steps, "steps", ScalarType::Float, (n - 1) * step_stride + 1, device);
+  arguments.steps = checked_pointer<int64_t>(steps, "steps", ScalarType::Long, (n - 1) * step_stride + 1, device);
   arguments.lr = checked_pointer<float>(lr, "lr", ScalarType::Float, 1, device);
   arguments.grad_scale = checked_pointer<float>(grad_scale, "grad_scale", ScalarType::Float, 1, device);
   arguments.found_inf = checked_pointer<float>(found_inf, "found_inf", ScalarType::Float, 1, device);
   arguments.seed_stride = seed_stride;
   arguments.step_stride = step_stride;
-  arguments.step = static_cast<float>(step);
+  arguments.step = step;
   arguments.lr_value = static_cast<float>(lr_value);
   arguments.sign = static_cast<float>(sign);
   arguments.decay = static_cast<float>(decay);

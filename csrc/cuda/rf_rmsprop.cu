@@ -139,7 +139,7 @@ __device__ __forceinline__ ProgramContext program_of(const DiagonalArguments& ar
                      lr * arguments.decoupled_decay};
   if (arguments.rounding == Rounding::stochastic || arguments.weight_rounding == Rounding::stochastic) {
     const int32_t seed = arguments.seeds[tensor * arguments.seed_stride];
-    const float step = arguments.step + arguments.steps[tensor * arguments.step_stride];
+    const auto step = static_cast<uint32_t>(arguments.step + arguments.steps[tensor * arguments.step_stride]);
     program.square_key = random_key(seed, step, slot_square);
     program.weight_key = random_key(seed, step, slot_weight);
   }

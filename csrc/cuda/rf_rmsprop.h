@@ -26,12 +26,12 @@ struct DiagonalArguments {
   const int32_t* owners;         // [programs]: index of the tensor that a program works on
   unsigned long long* counters;  // [n]: lower half: finished programs; upper half: those that skipped elements
   const int32_t* seeds;          // seeds[i * seed_stride] is tensor i's; read only for stochastic rounding
-  const float* steps;            // step + steps[i * step_stride] is tensor i's; likewise
+  const int64_t* steps;          // step + steps[i * step_stride] is tensor i's; likewise
   const float* lr;               // the learning rate is lr_value + *lr
   const float* grad_scale;       // [1]: gradients are divided by it
   const float* found_inf;        // [1]: not 0 skips every element
-  int64_t seed_stride, step_stride;
-  float step, lr_value;
+  int64_t seed_stride, step_stride, step;
+  float lr_value;
   float sign;  // -1 to maximize
   float decay, growth, momentum, damping, weight_decay;
   float decoupled_decay;               // kappa if weight decay is decoupled, else 0; weight_decay is 0 or kappa

@@ -3,7 +3,7 @@
     if_shampoo          IFShampoo
     recipe              the options of the paper's rule and of the recipe, and the groups of a model
     rf_rmsprop          RFRMSProp and RFAdaGrad
-    schedules           GrowingInterval: when factors are updated
+    schedules           GrowingInterval and GrowingGap: when factors are updated
     base                the step, and the conventions of torch.optim
     planner             checks before a step, and building of state and plans
     plan                what is kept from step to step: the batches of a step
@@ -25,6 +25,6 @@
 from rootfree_kernels.optim.if_shampoo import IFShampoo
 from rootfree_kernels.optim.recipe import PAPER_RULE, RECIPE
 from rootfree_kernels.optim.rf_rmsprop import RFAdaGrad, RFRMSProp
-from rootfree_kernels.optim.schedules import GrowingInterval
+from rootfree_kernels.optim.schedules import GrowingGap, GrowingInterval
 
-__all__ = ["PAPER_RULE", "RECIPE", "GrowingInterval", "IFShampoo", "RFAdaGrad", "RFRMSProp"]
+__all__ = ["PAPER_RULE", "RECIPE", "GrowingGap", "GrowingInterval", "IFShampoo", "RFAdaGrad", "RFRMSProp"]

@@ -54,7 +54,7 @@ def without_autocast(plan: StepPlan) -> AbstractContextManager[Any]:
 class RootFreeOptimizer(Optimizer):
     """Base of the optimizers; see `RFRMSProp` and `IFShampoo`.
 
-    State of every parameter: `step`, the number of calls with a gradient (FP32, 0-d; on the CPU, or with `capturable`
+    State of every parameter: `step`, the number of calls with a gradient (int64, 0-d; on the CPU, or with `capturable`
     on the parameter's device); `momentum_buffer`, of the parameter's shape; `skipped` (int32), how many steps left out
     the parameter, or a part of it, because they were not finite.
     """

@@ -108,7 +108,7 @@ def _restored(param: Tensor, group: Group, saved: Mapping[str, Any]) -> dict[str
     step = saved["step"]
     step = step if isinstance(step, Tensor) else torch.tensor(float(step), device="cpu")
     device = param.device if group["capturable"] else "cpu"
-    state = {"step": step.detach().to(device, torch.float32, copy=True).reshape(())}
+    state = {"step": step.detach().to(device, torch.int64, copy=True).reshape(())}
     for name, entry in state_spec(param, group).items():
         state[name] = saved[name].detach().to(param.device, entry.dtype, copy=True)
     return state

@@ -11,6 +11,11 @@ import torch
 from torch import Tensor
 
 
+def has_memory(tensor: Tensor) -> bool:
+    """Return whether a tensor has an address: meta tensors and fake ones have none."""
+    return tensor.untyped_storage().device.type != "meta"
+
+
 def has_internal_overlap(tensor: Tensor) -> bool:
     """Return whether two elements of a tensor have one address, as after `expand`."""
     if not tensor.numel():
@@ -43,7 +48,7 @@ def overlap_ranks(tensors: Sequence[Tensor]) -> list[int]:
     """
     ranges_on: dict[torch.device, list[tuple[int, int, int]]] = defaultdict(list)
     for index, tensor in enumerate(tensors):
-        if (start := tensor.data_ptr()) and tensor.numel():
+        if has_memory(tensor) and (start := tensor.data_ptr()) and tensor.numel():
             ranges_on[tensor.device].append((start, start + _num_bytes(tensor), index))
     ranks = [0] * len(tensors)
     for ranges in ranges_on.values():

@@ -24,7 +24,7 @@ from rootfree_kernels.optim.block_batch import make_batches, own_storage
 from rootfree_kernels.optim.block_step import BlockBatchStep, block_steps
 from rootfree_kernels.optim.context import GroupOptions, StepContext, group_options
 from rootfree_kernels.optim.elementwise_batch import ElementwiseBatch, elementwise_batches
-from rootfree_kernels.optim.overlap import overlap_ranks
+from rootfree_kernels.optim.overlap import has_memory, overlap_ranks
 from rootfree_kernels.optim.state_spec import Group
 
 MAX_PLANS = 64
@@ -56,10 +56,10 @@ def _are_same(left: Iterable[Any], right: Sequence[Any]) -> bool:
     return len(objects) == len(right) and all(map(is_, objects, right))
 
 
-def read_counts(counts: Sequence[Tensor]) -> list[float]:
+def read_counts(counts: Sequence[Tensor]) -> list[int]:
     """Return the numbers of several tensors. Fake tensors have none: every step is planned as the first then."""
     if any(type(x) is not Tensor for x in counts):
-        return [0.0] * sum(map(Tensor.numel, counts))
+        return [0] * sum(map(Tensor.numel, counts))
     return [number for x in counts for number in x.reshape(-1).tolist()]
 
 
@@ -71,8 +71,8 @@ def _as_tensor(number: Any) -> Tensor:
 class DeviceState:
     """The state of those parameters of a group that are on one device and have been stepped.
 
-    `counts` [number of parameters] holds their counts of steps. Their states hold 0-d views of it. `ranks` holds their
-    overlap ranks, which decide who may be stepped together.
+    `counts` [number of parameters], int64, holds their counts of steps. Their states hold 0-d parts of it. `ranks`
+    holds their overlap ranks, which decide who may be stepped together.
     """
 
     def __init__(self, tiles_of: Mapping[Tensor, Sequence[Tile]], states: Any, group: Group, seed_of: SeedOf) -> None:
@@ -87,12 +87,12 @@ class DeviceState:
 
     def _packed_counts(self, states: Any, device: torch.device) -> Tensor:
         steps = [states[param]["step"] for param in self.params]
-        counts = torch.stack([_as_tensor(step).to(device, torch.float32) for step in steps])
+        counts = torch.stack([_as_tensor(step).to(device, torch.int64) for step in steps])
         for row, param in enumerate(self.params):
             states[param]["step"] = own_storage(counts[row])
         return counts
 
-    def read_counts(self) -> list[float]:
+    def read_counts(self) -> list[int]:
         """Return the counts of steps on the host."""
         return read_counts([self.counts])
 
@@ -143,7 +143,8 @@ class GroupCache:
         self.options: GroupOptions = group_options(group)
         self.device_states = device_states
         self._params = list(group["params"])
-        self._kinds, self._places = kinds(self._params), _places(self._params)
+        self._kinds, self._have_memory = kinds(self._params), all(map(has_memory, self._params))
+        self._places = _places(self._params) if self._have_memory else []
         self._stateless = [param for param in self._params if not states.get(param)]
 
     def is_valid(self, params: Sequence[Tensor], states: Any) -> bool:
@@ -158,6 +159,8 @@ class GroupCache:
     def _are_unchanged(self, params: Sequence[Tensor]) -> bool:
         """Return whether the parameters look as before. Unchanged addresses imply unchanged parameters: a cheap test
         comes first."""
+        if not self._have_memory:
+            return kinds(params) == self._kinds
         if (places := _places(params)) != self._places:
             if kinds(params) != self._kinds or not all(state.ranks_are_valid() for state in self.device_states):
                 return False
@@ -197,8 +200,8 @@ class StepPlan:
         owners = [row for batch in self.batches for row in batch.owners]
         self._owners = torch.tensor(owners, dtype=torch.int64, device=self._counts.device)
         self._no_steps = None if owners else [self._counts[:0]] * len(self.batches)
-        steps = [float(grad is not None) for grad in grads]
-        self._increment = torch.tensor(steps, dtype=torch.float32, device=self._counts.device)
+        steps = [int(grad is not None) for grad in grads]
+        self._increment = torch.tensor(steps, dtype=torch.int64, device=self._counts.device)
 
     def _ordered(self, grads: Sequence[Tensor | None]) -> list[Any]:
         return [grads[row] for row in self._rows]

@@ -170,7 +170,7 @@ class Planner:
         return *map(group.get, _PLAN_OPTIONS), caches, *_environment()
 
     def _due(
-        self, group: Group, read_counts: Callable[[], list[float]], present: Sequence[bool]
+        self, group: Group, read_counts: Callable[[], list[int]], present: Sequence[bool]
     ) -> bool | tuple[bool, ...]:
         """Return whether factors are updated in this step: one answer for all parameters, or else one for each."""
         frequency = group.get("precondition_frequency", 1)
@@ -231,10 +231,10 @@ def make_states(groups: Sequence[Group], states: States) -> None:
     states.update(made)
 
 
-def _counts_of(params: Sequence[Tensor], states: States) -> list[float]:
+def _counts_of(params: Sequence[Tensor], states: States) -> list[int]:
     """Return the counts of steps of parameters. They are 0 before the first step."""
     return read_counts([states[param]["step"] for param in params if states.get(param)]) + [
-        0.0 for param in params if not states.get(param)
+        0 for param in params if not states.get(param)
     ]
 
 

@@ -174,7 +174,7 @@ def tile_spec(tile: Tile, group: Group) -> dict[str, StateSpec]:
 def new_state(param: Tensor, group: Group) -> dict[str, Tensor]:
     """Return the state of a parameter before its first step."""
     device = param.device if group["capturable"] else "cpu"
-    state = {"step": torch.zeros((), dtype=torch.float32, device=device)}
+    state = {"step": torch.zeros((), dtype=torch.int64, device=device)}
     like = real_view(param.detach())
     for name, entry in state_spec(param, group).items():
         if entry.like_param:

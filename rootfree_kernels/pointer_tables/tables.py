@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rootfree_kernels.arguments import Draws
 from rootfree_kernels.backend import is_captured
+from rootfree_kernels.rounding import signed
 
 MAX_TABLES = 512
 """Tables kept on the devices. Gradients whose addresses change at every step fill several of them."""
@@ -233,18 +234,18 @@ def split_lr(lr: Tensor, device: torch.device) -> tuple[float, Tensor]:
 
 class RandomBits(NamedTuple):
     """Where a kernel finds the seed and the step of block (or tensor) i: at seeds[i·stride], and at
-    step + steps[i·step_stride]."""
+    step + steps[i·step_stride] modulo 2³²."""
 
-    seeds: Tensor
-    steps: Tensor
+    seeds: Tensor  # int32
+    steps: Tensor  # int64
     stride: int
     step_stride: int
-    step: float
+    step: int  # as an int32
 
 
 def no_random_bits(device: torch.device) -> RandomBits:
     """Return the arguments of a kernel that draws nothing."""
-    return RandomBits(constant(0, device, torch.int32), constant(0.0, device), 0, 0, 0.0)
+    return RandomBits(constant(0, device, torch.int32), constant(0, device, torch.int64), 0, 0, 0)
 
 
 def random_bits(draws: Draws, device: torch.device) -> RandomBits:
@@ -256,5 +257,5 @@ def random_bits(draws: Draws, device: torch.device) -> RandomBits:
     if not seeds.shape[0] or not steps.shape[0]:
         return no_random_bits(device)
     if steps.device.type != device.type and len(values := set(steps.tolist())) == 1:
-        return RandomBits(seeds, constant(0.0, device), 1, 0, float(values.pop()))
-    return RandomBits(seeds, steps.to(device, torch.float32, non_blocking=True).contiguous(), 1, 1, 0.0)
+        return RandomBits(seeds, constant(0, device, torch.int64), 1, 0, signed(int(values.pop())))
+    return RandomBits(seeds, steps.to(device, torch.int64, non_blocking=True).contiguous(), 1, 1, 0)

@@ -194,7 +194,7 @@ class Batch:
             self.make_side(t, side, (count, size, size), generator)
         t.skipped = torch.arange(count, dtype=torch.int32, device=self.device)
         t.seeds = (torch.arange(count) * 0x1234567 - 3).to(self.device, torch.int32)
-        t.steps = torch.arange(3.0, 3.0 + count)
+        t.steps = torch.arange(3, 3 + count)
         wide = torch.promote_types(self.dtype, FP32)
         known = torch.tensor([(0.0, 0.7, 0.2)[(block + self.seed) % 3] for block in range(count)], dtype=wide)
         t.curvature = known.to(self.device) if self.follows_curvature else None

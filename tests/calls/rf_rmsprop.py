@@ -108,7 +108,7 @@ class Call:
         """Return the flat arguments of the operator."""
         n = len(self.shapes)
         seeds = (torch.arange(n) * 0x1234567 - 3).to(self.device, torch.int32)
-        steps = self.steps if isinstance(self.steps, Tensor) else torch.full((n,), float(self.steps))
+        steps = self.steps if isinstance(self.steps, Tensor) else torch.full((n,), self.steps)
         scalars = [
             None if x is None else torch.tensor(x, device=self.device) for x in (self.grad_scale, self.found_inf)
         ]

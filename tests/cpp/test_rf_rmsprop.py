@@ -81,7 +81,7 @@ def test_step_matches_the_reference_and_fp32_arithmetic_bitwise(call):
 def test_bf16_is_rounded_bitwise_as_in_eager_pytorch(rounding, steps):
     shapes = [shape for shape in SHAPES if 0 not in shape]  # eager PyTorch has no norm of empty tensors
     if steps == "each its own":
-        steps = torch.arange(float(len(shapes)))
+        steps = torch.arange(len(shapes))
     kinds = (BF16, BF16, BF16, BF16, rounding, rounding)
     call = cpp_call(shapes, LAYOUTS, *kinds, steps=steps, exact=True)
     assert_equal(call.run(), call.run(run=through("eager")))

@@ -97,11 +97,11 @@ def test_fp32_arithmetic_and_rounding_are_bitwise_correct(cuda, dtypes):
         assert_equal(lists, fp32_step(call, expected))
 
 
-@pytest.mark.parametrize("steps", [3, 70000, "each its own"], ids=str)
+@pytest.mark.parametrize("steps", [3, 70000, 2**24 + 1, 2**31 + 5, 2**32 + 7, "each its own"], ids=str)
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_bf16_is_rounded_bitwise_as_in_eager_pytorch(cuda, rounding, steps):
     if steps == "each its own":
-        steps = torch.arange(float(len(SIZES) - 1))
+        steps = 2**31 - 2 + torch.arange(len(SIZES) - 1)
     call = cuda_call(SIZES[1:], LAYOUTS, BF16, BF16, BF16, BF16, rounding, rounding, steps=steps, exact=True)
     assert_equal(call.run(run=cuda.run), call.run(run=through("eager")))
 

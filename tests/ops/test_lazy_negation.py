@@ -33,6 +33,7 @@ BACKENDS = [
         *("triton", DEVICE),
         marks=[
             pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed"),
+            pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning:triton"),
             *([pytest.mark.gpu] if DEVICE == "cuda" else []),
         ],
     ),

@@ -54,7 +54,7 @@ def residual(*shape: int) -> Tensor:
 
 
 def seeds_and_steps(count: int) -> tuple[Tensor, Tensor]:
-    return torch.arange(count, dtype=torch.int32), torch.full((count,), 3.0)
+    return torch.arange(count, dtype=torch.int32), torch.full((count,), 3)
 
 
 def scaler(used: bool) -> tuple[Tensor | None, Tensor | None]:

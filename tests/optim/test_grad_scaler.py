@@ -80,3 +80,41 @@ def test_an_overflow_under_grad_scaler_is_counted_and_changes_nothing_else(
     assert all(value.isfinite().all() for value in finite.values())
     assert not any(same_bits(finite[name], before[name]) for name in before if "momentum_buffer" in name)
     assert all(torch.equal(finite[name], after[name]) for name in after if "skipped" in name)
+
+
+def test_only_a_scaler_is_told_that_the_step_unscales(case: Case) -> None:
+    """Lightning asks too, in runs without a scaler, and would then refuse to clip gradients."""
+    _, optimizer = case.start()
+
+    class Own(torch.amp.GradScaler):
+        def asks(self) -> bool:
+            return bool(optimizer._step_supports_amp_scaling)
+
+    assert Own("cpu").asks()
+    assert not getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true", "16-true"])
+def test_lightning_clips_gradients(case: Case, precision: str) -> None:
+    lightning = pytest.importorskip("lightning.pytorch")
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+
+        def training_step(self, batch: Any, index: int) -> Any:
+            return self.net(batch[0]).square().mean()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return case.make(self.parameters())
+
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = lightning.Trainer(
+        max_steps=2, accelerator="cpu", precision=precision, gradient_clip_val=1.0, enable_checkpointing=False, **quiet
+    )
+    module = Module()
+    before = [param.detach().clone() for param in module.parameters()]
+    batches = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(16, 6)), batch_size=8)
+    trainer.fit(module, batches)
+    assert all(not torch.equal(x.float(), y) for x, y in zip(module.parameters(), before, strict=True))

@@ -5,6 +5,8 @@ The tests of groups, steps and checkpoints show that stale plans are replaced.
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -25,6 +27,7 @@ from tests.calls.backends import functions_of, idle_functions, stand_in
 from tests.calls.operators import STEMS
 from tests.calls.optimizers import CASES, OPTIONS, Case, snapshot, train
 from tests.calls.tensors import assert_same_bits
+from tests.optim.runs import set_gradients
 
 SHAMPOO = Case("IFShampoo", IFShampoo)
 
@@ -313,3 +316,42 @@ def test_a_step_without_memory_for_its_largest_batch_changes_nothing(
             else:
                 optimizer.step()
     assert not torch.equal(params[0], before["0 weight"])
+
+
+@pytest.mark.parametrize("dropped", ["a group", "a parameter"])
+def test_what_was_dropped_is_freed(case: Case, dropped: str) -> None:
+    layers = [nn.Linear(5, 7), nn.Linear(5, 7)]
+    optimizer = case.make([{"params": list(layer.parameters())} for layer in layers])
+
+    def step() -> None:
+        for group in optimizer.param_groups:
+            set_gradients(group["params"], 0)
+        optimizer.step()
+
+    step()
+    old = weakref.ref(layers[1].weight)
+    if dropped == "a group":
+        for param in optimizer.param_groups.pop()["params"]:
+            del optimizer.state[param]
+        layers.pop()
+    else:
+        del optimizer.state[layers[1].weight]
+        layers[1].weight = nn.Parameter(torch.ones(7, 5))
+        optimizer.param_groups[1]["params"][0] = layers[1].weight
+    param = None
+    step()
+    gc.collect()
+    assert old() is None
+
+
+def test_a_group_takes_the_place_of_another_that_was_made_by_another_rule() -> None:
+    params = [nn.Parameter(torch.ones(7, 5)) for _ in range(2)]
+    optimizer = IFShampoo([{"params": params[:1], **RECIPE}, {"params": params[1:]}], **OPTIONS)
+    for number in range(2):
+        for param in params:
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+        if number == 0:
+            for param in optimizer.param_groups.pop(0)["params"]:
+                del optimizer.state[param]
+    assert optimizer.state[params[1]]["step"] == 2

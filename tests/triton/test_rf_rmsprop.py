@@ -68,7 +68,7 @@ def test_step_matches_the_reference_and_writes_nothing_else(call):
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_bf16_is_rounded_bitwise_as_in_eager_pytorch(rounding, steps):
     if steps == "each its own":
-        steps = torch.arange(float(len(SHAPES)))
+        steps = torch.arange(len(SHAPES))
     shapes = [shape if 0 not in shape else (2,) for shape in SHAPES]  # eager PyTorch has no norm of empty tensors
     call = triton_call(
         shapes, ("whole", "offset by 1"), BF16, BF16, BF16, BF16, rounding, rounding, steps=steps, exact=True

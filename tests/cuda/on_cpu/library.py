@@ -72,8 +72,8 @@ class DiagonalArguments(ctypes.Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("rows", "grads", "owners", "counters", "seeds", "steps")),
         *((name, c_void_p) for name in ("lr", "grad_scale", "found_inf")),
-        *((name, c_int64) for name in ("seed_stride", "step_stride")),
-        *((name, c_float) for name in ("step", "lr_value", "sign", "decay", "growth", "momentum", "damping")),
+        *((name, c_int64) for name in ("seed_stride", "step_stride", "step")),
+        *((name, c_float) for name in ("lr_value", "sign", "decay", "growth", "momentum", "damping")),
         *((name, c_float) for name in ("weight_decay", "decoupled_decay")),
         *((name, c_int) for name in ("rounding", "weight_rounding")),
     )
