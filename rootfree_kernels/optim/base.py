@@ -117,9 +117,7 @@ class RootFreeOptimizer(Optimizer):
         for index, item in enumerate(group["params"]):
             label, param = item if isinstance(item, tuple) else (f"params[{index}]", item)
             check_param(f"parameter {label!r}", param, options)
-            if param in seen:
-                raise ValueError(f"parameter {label!r} stands twice in the group: pass each parameter once.")
-            seen.add(param)
+            seen.add(param)  # Optimizer warns of duplicates, which are stepped once
         check_options(options)
         if options["fused"]:
             check_backends(list(seen), options)

@@ -156,12 +156,18 @@ def normalise(options: dict[str, Any]) -> None:
             options[name] = plain(value)
 
 
+def _refusal(name: str, value: Any) -> str:
+    """Return the message for an option that breaks its rule. Some have words of PyTorch's optimizers as well."""
+    is_long = name == "lr" and isinstance(value, Tensor) and value.numel() != 1
+    return f"{name}={value!r}: {'Tensor lr must be 1-element; ' * is_long}{RULES[name].remedy}."
+
+
 def check_lr(options: dict[str, Any]) -> None:
     """Raise ValueError if the learning rate breaks its rule. Schedules change it at every step, so it is cheap."""
     if type(options["lr"]) is not float and not isinstance(options["lr"], Tensor):
         options["lr"] = plain(options["lr"])
     if not _is_lr(options["lr"]):
-        raise ValueError(f"lr={options['lr']!r}: {RULES['lr'].remedy}.")
+        raise ValueError(_refusal("lr", options["lr"]))
 
 
 def check_options(options: Mapping[str, Any]) -> None:
@@ -170,7 +176,7 @@ def check_options(options: Mapping[str, Any]) -> None:
         if name in options:
             value = options[name]
             if value is required or not rule.allows(value):
-                raise ValueError(f"{name}={value!r}: {rule.remedy}.")
+                raise ValueError(_refusal(name, value))
     if options.get("batch_size", 1) is None and not batch_size_cancels(options):
         raise ValueError(
             f"batch_size=None: {_BATCH_SIZE.remedy}. It cancels only with factor_init='gradient', "
