@@ -87,7 +87,7 @@ def test_a_copy_of_the_optimizer_alone_needs_a_new_counter(make_copy: Callable[[
     assert not any(isinstance(each, nn.Module) for each in gc.get_referents(*other._counters))
     for param in other.param_groups[0]["params"]:
         param.grad = torch.ones_like(param)
-    with pytest.raises(RuntimeError, match="the counter has no model: .* Make a new BatchSizeCounter, which replaces"):
+    with pytest.raises(RuntimeError, match=r"the counter has no model: .* Make a new BatchSizeCounter, which replaces"):
         other.step()
     other.zero_grad()
     other_model = mlp()
