@@ -355,7 +355,7 @@ def test_a_step_that_raised_and_is_repeated_has_the_same_batch_size() -> None:
     BatchSizeCounter(model, optimizer)
     backward(model, 7)
     optimizer.param_groups[0]["lr"] = -1.0
-    with pytest.raises(ValueError, match=r"lr=-1.0"):
+    with pytest.raises(ValueError, match="lr=-1"):
         optimizer.step()
     optimizer.param_groups[0]["lr"] = 1e-3
     optimizer.step()

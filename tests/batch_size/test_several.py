@@ -103,7 +103,7 @@ def test_counters_of_the_same_group_must_agree() -> None:
     optimizer = one_group(first, second)
     backward(first, 8)
     backward(second, 6)
-    with pytest.raises(RuntimeError, match=r"counted 8 and 6 for the same group. Give the parameters of every model"):
+    with pytest.raises(RuntimeError, match=r"counted 8 and 6 for the same group\. Give the parameters of every model"):
         optimizer.step()
     assert sizes(optimizer) == [999]
     optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""Count the batch size B: the number of terms of the loss whose gradient an optimizer steps on."""
+"""The counter: it joins the forward calls, the backward passes and the steps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from rootfree_kernels.backward_passes import (
+from rootfree_kernels.batch_size.backward_passes import (
     INTERRUPTED,
     NO_MODEL,
     UNCOUNTED,
@@ -25,45 +25,13 @@ from rootfree_kernels.backward_passes import (
     UnknownTermsError,
     are_zero,
 )
-from rootfree_kernels.forward_calls import CountTerms, leading_dim, number_of_terms, tensors_in
+from rootfree_kernels.batch_size.forward_calls import CountTerms, leading_dim, number_of_terms, tensors_in
+from rootfree_kernels.batch_size.hooks import ModelHook, innermost, params_of, unhook
 
 SeveralCalls = Literal["add", "same"]
 
 _lock = threading.RLock()
 """Hooks run in the threads of autograd, one for every device. A lock for all counters, since they ask each other."""
-
-
-def innermost(optimizer: Optimizer) -> Optimizer:
-    """Return the optimizer inside the wrappers of Accelerate, Lightning and ZeroRedundancyOptimizer."""
-    for name in ("optimizer", "optim"):
-        inner = getattr(optimizer, name, None)
-        if isinstance(inner, Optimizer):
-            return innermost(inner)
-    return optimizer
-
-
-def params_of(model: Module, optimizer: Optimizer) -> list[Tensor]:
-    """Return the parameters of the model that the optimizer has."""
-    ids = {id(param) for param in model.parameters()}
-    return [param for group in optimizer.param_groups for param in group["params"] if id(param) in ids]
-
-
-class ModelHook:
-    """The forward hook of a counter. It is copied with the model, and tells the copy of the counter about its model."""
-
-    def __init__(self, model: Module, counter: BatchSizeCounter) -> None:
-        self.model, self.counter = weakref.ref(model), counter
-
-    @torch.compiler.disable(reason="it registers hooks on the outputs")
-    def __call__(self, module: Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        self.counter._after_forward(args, kwargs, output)
-
-    def __getstate__(self) -> tuple[Module | None, BatchSizeCounter]:
-        return self.model(), self.counter
-
-    def __setstate__(self, state: tuple[Module, BatchSizeCounter]) -> None:
-        model, self.counter = state
-        self.model = self.counter._model = weakref.ref(model)
 
 
 class BatchSizeCounter:
@@ -312,10 +280,7 @@ class BatchSizeCounter:
         """Stop counting."""
         model, optimizer = self._model(), self._optimizer()
         if model is not None:
-            for key, hook in list(model._forward_hooks.items()):
-                if isinstance(hook, ModelHook) and hook.counter is self:  # a copy has no handle of it
-                    del model._forward_hooks[key]
-                    model._forward_hooks_with_kwargs.pop(key, None)
+            unhook(model, self)
         if optimizer is not None:
             optimizer.__dict__["_counters"] = [each for each in _counters(optimizer) if each is not self]
         for handle in self._handles:
