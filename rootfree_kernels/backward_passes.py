@@ -93,11 +93,11 @@ class BackwardPass:
         task: PyTorch's number of the pass.
         problem: why its terms cannot be known, or "".
         is_foreign: it went through no call of this counter's model, but another counter of the optimizer counts it.
-        is_first: whether the gradients were zero when it began. A tensor is read only when the number is needed.
+        is_first: whether gradients were discarded before it. A tensor is read only when the number is needed.
         is_continued: whether the gradients, when it began, were those that the pass before had left.
     """
 
-    def __init__(self, task: int, params: Sequence[Tensor], left: Snapshot) -> None:
+    def __init__(self, task: int, params: Sequence[Tensor], left: Snapshot, left_zero: Tensor | None) -> None:
         self.task = task
         self.params = params
         self.calls: set[Call] = set()
@@ -105,6 +105,8 @@ class BackwardPass:
         self.is_foreign = False
         self.before = Snapshot(params)
         self.is_first: bool | Tensor = are_zero(params) if self.before else True
+        if left_zero is not None and not left.has_changed(params):
+            self.is_first = self.is_first & ~left_zero  # the pass before may have left gradients of zero
         self.is_continued = left.is_left(params)
         self.discarded = left.discarded(params)
 
@@ -124,6 +126,7 @@ class GradientWindow:
         self._several_calls = several_calls
         self._passes: list[BackwardPass] = []  # that are not in the sum below yet
         self._left = Snapshot()
+        self._left_zero: Tensor | None = None
         self._start()
 
     def _start(self, problem: str = "") -> None:
@@ -133,10 +136,9 @@ class GradientWindow:
 
     def open(self, task: int, params: Sequence[Tensor]) -> BackwardPass:
         """Return a pass that begins now."""
-        opened = BackwardPass(task, params, self._left)
+        opened = BackwardPass(task, params, self._left, self._left_zero)
         if not opened.before:
-            self._passes.clear()
-            self._start()
+            self._passes.clear()  # so that nothing of them is read
         elif len(self._passes) > 100:  # of an optimizer that takes no steps
             self._add_up()
         return opened
@@ -145,6 +147,8 @@ class GradientWindow:
         """Keep a pass that has ended, if it changed a gradient."""
         if closed.before.has_changed(closed.params):
             self._left = Snapshot(closed.params)
+            # After a pass that raised, gradients of zero were discarded.
+            self._left_zero = are_zero(closed.params) if self._left and not closed.problem else None
             self._passes.append(closed)
         closed.params = ()
 

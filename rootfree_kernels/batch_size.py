@@ -209,6 +209,7 @@ class BatchSizeCounter:
             _at_the_end(partial(_at_the_end, partial(self._leave, self._open)))
         return self._open
 
+    @torch.compiler.disable(reason="it runs in a backward pass")
     def _leave(self, left: BackwardPass) -> None:
         with _lock:
             if self._open is left:
@@ -339,6 +340,7 @@ def _nothing() -> None:
     """Stand in for a weak reference whose object is gone."""
 
 
+@torch.compiler.disable(reason="it runs in a backward pass")
 def _at_the_end(function: Callable[[], Any]) -> None:
     """Call a function at the end of the present backward pass, after those that were registered before."""
     torch.autograd.Variable._execution_engine.queue_callback(function)

@@ -55,6 +55,7 @@ def kron_step(
 
     A block keeps its weights and its momentum, and its `skipped` grows by one, if ‖G‖ is not finite, if its factors
     were not updated (`preconditioner.ok`), or if `found_inf` is not 0. An element of U that is not finite counts as 0.
+    The block's `skipped` then grows by one as well, and so it does if ‖U‖ overflows where U is scaled.
 
     Args:
         weights: parameters, momentum buffers, residuals, tiles, `skipped` and the norms of the updates.
@@ -95,7 +96,6 @@ def _step_blocks(
         finite = finite & preconditioner.ok
     if found_inf is not None:
         finite = finite & (found_inf.reshape(()) == 0)
-    blocks.skipped.add_(~finite)
 
     params, buffers, residuals = blocks.params, blocks.buffers, blocks.residuals
     bits = rnd.BlockBits(draws.seeds, draws.steps, rnd.SLOT_WEIGHT, grad[0].numel())
@@ -106,6 +106,7 @@ def _step_blocks(
         average_gradients_(grad, wide_buffers, keep, options)
 
     direction = precondition_(preconditioner, grad).to(wide_dtype)
+    whole = torch.linalg.vector_norm(direction, torch.inf, dim=(-2, -1)) < torch.inf
 
     if ranges.listened:
         ranges.phase("apply")
@@ -114,7 +115,9 @@ def _step_blocks(
     direction = direction.nan_to_num_(0.0, 0.0, 0.0).to(wide_buffers[0].dtype)
     if blocks.update_norms is not None:
         norms = torch.linalg.vector_norm(direction, dim=(-2, -1))
+        whole = whole & (norms < torch.inf)
         direction *= torch.where(norms > 0, blocks.update_norms / norms, 0.0)[:, None, None]
+    blocks.skipped.add_(~(finite & whole))
     directions = list(direction.unbind())
     if options.momentum_on == "gradient":
         descend_(wide_weights, directions, keep * lr, options.weight_decay)

@@ -80,7 +80,9 @@ class IFShampoo(RootFreeOptimizer):
         beta2: β₂, the step size of the factors: below 1, so that with a clip CCᵀ and KKᵀ stay positive definite.
         momentum: α₁. There is no factor 1 − α₁ in the heavy ball, so its step grows by 1/(1 − α₁).
         riemannian_momentum: α₂, the momentum of the factors.
-        damping: λ. For small gradients, lr/(λ(1−α₁)) is the step size of plain SGD.
+        damping: λ. For small gradients, lr/(λ(1−α₁)) is the step size of plain SGD. Pass a number above 0: without
+            damping, rows and columns that rarely have a gradient take huge steps. Factors that average (gamma=1) use at
+            least λ = ε², 1.4e-14 in FP32, so that they stay finite.
         weight_decay: κ, added to the preconditioned gradient before the momentum.
         decoupled_weight_decay: apply the decay to the weights instead, W ← (1 − β₁κ)W, as in AdamW. With
             `momentum_on="gradient"` both are the same.
@@ -93,12 +95,14 @@ class IFShampoo(RootFreeOptimizer):
         factor_init: where C and K start, "identity" (the paper's) or "gradient".
         gamma: γ. 1 averages the curvature (as RMSProp), 0 sums it (as AdaGrad).
         precondition_frequency: T, or a callable that takes a parameter's step (0, 1, …) and returns whether its factors
-            are updated, such as `GrowingInterval(10)`. Updating at every step trains best.
+            are updated, such as `GrowingInterval(10)`. It is asked once for each step. Updating at every step trains
+            best.
         clip: the norm ‖m‖ in the update. "frobenius" is the paper's. "row_sum" is the largest absolute row sum, which
             grows less with width, so that the factors of wide layers learn faster. "none" does not clip.
         structure: "dense" factors, or "elementwise" to give the whole group the diagonal step.
         max_preconditioner_dim: the longest side of a block. Longer sides are cut into nearly equal blocks, each with
-            its own factors. None leaves matrices whole. Smaller blocks cost less: an update of n × n takes 24n³.
+            its own factors. None leaves matrices whole. Smaller blocks cost less: a step with an update of
+            n × n takes 18n³ operations in kernels, and 24n³ in PyTorch code.
         cache_products: keep CCᵀ and KKᵀ between updates, which halves the work of the other steps. None keeps them
             unless T is 1. False saves the memory.
         packed_momentum: store the symmetric m_C and m_K as one triangle each, n(n+1)/2 elements instead of n² (LAPACK's
@@ -131,7 +135,8 @@ class IFShampoo(RootFreeOptimizer):
     the diagonal step). Compensated rounding adds int16 `residual_c` and `residual_k`, and `weight_residual` for BF16
     weights. If blocks differ in shape, further names end in .1, .2 and .3.
 
-    A step leaves out a whole block if its gradient is not finite, or so large that its square overflows. The diagonal
+    A step leaves out a whole block if its gradient is not finite, or so large that a norm overflows: its own, and in a
+    step with an update that of AAᵀ and AᵀA, which takes the fourth power of A = CᵀGK. The diagonal
     step leaves out elements by the paper's rule, and whole tensors with options of the recipe. `skipped` counts such
     steps. The next step goes on.
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributions import Normal
-from torch.func import functional_call, grad
+from torch.func import functional_call, grad, vmap
 from torch.utils.checkpoint import checkpoint
 
 from rootfree_kernels import BatchSizeCounter, IFShampoo, RFRMSProp
@@ -171,6 +171,23 @@ def test_gradients_that_do_not_reach_the_parameters_do_not_count() -> None:
     assert counted(run) == 7
 
 
+def test_a_call_inside_a_function_transform_is_left_alone() -> None:
+    class Scale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(()))
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.weight * inputs
+
+    def run(model: Model, _: Optimizer) -> None:
+        model(torch.randn(7)).mean().backward()
+        loss = lambda weight, sample: functional_call(model, {"weight": weight}, (sample,))  # noqa: E731
+        vmap(grad(loss), in_dims=(None, 0))(model.weight.detach(), torch.randn(100))  # a sample has no axis to count
+
+    assert counted(run, Scale()) == 7
+
+
 def test_two_backward_passes_through_one_call_have_the_same_terms() -> None:
     def run(model: Model, _: Optimizer) -> None:
         output = model(batch(7))
@@ -271,6 +288,54 @@ def test_a_count_begins_where_the_gradients_were_discarded(
         optimizer.step()
         seen += sizes(optimizer)
     assert seen == [8, 12, 10]
+
+
+def test_small_gradients_are_not_zero() -> None:
+    def run(model: Model, _: Optimizer) -> None:
+        for size in (7, 5):
+            (model(batch(size)).mean() * 1e-30).backward()
+
+    assert counted(run) == 12
+
+
+def test_a_micro_batch_whose_gradient_is_zero_counts() -> None:
+    def run(model: Model, _: Optimizer) -> None:
+        for size, factor in ((7, 0.0), (5, 0.0), (3, 1.0)):
+            (model(batch(size)).mean() * factor).backward()
+
+    assert counted(run) == 15
+
+
+@pytest.mark.parametrize("set_to_none", [False, True])
+def test_a_batch_whose_gradient_is_zero_does_not_count_for_the_next_step(set_to_none: bool) -> None:
+    def run(model: Model, optimizer: Optimizer) -> None:
+        (model(batch(7)).mean() * 0.0).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=set_to_none)
+        backward(model, 5)
+
+    assert counted(run) == 5
+
+
+def test_gradients_that_are_written_at_the_end_of_the_backward_pass_count() -> None:
+    class Sharded(nn.Module):
+        """Computes with a copy of its parameter, and moves the gradient at the end, as FSDP does."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.shard = nn.Parameter(torch.randn(3, 2))
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            full = self.shard.detach().requires_grad_()
+
+            def move() -> None:
+                self.shard.grad = full.grad + (0.0 if self.shard.grad is None else self.shard.grad)
+
+            engine = torch.autograd.Variable._execution_engine
+            full.register_hook(lambda grad: engine.queue_callback(move))
+            return inputs @ full
+
+    assert counted(lambda model, _: backward(model, 7), Sharded()) == 7
 
 
 def test_a_step_does_not_discard_what_it_stepped_on() -> None:
@@ -394,6 +459,9 @@ def test_a_count_is_read_from_the_gradients_only_if_they_were_accumulated(monkey
     optimizer = rmsprop(model)
     BatchSizeCounter(model, optimizer)
     for size in (7, 5):
+        backward(model, 100)
+        backward(model, 100)
+        optimizer.zero_grad()
         backward(model, size)
         with monkeypatch.context() as patched:
             patched.setattr(Tensor, "__bool__", read)
@@ -407,12 +475,23 @@ def test_a_count_is_read_from_the_gradients_only_if_they_were_accumulated(monkey
 # ---- the end -----------------------------------------------------------------------------------------------------
 
 
+class WithParameter(nn.Module):
+    """A model that returns a parameter beside its output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(3, 2)
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        return self.inner(inputs), self.inner.bias
+
+
 def test_a_removed_counter_leaves_nothing_behind() -> None:
-    model = mlp()
+    model = WithParameter()
     optimizer = rmsprop(model)
     before = len(optimizer._optimizer_step_pre_hooks)
     counter = BatchSizeCounter(model, optimizer)
-    output = model(batch(7))
+    output, _ = model(batch(7))
     counter.remove()
     counter.remove()
     output.sum().backward()  # its hook is still there, and does nothing
@@ -422,7 +501,7 @@ def test_a_removed_counter_leaves_nothing_behind() -> None:
     assert not model._forward_hooks and not model._forward_hooks_with_kwargs
     assert not any(param._backward_hooks for param in model.parameters())
     assert len(optimizer._optimizer_step_pre_hooks) == before
-    assert counter._open is None and not counter._window._passes
+    assert counter._open is None and counter._last_task == -1 and not counter._window._passes
 
 
 def test_outputs_gradients_and_the_model_are_not_kept_alive() -> None:

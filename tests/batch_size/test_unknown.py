@@ -157,6 +157,33 @@ def test_a_backward_pass_that_raised_and_whose_gradients_were_discarded_is_no_er
     assert sizes(optimizer) == [5]
 
 
+def checkpointed(model: nn.Module) -> None:
+    checkpoint(model, batch(5).requires_grad_(), use_reentrant=True).mean().backward()
+
+
+def test_a_pass_after_one_that_raised_is_a_pass_of_its_own() -> None:
+    model = FailsHalfway()
+    optimizer = rmsprop(model)
+    BatchSizeCounter(model, optimizer)
+    early = model(batch(5)).mean()
+    for run in (early.backward, lambda: checkpointed(model)):  # neither has an ordinary forward call before it
+        halfway(model, 7)
+        optimizer.zero_grad()
+        run()
+        optimizer.step()
+        assert sizes(optimizer) == [5]
+        optimizer.zero_grad()
+
+
+def test_parameters_that_have_left_the_model() -> None:
+    model, optimizer = counted_pair()
+    old, model[0], model[2] = model[:], nn.Linear(3, 4), nn.Linear(4, 2)
+    backward(model, 7)
+    backward(old, 7)
+    with pytest.raises(RuntimeError, match="the batch_size of RFRMSProp cannot be counted"):
+        optimizer.step()
+
+
 def test_a_closure_that_counts_nothing() -> None:
     model, optimizer = counted_pair()
     with pytest.raises(RuntimeError, match="no backward pass went through a call of the model"):

@@ -388,3 +388,17 @@ def test_for_model_learns() -> None:
         optimizer.step()
         seen.append(loss.item())
     assert seen[-1] < 0.7 * seen[0]
+
+
+@pytest.mark.parametrize("rule", [{}, RECIPE], ids=["paper", "recipe"])
+def test_a_spike_in_the_gradients_moves_weights_far_only_by_the_papers_rule(rule: dict[str, Any]) -> None:
+    param, generator = nn.Parameter(torch.zeros(32, 16)), torch.Generator().manual_seed(0)
+    optimizer = IFShampoo([param], lr=1e-3, batch_size=16, **rule)
+    moves = []
+    for step in range(60):
+        param.grad = torch.randn(32, 16, generator=generator) * (100.0 if step == 50 else 0.1)
+        before = param.detach().clone()
+        optimizer.step()
+        moves.append(float((param.detach() - before).norm()))
+    usual, spike = moves[49], max(moves[50:])
+    assert spike < 1.01 * usual if rule else spike > 100 * usual

@@ -30,8 +30,9 @@ static void round_as_stored(const Stored& target, uint32_t index, int64_t length
   load(copy, 0, length, elements);
 }
 
-// Compute the new s and M, and u, of `length` <= buffer_length elements. An element of u that is not finite is 0.
-static void compute(const DiagonalChunk& p, const ScaledScalars& shared_scalars, int64_t start, int64_t length,
+// Compute the new s and M, and u, of `length` <= buffer_length elements. An element of u that is not finite is 0. Return
+// whether there are any, but for those of an M' of 0, which step nowhere: they are 0/0 before the first gradient.
+static bool compute(const DiagonalChunk& p, const ScaledScalars& shared_scalars, int64_t start, int64_t length,
                     Directions& out) {
   alignas(64) float grads[buffer_length], squares[buffer_length], buffers[buffer_length];
   const ScaledScalars c = shared_scalars;  // a local copy, which no store can alias
@@ -47,15 +48,20 @@ static void compute(const DiagonalChunk& p, const ScaledScalars& shared_scalars,
   }
   round_as_stored(p.square, p.first + static_cast<uint32_t>(start), length, s);
   const float alpha = c.weight.momentum, beta = 1 - alpha;
+  uint32_t lost = 0;
   for (int64_t i = 0; i < length; ++i) {
     const float x = g[i] * c.grad_factor;
     const float average = alpha * old_m[i] + beta * x;
     const float ahead = select(c.nesterov, beta * x + alpha * average, average);
     const float root = select(c.whitened, sqrtf(s[i]), s[i]);
-    const float along = select(c.weight.averages, ahead, x) / (root + c.damping);
+    const float numerator = select(c.weight.averages, ahead, x);
+    const float along = numerator / (root + c.damping);
+    const bool keep = is_finite(along);
     m[i] = select(c.weight.averages, average, old_m[i]);
-    u[i] = select(is_finite(along), along, 0.0f);
+    u[i] = select(keep, along, 0.0f);
+    lost |= (keep | (numerator == 0)) ? 0u : 1u;
   }
+  return lost != 0;
 }
 
 double gradient_squares(const DiagonalChunk& p, float factor) {
@@ -87,19 +93,21 @@ double scaled_squares(const DiagonalChunk& p, const ScaledScalars& scalars) {
   return total;
 }
 
-void scaled_rmsprop(const DiagonalChunk& p, const ScaledScalars& scalars) {
+bool scaled_rmsprop(const DiagonalChunk& p, const ScaledScalars& scalars) {
   alignas(64) float params[buffer_length];
+  bool lost = false;
   Directions x;
   for (int64_t start = 0; start < p.length; start += buffer_length) {
     const int64_t count = minimum(buffer_length, p.length - start);
     const uint32_t index = p.first + static_cast<uint32_t>(start);
-    compute(p, scalars, start, count, x);
+    lost |= compute(p, scalars, start, count, x);
     float* weights = load(p.param, start, count, params);
     step_weights(weights, x.buffer, x.along, count, scalars.scale, scalars.weight);
     store(p.square, start, count, index, x.square);
     store(p.buffer, start, count, x.buffer);
     store(p.param, start, count, index, weights);
   }
+  return lost;
 }
 
 }  // namespace rootfree::cpu::ROOTFREE_ISA
