@@ -106,7 +106,7 @@ class Load:
 def _restored(param: Tensor, group: Group, saved: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return copies of a parameter's saved state, with the dtypes and on the devices where they belong."""
     step = saved["step"]
-    step = step if isinstance(step, Tensor) else torch.tensor(float(step), device="cpu")
+    step = step if isinstance(step, Tensor) else torch.tensor(int(step), dtype=torch.int64, device="cpu")
     device = param.device if group["capturable"] else "cpu"
     state = {"step": step.detach().to(device, torch.int64, copy=True).reshape(())}
     for name, entry in state_spec(param, group).items():

@@ -72,3 +72,8 @@ def uninterrupted(case: Case) -> dict[str, torch.Tensor]:
     model, optimizer = case.start()
     train(model, optimizer, [*FIRST, *SECOND])
     return snapshot(optimizer)
+
+
+def flat(state: dict[Any, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Return the tensors of all parameters by one name each."""
+    return {f"{index} {name}": value for index, entries in state.items() for name, value in entries.items()}

@@ -186,3 +186,15 @@ def test_hooks_that_a_load_needs_are_gone_after_it(case: Case) -> None:
         optimizer.load_state_dict({})
     after = len(optimizer._optimizer_load_state_dict_pre_hooks), len(optimizer._optimizer_load_state_dict_post_hooks)
     assert after == before
+
+
+@pytest.mark.parametrize("kind", [int, float, torch.tensor], ids=["int", "float", "tensor"])
+def test_a_large_count_of_steps_is_loaded_exactly(case: Case, kind: Callable[[Any], Any]) -> None:
+    """FP32 has no odd numbers above 2²⁴."""
+    model, optimizer = case.start()
+    train(model, optimizer, FIRST)
+    saved = copy.deepcopy(optimizer.state_dict())
+    for state in saved["state"].values():
+        state["step"] = kind(2**24 + 1)
+    optimizer.load_state_dict(saved)
+    assert all(int(state["step"]) == 2**24 + 1 for state in optimizer.state.values())

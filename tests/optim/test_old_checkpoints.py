@@ -15,7 +15,7 @@ from rootfree_kernels import PAPER_RULE, RECIPE
 from rootfree_kernels.optim.options import DTYPE_OPTIONS, dtype_of_text
 from tests.calls.cpu import needs_cpp
 from tests.calls.tensors import assert_same_bits
-from tests.optim.checkpoints import through_file
+from tests.optim.checkpoints import flat, through_file
 from tests.tools.write_checkpoint import AFTER, BEFORE, CASES, make_groups, make_params, take_steps
 
 FOLDER = Path(__file__).resolve().parent.parent / "data/checkpoints"
@@ -54,10 +54,6 @@ def resumed(version: str, name: str, **options: Any) -> tuple[list[torch.nn.Para
     return params, optimizer
 
 
-def flat(state: dict[Any, dict[str, Any]]) -> dict[str, torch.Tensor]:
-    return {f"{index} {name}": value for index, entries in state.items() for name, value in entries.items()}
-
-
 def tolerance(name: str) -> dict[str, float]:
     is_fp32 = name in ("RFRMSProp", "IFShampoo-fp32-blocks-T2")
     return TOLERANCES["fp32" if is_fp32 else "bf16"]
@@ -78,8 +74,10 @@ def test_there_are_checkpoints_of_every_kind() -> None:
 
 @each_checkpoint
 def test_the_state_of_an_old_checkpoint_is_loaded_bitwise(version: str, name: str) -> None:
-    optimizer = resumed(version, name)[1]
-    assert_same_bits(flat(optimizer.state_dict()["state"]), flat(checkpoints(version)[name]["optimizer"]["state"]))
+    """Only counts of steps have another dtype today."""
+    expected = flat(checkpoints(version)[name]["optimizer"]["state"])
+    expected.update({entry: value.to(torch.int64) for entry, value in expected.items() if entry.endswith(" step")})
+    assert_same_bits(flat(resumed(version, name)[1].state_dict()["state"]), expected)
 
 
 @each_checkpoint

@@ -1,155 +1,31 @@
-"""The optimizers keep the conventions of `torch.optim`.
+"""Construction and steps keep the conventions of `torch.optim`.
 
-PyTorch tests its own optimizers with one description of each, an `OptimizerInfo`. The checks here follow the same
-descriptions of ours.
+PyTorch tests its own optimizers with one description of each, an `OptimizerInfo`. The checks here and in
+`test_torch_state_dicts.py` follow the same descriptions of ours.
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ExponentialLR, LinearLR, ReduceLROnPlateau, StepLR
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torch.testing._internal.common_optimizers import (
-    OptimizerErrorEnum,
-    OptimizerInfo,
-    OptimizerInput,
-    _get_optim_inputs_including_global_cliquey_kwargs,
-    get_error_inputs_for_all_optims,
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.testing._internal.common_optimizers import OptimizerErrorEnum, OptimizerInfo, OptimizerInput
+
+from tests.optim.torch_infos import (
+    DTYPES,
+    INFOS,
+    Problem,
+    assert_same_state_dict,
+    each_config,
+    each_config_and_flag,
+    each_info,
+    needs_fused,
+    started,
 )
-
-from rootfree_kernels import RECIPE, IFShampoo, RFRMSProp
-from tests.calls.cpu import needs_cpp
-from tests.optim.checkpoints import through_file
-
-FLAGS = ("foreach", "fused", "maximize", "capturable")
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
-COMMON_INPUTS = {
-    "default": {},
-    "lr": {"lr": 0.01},
-    "Tensor lr": {"lr": torch.tensor(0.01)},
-    "lr of 0": {"lr": 0.0},
-    "weight decay": {"weight_decay": 0.1},
-    "decoupled weight decay": {"weight_decay": 0.1, "decoupled_weight_decay": True},
-    "maximize": {"weight_decay": 0.1, "maximize": True},
-    "capturable": {"weight_decay": 0.1, "capturable": True},
-    "capturable, Tensor lr": {"lr": torch.tensor(0.01), "capturable": True},
-    "no momentum": {"momentum": 0.0},
-    "gamma of 0": {"gamma": 0.0},
-}
-SHAMPOO_INPUTS = {
-    "T = 3": {"precondition_frequency": 3},
-    "blocks": {"max_preconditioner_dim": 3},
-    "elementwise": {"structure": "elementwise"},
-    "recipe": dict(RECIPE),
-}
-
-
-def inputs(options: dict[str, dict[str, Any]]) -> Callable[..., list[OptimizerInput]]:
-    return lambda device, dtype=None: [OptimizerInput(None, dict(kwargs), desc) for desc, kwargs in options.items()]
-
-
-def info(optimizer: type[Optimizer], options: dict[str, dict[str, Any]]) -> OptimizerInfo:
-    """Describe an optimizer to the checks."""
-    return OptimizerInfo(
-        optimizer,
-        optim_inputs_func=inputs(options),
-        scheduler_inputs=(
-            [lambda opt: StepLR(opt, gamma=0.9, step_size=10)],
-            [lambda opt: LinearLR(opt, start_factor=0.4, total_iters=4), lambda opt: ExponentialLR(opt, gamma=0.9)],
-            [lambda opt: StepLR(opt, gamma=0.9, step_size=10), ReduceLROnPlateau],
-        ),
-        supported_impls=("foreach", "fused"),
-        not_og_supported_flags=FLAGS,
-        has_capturable_arg=True,
-        supports_complex=False,
-        supports_fused_on=("cpu", "cuda"),
-        optim_error_inputs_func=get_error_inputs_for_all_optims,
-    )
-
-
-INFOS = [info(RFRMSProp, COMMON_INPUTS), info(IFShampoo, {**COMMON_INPUTS, **SHAMPOO_INPUTS})]
-CONFIGS = [(each, config) for each in INFOS for config in each.optim_inputs_func("cpu")]
-ALL_CONFIGS = [
-    (each, config) for each in INFOS for config in _get_optim_inputs_including_global_cliquey_kwargs("cpu", None, each)
-]
-
-
-def named(pair: tuple[OptimizerInfo, OptimizerInput]) -> str:
-    flags = ",".join(flag for flag in ("foreach", "fused") if pair[1].kwargs.get(flag))
-    return f"{pair[0].name}-{pair[1].desc}{'-' * bool(flags)}{flags}"
-
-
-each_info = pytest.mark.parametrize("info", INFOS, ids=lambda info: info.name)
-each_config = pytest.mark.parametrize("pair", CONFIGS, ids=named)
-each_config_and_flag = pytest.mark.parametrize("pair", ALL_CONFIGS, ids=named)
-needs_fused = needs_cpp
-
-
-class Problem:
-    """A small least-squares problem with a matrix and a vector."""
-
-    def __init__(self, dtype: torch.dtype = torch.float32, is_named: bool = False) -> None:
-        generator = torch.Generator().manual_seed(1)
-        weight, bias, self.x = (
-            torch.rand(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in ((5, 4), (5,), (3, 4))
-        )
-        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
-        self.is_named = is_named
-
-    @property
-    def params(self) -> list[Any]:
-        both = [self.weight, self.bias]
-        return list(zip(("weight", "bias"), both, strict=True)) if self.is_named else both
-
-    def loss(self) -> Tensor:
-        self.weight.grad = self.bias.grad = None
-        value = (self.x @ self.weight.T + self.bias).square().mean()
-        value.backward()
-        return value
-
-    def optimizer(self, pair: tuple[OptimizerInfo, OptimizerInput], **changes: Any) -> Optimizer:
-        kwargs = copy.deepcopy({**pair[1].kwargs, **changes})
-        return pair[0].optim_cls(self.params, **{"batch_size": 4, **kwargs})
-
-    def take_steps(self, optimizer: Optimizer, steps: int) -> None:
-        for _ in range(steps):
-            self.loss()
-            optimizer.step()
-
-    def copy(self, is_named: bool = False) -> Problem:
-        other = Problem(self.weight.dtype, is_named)
-        other.weight.data.copy_(self.weight.data)
-        other.bias.data.copy_(self.bias.data)
-        return other
-
-    def assert_equals(self, other: Problem, **tolerance: float) -> None:
-        pairs = (self.weight, self.bias), (other.weight, other.bias)
-        actual, expected = ([param.detach() for param in params] for params in pairs)
-        torch.testing.assert_close(actual, expected, **(tolerance or {"rtol": 0, "atol": 0}))
-
-
-def started(pair: Any, steps: int = 3, is_named: bool = False, **changes: Any) -> tuple[Problem, Optimizer]:
-    problem = Problem(is_named=is_named)
-    optimizer = problem.optimizer(pair, **changes)
-    problem.take_steps(optimizer, steps)
-    return problem, optimizer
-
-
-def assert_same_state_dict(actual: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Compare whole state dicts, including the order and types of their entries."""
-    assert list(actual) == list(expected)
-    assert actual["param_groups"] == expected["param_groups"]
-    torch.testing.assert_close(actual["state"], expected["state"], rtol=0, atol=0)
-
 
 # ---- construction ----------------------------------------------------------------------------------------------------
 
@@ -353,180 +229,4 @@ def test_the_default_dtype_does_not_matter(pair: Any) -> None:
     finally:
         torch.set_default_dtype(before)
     problem.assert_equals(expected)
-    assert all(state["step"].dtype == torch.float32 for state in optimizer.state.values())
-
-
-# ---- state and state dicts -------------------------------------------------------------------------------------------
-
-
-@each_config_and_flag
-def test_state_is_there_after_a_step_and_not_before(pair: Any) -> None:
-    problem = Problem()
-    optimizer = problem.optimizer(pair)
-    assert not optimizer.state
-    problem.take_steps(optimizer, 1)
-    assert optimizer.state.keys() == {problem.weight, problem.bias}
-    for state in optimizer.state.values():
-        assert state and float(state["step"]) == 1
-
-
-@each_config_and_flag
-@pytest.mark.parametrize("is_named", [(False, False), (False, True), (True, False), (True, True)], ids=str)
-def test_a_state_dict_goes_through_another_optimizer_unchanged(pair: Any, is_named: tuple[bool, bool]) -> None:
-    problem, optimizer = started(pair, is_named=is_named[0])
-    saved = copy.deepcopy(optimizer.state_dict())
-    untouched = copy.deepcopy(saved)
-    other = problem.copy(is_named=is_named[1])
-    loaded = other.optimizer(pair)
-    loaded.load_state_dict(saved)
-    assert_same_state_dict(saved, untouched)
-    if is_named[1] and not is_named[0]:
-        assert [group.pop("param_names") for group in loaded.param_groups] == [["weight", "bias"]]
-    assert_same_state_dict(loaded.state_dict(), saved)
-    problem.take_steps(optimizer, 3)
-    other.take_steps(loaded, 3)
-    other.assert_equals(problem)
-    assert loaded.state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]
-    torch.testing.assert_close(loaded.state_dict()["state"], optimizer.state_dict()["state"], rtol=0, atol=0)
-
-
-@each_config_and_flag
-def test_a_state_dict_is_equal_after_a_file_read_with_weights_only(pair: Any) -> None:
-    _, optimizer = started(pair)
-    assert_same_state_dict(through_file(optimizer.state_dict()), optimizer.state_dict())
-
-
-@each_config_and_flag
-def test_equal_runs_have_equal_state_dicts(pair: Any) -> None:
-    """Parameters that stand in two groups of a state dict are described alike."""
-    _, optimizer = started(pair)
-    _, other = started(pair)
-    assert_same_state_dict(other.state_dict(), optimizer.state_dict())
-    other.param_groups.extend(other.param_groups)
-    assert other.state_dict()["param_groups"][-1] == optimizer.state_dict()["param_groups"][-1]
-
-
-@each_config_and_flag
-@pytest.mark.parametrize("flag", [*FLAGS, "differentiable", "all"])
-def test_state_dicts_from_before_a_flag_existed_load(pair: Any, flag: str) -> None:
-    problem, optimizer = started(pair)
-    old = copy.deepcopy(optimizer.state_dict())
-    for group in old["param_groups"]:
-        for name in (*FLAGS, "differentiable"):
-            if flag in (name, "all"):
-                group.pop(name, None)
-    optimizer.load_state_dict(old)
-    problem.take_steps(optimizer, 1)
-    expected, whole = started(pair)
-    expected.take_steps(whole, 1)
-    problem.assert_equals(expected)
-
-
-@each_config_and_flag
-def test_a_count_of_steps_that_is_no_tensor_loads(pair: Any) -> None:
-    problem, optimizer = started(pair)
-    saved = copy.deepcopy(optimizer.state_dict())
-    for state in saved["state"].values():
-        state["step"] = state["step"].item()
-    optimizer.load_state_dict(saved)
-    problem.take_steps(optimizer, 1)
-    expected, whole = started(pair)
-    expected.take_steps(whole, 1)
-    problem.assert_equals(expected)
-
-
-@each_config_and_flag
-def test_a_deep_copy_has_all_public_attributes_and_steps_alike(pair: Any) -> None:
-    problem, optimizer = started(pair)
-    other, duplicate = copy.deepcopy((problem, optimizer))
-
-    def public(each: Optimizer) -> set[str]:
-        return {name for name in vars(each) if not name.startswith("_")}
-
-    assert public(duplicate) == public(optimizer)
-    problem.take_steps(optimizer, 2)
-    other.take_steps(duplicate, 2)
-    other.assert_equals(problem)
-
-
-# ---- hooks -----------------------------------------------------------------------------------------------------------
-
-
-@each_config
-def test_hooks_of_a_step_are_called_around_it_in_order(pair: Any) -> None:
-    problem, optimizer = started(pair)
-    calls: list[str] = []
-
-    def note(name: str) -> Callable[..., None]:
-        def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            calls.append(f"{name} at {float(optimizer.state[problem.weight]['step']):g}")
-
-        return hook
-
-    handles: Iterable[Any] = (
-        optimizer.register_step_post_hook(note("post")),
-        optimizer.register_step_pre_hook(note("pre")),
-        register_optimizer_step_pre_hook(note("global pre")),
-        register_optimizer_step_post_hook(note("global post")),
-    )
-    problem.take_steps(optimizer, 1)
-    for handle in handles:
-        handle.remove()
-    problem.take_steps(optimizer, 1)
-    assert calls == ["global pre at 3", "pre at 3", "post at 4", "global post at 4"]
-
-
-@each_config
-def test_a_hook_before_a_step_may_replace_its_closure(pair: Any) -> None:
-    problem, optimizer = started(pair)
-    optimizer.register_step_pre_hook(lambda optimizer, args, kwargs: ((args[0], problem.loss), {}))
-    assert optimizer.step(lambda: 1 / 0) is not None
-
-
-@each_config
-def test_hooks_of_a_state_dict_see_it_and_may_replace_it(pair: Any) -> None:
-    _, optimizer = started(pair)
-    calls: list[str] = []
-    optimizer.register_state_dict_pre_hook(lambda optimizer: calls.append("pre"))
-
-    def add(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        calls.append("post")
-        return {**state_dict, "epoch": 3}
-
-    optimizer.register_state_dict_post_hook(add)
-    optimizer.register_state_dict_post_hook(lambda optimizer, state_dict: calls.append("first"), prepend=True)
-    assert optimizer.state_dict()["epoch"] == 3
-    assert calls == ["pre", "first", "post"]
-
-
-@each_config
-@pytest.mark.parametrize("prepend", [False, True], ids=["appended", "prepended"])
-def test_hooks_of_a_load_may_replace_the_state_dict_and_change_the_optimizer(pair: Any, prepend: bool) -> None:
-    problem, optimizer = started(pair)
-    saved = copy.deepcopy(optimizer.state_dict())
-    calls: list[str] = []
-
-    def before(name: str, momentum: float) -> Callable[..., dict[str, Any]]:
-        def hook(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-            calls.append(name)
-            return {**state_dict, "param_groups": [{**g, "momentum": momentum} for g in state_dict["param_groups"]]}
-
-        return hook
-
-    def after(name: str, damping: float) -> Callable[..., None]:
-        def hook(optimizer: Optimizer) -> None:
-            calls.append(f"{name} with {len(optimizer.state)}")
-            optimizer.param_groups[0]["damping"] = damping
-
-        return hook
-
-    optimizer.register_load_state_dict_pre_hook(before("before 1", 0.25))
-    optimizer.register_load_state_dict_pre_hook(before("before 2", 0.75), prepend=prepend)
-    optimizer.register_load_state_dict_post_hook(after("after 1", 0.5))
-    optimizer.register_load_state_dict_post_hook(after("after 2", 2.0), prepend=prepend)
-    optimizer.load_state_dict(saved)
-    first, last = ("2", "1") if prepend else ("1", "2")
-    assert calls == [f"before {first}", f"before {last}", f"after {first} with 2", f"after {last} with 2"]
-    assert optimizer.param_groups[0]["momentum"] == (0.25 if prepend else 0.75)
-    assert optimizer.param_groups[0]["damping"] == (0.5 if prepend else 2.0)
-    problem.take_steps(optimizer, 1)
+    assert all(state["step"].dtype == torch.int64 for state in optimizer.state.values())
