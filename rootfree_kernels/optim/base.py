@@ -200,6 +200,7 @@ class RootFreeOptimizer(Optimizer):
             every = self._planner.planned_steps(self.param_groups, self.state)
             self._prepare(every)
             if is_first and changes_nothing(self.param_groups, self.defaults["lr"]):
+                self._planner.forget_plans()
                 return
             for group, options, plan, grads in every:
                 with without_autocast(plan):

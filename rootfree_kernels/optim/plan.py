@@ -63,7 +63,7 @@ def read_counts(counts: Sequence[Tensor]) -> list[int]:
     return [number for x in counts for number in x.reshape(-1).tolist()]
 
 
-def _as_tensor(number: Any) -> Tensor:
+def as_tensor(number: Any) -> Tensor:
     """Return a number as a tensor, whatever the default device is."""
     return number.detach() if isinstance(number, Tensor) else torch.tensor(number, device="cpu")
 
@@ -87,7 +87,7 @@ class DeviceState:
 
     def _packed_counts(self, states: Any, device: torch.device) -> Tensor:
         steps = [states[param]["step"] for param in self.params]
-        counts = torch.stack([_as_tensor(step).to(device, torch.int64) for step in steps])
+        counts = torch.stack([as_tensor(step).to(device, torch.int64) for step in steps])
         for row, param in enumerate(self.params):
             states[param]["step"] = own_storage(counts[row])
         return counts
@@ -145,14 +145,15 @@ class GroupCache:
         self._params = list(group["params"])
         self._kinds, self._have_memory = kinds(self._params), all(map(has_memory, self._params))
         self._places = _places(self._params) if self._have_memory else []
-        self._stateless = [param for param in self._params if not states.get(param)]
+        stepped = {param for device_state in device_states for param in device_state.params}
+        self._waiting = [param for param in self._params if param not in stepped]
 
     def is_valid(self, params: Sequence[Tensor], states: Any) -> bool:
         """Return whether parameters and state are the same, and no parameter has its first gradient."""
         return (
             _are_same(params, self._params)
             and self._are_unchanged(params)
-            and not any(param.grad is not None for param in self._stateless)
+            and not any(param.grad is not None for param in self._waiting)
             and all(device_state.is_valid(states) for device_state in self.device_states)
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from rootfree_kernels.ops import dispatch
 from rootfree_kernels.ops.backends import choose
 from rootfree_kernels.optim.context import GroupOptions, group_options
 from rootfree_kernels.optim.options import RULES, check_lr, check_options, grad_problem, is_served, normalise
-from rootfree_kernels.optim.plan import DeviceState, GroupCache, StepPlan, kinds, read_counts
+from rootfree_kernels.optim.plan import DeviceState, GroupCache, StepPlan, as_tensor, kinds, read_counts
 from rootfree_kernels.optim.schedules import Answers, updates_due
 from rootfree_kernels.optim.state_spec import (
     LAYOUT_OPTIONS,
@@ -94,6 +94,11 @@ class Planner:
         """Note that the planned steps have been taken."""
         self._answers.forget()
 
+    def forget_plans(self) -> None:
+        """Drop all plans. State that the last step has made may belong to parameters that the next one leaves out."""
+        self.caches.clear()
+        self.traced.clear()
+
     def _forget_groups_from(self, number: int) -> None:
         """Drop what is kept for groups that were removed, so that their parameters and state can be freed."""
         self.traced.clear()
@@ -139,7 +144,7 @@ class Planner:
     def _new_cache(self, group: Group, states: States, seed_of: Callable[[Tensor, int], int]) -> GroupCache:
         tiles_on: dict[torch.device, dict[Tensor, list[Tile]]] = defaultdict(dict)
         for param in group["params"]:
-            if states.get(param):
+            if states.get(param) and takes_part(param, states[param]):
                 tiles_on[param.device][param] = tiles_of(param, group)
         device_states = [DeviceState(tiles, states, group, seed_of) for tiles in tiles_on.values()]
         key, values = self._plan_key(group), self._option_values(group)
@@ -229,6 +234,14 @@ def make_states(groups: Sequence[Group], states: States) -> None:
         if param.grad is not None and not states.get(param)
     }
     states.update(made)
+
+
+def takes_part(param: Tensor, state: Mapping[str, Any]) -> bool:
+    """Return whether a parameter has a gradient or had one before.
+
+    Others may have state too, for example from a checkpoint. Without them, their batches step as a whole.
+    """
+    return param.grad is not None or any(read_counts([as_tensor(state["step"])]))
 
 
 def _counts_of(params: Sequence[Tensor], states: States) -> list[int]:

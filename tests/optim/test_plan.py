@@ -355,3 +355,26 @@ def test_a_group_takes_the_place_of_another_that_was_made_by_another_rule() -> N
             for param in optimizer.param_groups.pop(0)["params"]:
                 del optimizer.state[param]
     assert optimizer.state[params[1]]["step"] == 2
+
+
+def test_parameters_that_wait_for_their_first_gradient_do_not_split_batches(case: Case, made: list[str]) -> None:
+    """They have state, from a checkpoint or because the state dict was asked for. They take part when they can."""
+    params = [nn.Parameter(torch.ones(7, 5)) for _ in range(3)]
+    optimizer = case.make(params)
+    set_gradients(params, 0)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    for param in params:
+        param.grad.zero_()
+    optimizer.step()  # makes state only
+    assert all(state["step"] == 0 for state in optimizer.state.values())
+    optimizer.param_groups[0]["lr"] = 0.01
+    params[2].grad = None
+    for step in range(2):
+        set_gradients(params[:2], step)
+        optimizer.step()
+    (device_state,) = optimizer._planner.caches[0].device_states
+    assert device_state.params == params[:2]
+    set_gradients(params, 2)
+    optimizer.step()
+    assert [int(state["step"]) for state in optimizer.state.values()] == [3, 3, 1]
