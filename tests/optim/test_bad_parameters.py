@@ -33,7 +33,7 @@ BAD_PARAMETERS = {
     "negated": (
         lambda: nn.Parameter(torch._neg_view(torch.ones(3, 4))),
         ValueError,
-        r"negates.*param\.resolve_neg\(\)",
+        r"negates.*resolve_neg\(\)",
     ),
     "number": (lambda: 1.0, TypeError, "float"),
     "string": (lambda: "weight", TypeError, "str"),
