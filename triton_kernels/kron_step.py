@@ -102,8 +102,8 @@ def kron_step_kernel(
     x_ptr += block * rows * cols
     product_k_ptr += block * cols * cols
     direction = product_nn(x_ptr, product_k_ptr, row, col, rows, cols, cols, direction, BLOCK, DEPTH)
-    # The largest magnitude as a bit pattern, since `tl.max` of floats drops NaN. Padding is not finite only if an operand
-    # is not, and then neither are elements of the block.
+    # The largest magnitude as a bit pattern, since `tl.max` of floats drops NaN. Padding is not finite only if an
+    # operand is not, and then neither are elements of the block.
     worst = tl.max(direction.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
     direction = tl.where(is_finite(direction), direction, 0.0)
 
