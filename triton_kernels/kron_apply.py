@@ -166,15 +166,14 @@ def kron_apply_kernel(
     step = step_value + tl.load(steps_ptr + block * step_stride)
     key = random_key(tl.load(seeds_ptr + block * seed_stride), step, _SLOT)
     i, j = tl.arange(0, _ROWS)[:, None], tl.arange(0, _COLS)[None, :]
-    left_out = tl.where(ok & is_finite(square), 0, 1)
+    worst = 0  # the largest magnitude of U as a bit pattern, since `tl.max` of floats drops NaN
     for t in range(first, tl.where(ok, end, first)):
         row, col = t // across * _ROWS, t % across * _COLS
         mask = (i < p - row) & (j < d - col)
         u_ptrs = u_ptr + (block * rows * cols + row.to(tl.int64) * cols + col) + (i * cols + j)
         u = tl.load(u_ptrs, mask=mask, other=0.0).to(tl.float32)
-        finite = is_finite(u)
-        left_out = tl.maximum(left_out, tl.max((~finite).to(tl.int32)))
-        u = scale * tl.where(finite, u, 0.0)
+        worst = tl.maximum(worst, tl.max(u.to(tl.int32, bitcast=True) & 0x7FFFFFFF))
+        u = scale * tl.where(is_finite(u), u, 0.0)
         weight_ptrs = block_pointers(blocks_table + 9 * block, row, col, i, j, WEIGHT, ALIGNED)
         residual_ptrs = block_pointers(blocks_table + 9 * block + 6, row, col, i, j, tl.int16, ALIGNED)
         weight = load_stored(weight_ptrs, residual_ptrs, 0, mask, ROUNDING)
@@ -188,6 +187,7 @@ def kron_apply_kernel(
         weight -= lr * (u + decay)
         index = (row + i) * d + (col + j)
         store_rounded(weight, weight_ptrs, residual_ptrs, 0, mask, key, index, ROUNDING)
+    left_out = tl.where(ok & is_finite(square) & (worst < 0x7F800000), 0, 1)
     count_program(counter_ptr, skipped_ptr, block, left_out, num_programs)
 
 

@@ -102,12 +102,14 @@ def kron_step_kernel(
     x_ptr += block * rows * cols
     product_k_ptr += block * cols * cols
     direction = product_nn(x_ptr, product_k_ptr, row, col, rows, cols, cols, direction, BLOCK, DEPTH)
-    finite = is_finite(direction)
-    direction = tl.where(finite, direction, 0.0)
+    # The largest magnitude as a bit pattern, since `tl.max` of floats drops NaN. Padding is not finite only if an
+    # operand is not, and then neither are elements of the block.
+    worst = tl.max(direction.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+    direction = tl.where(is_finite(direction), direction, 0.0)
 
     ok = block_is_stepped(squares_ptr, ok_ptr, found_inf_ptr, block, ok_stride, num_parts)
-    # Padding is not finite only if an operand is not, and then neither are elements of the block.
-    count_program(counter_ptr, skipped_ptr, block, tl.where(ok, tl.max((~finite).to(tl.int32)), 1), per_block)
+    left_out = tl.where(ok & (worst < 0x7F800000), 0, 1)
+    count_program(counter_ptr, skipped_ptr, block, left_out, per_block)
 
     lr = lr_value + tl.load(lr_ptr)
     step = step_value + tl.load(steps_ptr + block * step_stride)

@@ -106,7 +106,13 @@ def _step_blocks(
         average_gradients_(grad, wide_buffers, keep, options)
 
     direction = precondition_(preconditioner, grad).to(wide_dtype)
-    whole = torch.linalg.vector_norm(direction, torch.inf, dim=(-2, -1)) < torch.inf
+    flat = direction.flatten(1)
+    if blocks.update_norms is None:
+        whole = (flat.amax(1) < torch.inf) & (
+            flat.amin(1) > -torch.inf
+        )  # an infinity norm is 25 times as slow on a CPU
+    else:
+        whole = torch.linalg.vector_norm(flat, dim=1) < torch.inf
 
     if ranges.listened:
         ranges.phase("apply")
@@ -115,7 +121,6 @@ def _step_blocks(
     direction = direction.nan_to_num_(0.0, 0.0, 0.0).to(wide_buffers[0].dtype)
     if blocks.update_norms is not None:
         norms = torch.linalg.vector_norm(direction, dim=(-2, -1))
-        whole = whole & (norms < torch.inf)
         direction *= torch.where(norms > 0, blocks.update_norms / norms, 0.0)[:, None, None]
     blocks.skipped.add_(~(finite & whole))
     directions = list(direction.unbind())

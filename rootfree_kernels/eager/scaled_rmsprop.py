@@ -106,13 +106,13 @@ def _step_chunk(
     direction = grad / ((stored.sqrt() if is_whitened else stored) + damping)
     if not options.damping:
         direction.nan_to_num_(0.0, torch.inf, -torch.inf)  # only 0/0 is NaN: an element without any gradient so far
-    whole = _norms(direction, sizes, torch.inf) < torch.inf
+    # Multiplied by 0, only elements that are not finite count. (An infinity norm is 16 times as slow on a CPU.)
+    whole = _norms(direction if state.update_norms is not None else direction * 0.0, sizes) < torch.inf
     if options.relative_damping:
-        whole = whole | (curvatures == 0)  # likewise of a whole tensor
+        whole = whole | (curvatures == 0)  # a tensor without any gradient so far
     direction = direction.nan_to_num_(0.0, 0.0, 0.0).to(buffer.dtype)
     if state.update_norms is not None:
         norms = _norms(direction, sizes)
-        whole = whole & (norms < torch.inf)
         direction *= _spread(torch.where(norms > 0, state.update_norms / norms, 0.0), lengths, len(grad))
 
     torch._foreach_add_(state.skipped, list((~(ok & whole)).to(torch.int32).unbind()))
@@ -126,9 +126,9 @@ def _step_chunk(
     store_chunk(weight, new_weight, params, state.weight_residuals)
 
 
-def _norms(vector: Tensor, sizes: list[int], order: float = 2.0) -> Tensor:
+def _norms(vector: Tensor, sizes: list[int]) -> Tensor:
     """Return the norms [n] of n tensors that are concatenated."""
-    return torch.stack(torch._foreach_norm(list(vector.split(sizes)), order))
+    return torch.stack(torch._foreach_norm(list(vector.split(sizes))))
 
 
 def _spread(values: Tensor, lengths: Tensor, total: int) -> Tensor:

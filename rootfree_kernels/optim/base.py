@@ -56,7 +56,7 @@ class RootFreeOptimizer(Optimizer):
 
     State of every parameter: `step`, the number of calls with a gradient (int64, 0-d; on the CPU, or with `capturable`
     on the parameter's device); `momentum_buffer`, of the parameter's shape; `skipped` (int32), how many steps left out
-    the parameter, or a part of it, because they were not finite.
+    the parameter, or a part of it, because its gradient or its update was not finite.
     """
 
     _newer_options: Sequence[Mapping[str, Any]] = ()

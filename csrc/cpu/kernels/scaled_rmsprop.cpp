@@ -30,8 +30,9 @@ static void round_as_stored(const Stored& target, uint32_t index, int64_t length
   load(copy, 0, length, elements);
 }
 
-// Compute the new s and M, and u, of `length` <= buffer_length elements. An element of u that is not finite is 0. Return
-// whether there are any, but for those of an M' of 0, which step nowhere: they are 0/0 before the first gradient.
+// Compute the new s and M, and u, of `length` <= buffer_length elements. An element of u that is not finite is 0. If
+// COUNTS, return whether there is an infinite one. A NaN is 0/0, of an element without any gradient so far.
+template <bool COUNTS>
 static bool compute(const DiagonalChunk& p, const ScaledScalars& shared_scalars, int64_t start, int64_t length,
                     Directions& out) {
   alignas(64) float grads[buffer_length], squares[buffer_length], buffers[buffer_length];
@@ -54,12 +55,12 @@ static bool compute(const DiagonalChunk& p, const ScaledScalars& shared_scalars,
     const float average = alpha * old_m[i] + beta * x;
     const float ahead = select(c.nesterov, beta * x + alpha * average, average);
     const float root = select(c.whitened, sqrtf(s[i]), s[i]);
-    const float numerator = select(c.weight.averages, ahead, x);
-    const float along = numerator / (root + c.damping);
-    const bool keep = is_finite(along);
+    const float along = select(c.weight.averages, ahead, x) / (root + c.damping);
     m[i] = select(c.weight.averages, average, old_m[i]);
-    u[i] = select(keep, along, 0.0f);
-    lost |= (keep | (numerator == 0)) ? 0u : 1u;
+    u[i] = select(is_finite(along), along, 0.0f);
+    if (COUNTS) {
+      lost |= (bits_of(along) & 0x7FFFFFFFu) == 0x7F800000u ? 1u : 0u;
+    }
   }
   return lost != 0;
 }
@@ -85,7 +86,7 @@ double scaled_squares(const DiagonalChunk& p, const ScaledScalars& scalars) {
   double total = 0;
   for (int64_t start = 0; start < p.length; start += buffer_length) {
     const int64_t count = minimum(buffer_length, p.length - start);
-    compute(p, scalars, start, count, x);
+    compute<false>(p, scalars, start, count, x);
     Lanes sums;
     add_squares(sums, x.along, count);
     total += sums.total();
@@ -93,14 +94,19 @@ double scaled_squares(const DiagonalChunk& p, const ScaledScalars& scalars) {
   return total;
 }
 
+// Gradients are below 2e19, the root of the largest FP32 number, since the sum of their squares is finite. Divided by
+// this or more, neither they nor their averages overflow, and nothing has to be looked for.
+constexpr float safe_damping = 1e-18f;
+
 bool scaled_rmsprop(const DiagonalChunk& p, const ScaledScalars& scalars) {
+  const auto compute_all = scalars.damping >= safe_damping ? compute<false> : compute<true>;
   alignas(64) float params[buffer_length];
   bool lost = false;
   Directions x;
   for (int64_t start = 0; start < p.length; start += buffer_length) {
     const int64_t count = minimum(buffer_length, p.length - start);
     const uint32_t index = p.first + static_cast<uint32_t>(start);
-    lost |= compute(p, scalars, start, count, x);
+    lost |= compute_all(p, scalars, start, count, x);
     float* weights = load(p.param, start, count, params);
     step_weights(weights, x.buffer, x.along, count, scalars.scale, scalars.weight);
     store(p.square, start, count, index, x.square);
