@@ -13,6 +13,7 @@
     context             what all batches of a step share: options, lr, gradient scaler
     options             the rules of options, parameters and gradients, with their error messages
     overlap             which tensors share memory
+    shape_warnings      warnings about flattened and stacked matrices
     state_spec          what the state of a parameter looks like
     checkpoint          saving and loading of that state
     saved_groups        options in a state dict, of this version and of others

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,8 @@ from rootfree_kernels.optim.state_spec import (
     suffix,
     tile_spec,
 )
+
+_version = attrgetter("_version")
 
 SLICED_DEVICES = ("cpu", "cuda")
 """Types of devices on which an address can be computed with, so that storages can be cut."""
@@ -110,7 +113,7 @@ class BlockBatch:
         self._versions = self._factor_versions()
 
     def _factor_versions(self) -> list[int]:
-        return [0 if factor.is_inference() else factor._version for factor in self._factors]
+        return [] if self._factors[-1].is_inference() else list(map(_version, self._factors))
 
     def products_are_valid(self) -> bool:
         """Return whether the products still belong to the factors: a user may have written into one."""

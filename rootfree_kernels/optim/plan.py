@@ -94,7 +94,8 @@ class DeviceState:
 
     def read_counts(self) -> list[int]:
         """Return the counts of steps on the host."""
-        return read_counts([self.counts])
+        counts: list[int] = self.counts.tolist() if type(self.counts) is Tensor else read_counts([self.counts])
+        return counts
 
     def _held(self) -> Iterable[Any]:
         return chain.from_iterable(map(dict.values, self._states))
