@@ -27,6 +27,7 @@ TESTS = (
     *("optim/test_launches.py", "optim/test_streams.py"),
     *("ops/test_dispatch_runs.py", "optim/test_no_reads.py", "test_ranges.py", "optim/test_packed_momentum.py"),
     *("ops/test_kernel_momentum.py", "bench/test_compare.py", "ops/test_opcheck.py"),
+    *("ops/test_large_step_counts.py", "ops/test_left_out_updates.py", "ops/test_lazy_negation.py"),
 )
 """Files of tests/ with tests for a GPU, the most informative first."""
 
