@@ -66,7 +66,7 @@ class ScaledState(NamedTuple):
 
     squares: list[Tensor]  # s; wide or BF16
     buffers: list[Tensor]  # M, or the heavy-ball momentum; wide or BF16
-    skipped: list[Tensor]  # 0-d, int32: steps that left the tensor out
+    skipped: list[Tensor]  # 0-d, int32: steps that left the tensor or elements out
     curvatures: list[Tensor]  # q, 0-d, wide, for relative damping; otherwise an empty list
     square_residuals: list[Tensor]  # int16, for a compensated BF16 s; otherwise an empty list
     weight_residuals: list[Tensor]  # int16, for compensated BF16 parameters; otherwise an empty list
@@ -155,7 +155,7 @@ class Weights(NamedTuple):
     buffers: list[Tensor]  # M or the heavy-ball momentum (`StepOptions.momentum_on`), of the parameters' shapes
     residuals: list[Tensor]  # int16, for compensated BF16 parameters; otherwise an empty list
     tiles: list[int]  # as in `Tiling`
-    skipped: Tensor  # [L], int32: steps that left the block out
+    skipped: Tensor  # [L], int32: steps that left the block or elements of its update out
     update_norms: Tensor | None = None  # [L], FP32: ‖U‖_F is scaled to it; None leaves U as it is
 
 

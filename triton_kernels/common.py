@@ -232,3 +232,16 @@ def block_is_stepped(squares_ptr, ok_ptr, found_inf_ptr, block, ok_stride, num_p
     part = tl.arange(0, _MAX_PARTS)
     square = tl.sum(tl.load(squares_ptr + block * num_parts + part, mask=part < num_parts, other=0.0))
     return is_finite(square) & tl.load(ok_ptr + block * ok_stride) & (tl.load(found_inf_ptr) == 0.0)
+
+
+@triton.jit
+def count_program(counter_ptr, skipped_ptr, block, left_out, num_programs):
+    """Count a finished program of a block. `left_out` is 1 if it left elements out, otherwise 0.
+
+    The last program adds 1 to `skipped` if any has, and sets the counter back to 0, so that a CUDA graph can replay the
+    launch. The upper half of a counter holds how many programs left elements out.
+    """
+    before = tl.atomic_add(counter_ptr + block, (left_out.to(tl.int64) << 32) + 1, sem="relaxed")
+    if (before & 0xFFFFFFFF) == num_programs - 1:
+        tl.store(counter_ptr + block, 0)
+        tl.store(skipped_ptr + block, tl.load(skipped_ptr + block) + ((before >> 32) + left_out > 0).to(tl.int32))

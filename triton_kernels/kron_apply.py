@@ -26,6 +26,7 @@ from rootfree_kernels.triton_kernels.common import (
     TRITON_DTYPES,
     block_is_stepped,
     block_pointers,
+    count_program,
     is_finite,
     load_stored,
     random_key,
@@ -121,6 +122,7 @@ def kron_size_kernel(
 def kron_apply_kernel(
     u_ptr,  # U [L, p8*8, d8*8], BF16
     blocks_table,  # [L, 3, 3], int64: (address, row stride, column stride) of weights, buffer and residuals
+    counter_ptr,  # [L], int64: see `count_program`
     skipped_ptr,  # [L], int32: updated
     squares_ptr,  # [1 or 3, L, num_parts], FP32: only the sums of G² are read
     sums_ptr,  # [L, num_programs], FP32: partial sums of U², or a stand-in
@@ -156,8 +158,6 @@ def kron_apply_kernel(
         d = cols  # the same value, which the compiler knows to be a multiple of 8
     block, first, end, across = _share(num_programs, p, d)
     ok = block_is_stepped(squares_ptr, ok_ptr, found_inf_ptr, block, ok_stride, num_parts)
-    if tl.program_id(0) % num_programs == 0:
-        tl.store(skipped_ptr + block, tl.load(skipped_ptr + block) + tl.where(ok, 0, 1))
     square = sum_of_parts(sums_ptr + block * num_programs * scaled, num_programs * scaled)
     norm = tl.load(update_norms_ptr + block * scaled)
     scale = tl.where(scaled != 0, tl.where(square > 0.0, norm / tl.sqrt(square), 0.0), 1.0)
@@ -166,11 +166,13 @@ def kron_apply_kernel(
     step = step_value + tl.load(steps_ptr + block * step_stride)
     key = random_key(tl.load(seeds_ptr + block * seed_stride), step, _SLOT)
     i, j = tl.arange(0, _ROWS)[:, None], tl.arange(0, _COLS)[None, :]
+    worst = 0  # the largest magnitude of U as a bit pattern, since `tl.max` of floats drops NaN
     for t in range(first, tl.where(ok, end, first)):
         row, col = t // across * _ROWS, t % across * _COLS
         mask = (i < p - row) & (j < d - col)
         u_ptrs = u_ptr + (block * rows * cols + row.to(tl.int64) * cols + col) + (i * cols + j)
         u = tl.load(u_ptrs, mask=mask, other=0.0).to(tl.float32)
+        worst = tl.maximum(worst, tl.max(u.to(tl.int32, bitcast=True) & 0x7FFFFFFF))
         u = scale * tl.where(is_finite(u), u, 0.0)
         weight_ptrs = block_pointers(blocks_table + 9 * block, row, col, i, j, WEIGHT, ALIGNED)
         residual_ptrs = block_pointers(blocks_table + 9 * block + 6, row, col, i, j, tl.int16, ALIGNED)
@@ -185,6 +187,8 @@ def kron_apply_kernel(
         weight -= lr * (u + decay)
         index = (row + i) * d + (col + j)
         store_rounded(weight, weight_ptrs, residual_ptrs, 0, mask, key, index, ROUNDING)
+    left_out = tl.where(ok & is_finite(square) & (worst < 0x7F800000), 0, 1)
+    count_program(counter_ptr, skipped_ptr, block, left_out, num_programs)
 
 
 # ---- configuration -----------------------------------------------------------------------------------------------
@@ -195,7 +199,7 @@ BUFFERS = (tl.float32, tl.bfloat16)
 def configurations() -> Iterator[Configuration]:
     """Yield every configuration that `step_in_parts` can launch."""
     yield Configuration(kron_size_kernel, ("*bf16", "*fp32", *("i32",) * 3), (), NUM_WARPS, 1, kind="irregular")
-    pointers = ("*bf16", "*i64", "*i32", "*fp32", "*fp32", "*fp32", "*i1", "*fp32", "*i32", "*i64", "*fp32")
+    pointers = ("*bf16", "*i64", "*i64", "*i32", "*fp32", "*fp32", "*fp32", "*i1", "*fp32", "*i32", "*i64", "*fp32")
     scalars = ("fp32", *("i32",) * 11, "fp32", "fp32", "i32")
     weights = [(tl.float32, "nearest"), (tl.float16, "nearest")]
     weights += [(tl.bfloat16, rounding) for rounding in ("stochastic", "compensated", "nearest")]
@@ -261,7 +265,7 @@ def step_in_parts(call: StepCall, weights: Weights, left: Tensor, right: Tensor,
         kron_apply_kernel,
         num_blocks * programs,
         (
-            *(grad, call.table.rows, weights.skipped, squares, sums),
+            *(grad, call.table.rows, call.table.counters, weights.skipped, squares, sums),
             constant(0.0, grad.device) if norms is None else norms,
             *(call.ok, call.found_inf, call.bits.seeds, call.bits.steps, call.lr),
         ),

@@ -32,6 +32,7 @@ from rootfree_kernels.triton_kernels.common import (
     TRITON_DTYPES,
     block_is_stepped,
     block_pointers,
+    count_program,
     effective_rounding,
     is_finite,
     load_stored,
@@ -62,6 +63,7 @@ def kron_step_kernel(
     x_ptr,  # X = P_C·G [L, p8*8, d8*8], BF16
     product_k_ptr,  # P_K [L, d8*8, d8*8], BF16
     blocks_table,  # [L, 3, 3], int64: (address, row stride, column stride) of weights, buffer and residuals
+    counter_ptr,  # [L], int64: see `count_program`
     skipped_ptr,  # [L], int32: updated
     squares_ptr,  # [1 or 3, L, num_parts], FP32: only the sums of G² are read
     ok_ptr,  # [L] or one element, bool: whether the factors were updated
@@ -100,11 +102,14 @@ def kron_step_kernel(
     x_ptr += block * rows * cols
     product_k_ptr += block * cols * cols
     direction = product_nn(x_ptr, product_k_ptr, row, col, rows, cols, cols, direction, BLOCK, DEPTH)
+    # The largest magnitude as a bit pattern, since `tl.max` of floats drops NaN. Padding is not finite only if an
+    # operand is not, and then neither are elements of the block.
+    worst = tl.max(direction.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
     direction = tl.where(is_finite(direction), direction, 0.0)
 
     ok = block_is_stepped(squares_ptr, ok_ptr, found_inf_ptr, block, ok_stride, num_parts)
-    if t == 0:
-        tl.store(skipped_ptr + block, tl.load(skipped_ptr + block) + tl.where(ok, 0, 1))
+    left_out = tl.where(ok & (worst < 0x7F800000), 0, 1)
+    count_program(counter_ptr, skipped_ptr, block, left_out, per_block)
 
     lr = lr_value + tl.load(lr_ptr)
     step = step_value + tl.load(steps_ptr + block * step_stride)
@@ -144,7 +149,19 @@ def configurations() -> Iterator[Configuration]:
                     yield Configuration(
                         kron_step_kernel,
                         (
-                            *("*bf16", "*bf16", "*i64", "*i32", "*fp32", "*i1", "*fp32", "*i32", "*i64", "*fp32"),
+                            *(
+                                "*bf16",
+                                "*bf16",
+                                "*i64",
+                                "*i64",
+                                "*i32",
+                                "*fp32",
+                                "*i1",
+                                "*fp32",
+                                "*i32",
+                                "*i64",
+                                "*fp32",
+                            ),
                             *("fp32", *("i32",) * 9, "fp32", "fp32", "i32"),
                         ),
                         (weight, buffer, rounding, aligned, config.block, config.depth),
@@ -185,7 +202,8 @@ def kron_step_by(
     # All memory is allocated before the weights change.
     x = torch.empty_like(grad)
     lists = [matrix_views(tensors) for tensors in weights[:3] if tensors]
-    table = block_table([*lists, *lists[1:]][:3], weights.tiles, sides, device)  # without residuals, buffers instead
+    lists = [*lists, *lists[1:]][:3]  # without residuals, buffers instead
+    table = block_table(lists, weights.tiles, sides, device, with_counters=True)
     written = effective_rounding(weights.params[0].dtype, options.rounding)
     bits = random_bits(draws, device) if written == "stochastic" else no_random_bits(device)
     lr_value, lr = split_lr(lr, device)
@@ -212,7 +230,7 @@ def _step_at_once(call: StepCall, weights: Weights, left: Tensor, right: Tensor,
         kron_step_kernel,
         len(grad) * config.tiles(p) * config.tiles(d),
         (
-            *(call.x, right, call.table.rows, weights.skipped, call.squares, call.ok),
+            *(call.x, right, call.table.rows, call.table.counters, weights.skipped, call.squares, call.ok),
             *(call.found_inf, bits.seeds, bits.steps, call.lr),
         ),
         (

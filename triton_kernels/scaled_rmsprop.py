@@ -91,10 +91,12 @@ def _store_square(s, square_ptr, residual_ptr, offsets, mask, key, index, ROUNDI
 
 @triton.jit
 def _direction(g, m, s, damping, of_g, of_m, whitened):
-    """Return u = M'/(s + λ) or M'/(√s + √λ), or 0 where it is not finite. M' is of_g·g + of_m·m, `damping` λ or √λ."""
+    """Return u = M'/(s + λ) or M'/(√s + √λ), or 0 where it is not finite, and where that leaves an element out. M' is
+    of_g·g + of_m·m, `damping` λ or √λ. Before the first gradient u is 0/0, which leaves nothing out."""
     average = of_g * g + tl.where(of_m != 0.0, of_m * m, 0.0)
     u = average / (tl.where(whitened != 0, tl.sqrt(s), s) + damping)
-    return tl.where(is_finite(u), u, 0.0)
+    finite = is_finite(u)
+    return tl.where(finite, u, 0.0), ~finite & (average != 0.0)
 
 
 @triton.jit
@@ -112,11 +114,14 @@ def scaled_squares_kernel(
     grad_table,  # [n], int64: addresses of gradients
     owner_table,  # [programs], int32: the tensor that a program works on
     sums_ptr,  # [programs], FP32: written
+    scalars_ptr,  # [n, 4], FP32: 3 is set to 0 (see `scaled_average_kernel`)
     scale_ptr,  # one element, FP32: gradients are divided by it
     GRAD: tl.constexpr,  # dtype
 ):
     """Write the partial sums of g²."""
-    tensor, _, _, _, _, start, length = _share(tensor_table, owner_table)
+    tensor, _, _, first_program, _, start, length = _share(tensor_table, owner_table)
+    if tl.program_id(0) == first_program:
+        tl.store(scalars_ptr + 4 * tensor + 3, 0.0)
     grad = tl.load(grad_table + tensor)
     factor = 1.0 / tl.load(scale_ptr)
     VECTOR: tl.constexpr = 4 if tl.float32 == GRAD else 8
@@ -139,6 +144,7 @@ def _average(
     offsets,
     mask,  # None for a whole chunk
     key,  # of random bits for s
+    flag_ptr,  # one element, FP32
     scalars,
     GRAD: tl.constexpr,
     SQUARE: tl.constexpr,
@@ -146,7 +152,7 @@ def _average(
     ROUNDING: tl.constexpr,
     VECTOR: tl.constexpr,  # elements to whose size the addresses are aligned
 ):
-    """Write s of the elements at `start + offsets` of one tensor, and return their u²."""
+    """Write s of the elements at `start + offsets` of one tensor, and a flag if u leaves any out. Return their u²."""
     grad, square, buffer, residual = addresses
     factor, decay, growth, moves, damping, of_g, of_m, whitened = scalars
     square_ptr = element_of(square, start, SQUARE, VECTOR)
@@ -157,9 +163,10 @@ def _average(
     s = tl.where(moves, old_s * decay + growth * g * g, old_s)
     index = start.to(tl.int32) + offsets
     s = _store_square(s, square_ptr, residual_ptr, offsets, mask, key, index, ROUNDING)
-    u = _direction(g, m, s, damping, of_g, of_m, whitened)
+    u, is_left_out = _direction(g, m, s, damping, of_g, of_m, whitened)
     if mask is not None:
         u = tl.where(mask, u, 0.0)
+    tl.store(flag_ptr + offsets * 0, 1.0, mask=is_left_out)  # costs less than a reduction, and is hardly ever done
     return u * u
 
 
@@ -170,7 +177,8 @@ def scaled_average_kernel(
     owner_table,  # [programs], int32: the tensor that a program works on
     sums_ptr,  # [programs], FP32: partial sums of g²
     update_sums_ptr,  # [programs], FP32: written; partial sums of u²
-    # [n, 3], FP32: written. 0 whether the tensor is stepped; 1 λ, or √λ for the whitened direction; 2 q
+    # [n, 4], FP32: written. 0 whether the tensor is stepped; 1 λ, or √λ for the whitened direction; 2 q; 3 whether u
+    # leaves elements out, which was 0 before
     scalars_ptr,
     seed_ptr,  # [n], int32
     step_ptr,  # [n] or one element, int64: added to `step_value`
@@ -208,13 +216,13 @@ def scaled_average_kernel(
     damping = tl.where(damping > 0.0, damping * tl.where(is_relative != 0, q, 1.0), 0.0)
     damping = tl.where(whitened != 0, tl.sqrt(damping), damping)
     if tl.program_id(0) == first_program:
-        tl.store(scalars_ptr + 3 * tensor, tl.where(ok, 1.0, 0.0))
-        tl.store(scalars_ptr + 3 * tensor + 1, damping)
-        tl.store(scalars_ptr + 3 * tensor + 2, q)
+        tl.store(scalars_ptr + 4 * tensor, tl.where(ok, 1.0, 0.0))
+        tl.store(scalars_ptr + 4 * tensor + 1, damping)
+        tl.store(scalars_ptr + 4 * tensor + 2, q)
 
     key = tl.full((), 0, tl.uint32)
     if ROUNDING == "stochastic":
-        step = step_value + tl.load(step_ptr + tensor * step_stride)
+        step = step_value + tl.load(step_ptr + tensor * step_stride).to(tl.int32)
         key = random_key(tl.load(seed_ptr + tensor * seed_stride), step, _SLOT_SQUARE)
     WIDE: tl.constexpr = (tl.float32 == GRAD) | (tl.float32 == SQUARE) | (tl.float32 == BUFFER)
     VECTOR: tl.constexpr = 4 if WIDE else 8
@@ -223,10 +231,11 @@ def scaled_average_kernel(
     scalars = factor, decay, growth, moves, damping, of_g, of_m, whitened
     length = tl.where(ok, length, 0)
     whole = tl.where((grad | square | buffer | residual) % 16 == 0, length // _CHUNK * _CHUNK, 0)
+    flag_ptr = scalars_ptr + 4 * tensor + 3
     squares = tl.zeros((_CHUNK,), tl.float32)
     for first in range(0, whole, _CHUNK):
         squares += _average(
-            *(addresses, start + first, tl.arange(0, _CHUNK), None, key, scalars),
+            *(addresses, start + first, tl.arange(0, _CHUNK), None, key, flag_ptr, scalars),
             *(GRAD, SQUARE, BUFFER, ROUNDING, VECTOR),
         )
     total = tl.sum(squares)
@@ -234,7 +243,7 @@ def scaled_average_kernel(
     for first in range(whole, length, _PART):
         offsets = first + tl.arange(0, _PART)
         squares += _average(
-            *(addresses, start, offsets, offsets < length, key, scalars),
+            *(addresses, start, offsets, offsets < length, key, flag_ptr, scalars),
             *(GRAD, SQUARE, BUFFER, ROUNDING, 1),
         )
     tl.store(update_sums_ptr + tl.program_id(0), total + tl.sum(squares))
@@ -269,7 +278,8 @@ def _step(
     old_m = load_masked(buffer_ptr + offsets, mask).to(tl.float32)
     old_w = load_stored(param_ptr, weight_residual_ptr, offsets, mask, WEIGHT_ROUNDING)
 
-    u = scale * _direction(g, old_m, s, damping, of_g, of_m, whitened)
+    u, _ = _direction(g, old_m, s, damping, of_g, of_m, whitened)
+    u *= scale
     # Without `where`, a decay of 0 times an infinite weight would be NaN.
     heavy_ball = u + tl.where(weight_decay != 0.0, weight_decay * old_w, 0.0)
     m = momentum * old_m + tl.where(averages != 0, (1.0 - momentum) * g, heavy_ball)
@@ -286,7 +296,7 @@ def scaled_step_kernel(
     grad_table,  # [n], int64: addresses of gradients
     owner_table,  # [programs], int32: the tensor that a program works on
     update_sums_ptr,  # [programs], FP32: partial sums of u²
-    scalars_ptr,  # [n, 3], FP32: what `scaled_average_kernel` wrote
+    scalars_ptr,  # [n, 4], FP32: what `scaled_average_kernel` wrote
     update_norms_ptr,  # [n], FP32, or one element
     seed_ptr,  # [n], int32
     step_ptr,  # [n] or one element, int64: added to `step_value`
@@ -318,13 +328,16 @@ def scaled_step_kernel(
     param, square, buffer = tl.load(row_table), tl.load(row_table + 1), tl.load(row_table + 2)
     square_residual, weight_residual = tl.load(row_table + 3), tl.load(row_table + 4)
     grad = tl.load(grad_table + tensor)
-    ok = tl.load(scalars_ptr + 3 * tensor) != 0.0
-    damping = tl.load(scalars_ptr + 3 * tensor + 1)
+    ok = tl.load(scalars_ptr + 4 * tensor) != 0.0
+    damping = tl.load(scalars_ptr + 4 * tensor + 1)
     if tl.program_id(0) == first_program:
+        # The sum is added once more, since a second use of the one below makes the compiler spill registers.
+        total = sum_of_parts(update_sums_ptr + first_program, num_programs * scaled)
+        is_whole = ok & is_finite(total) & (tl.load(scalars_ptr + 4 * tensor + 3) == 0.0)
         skipped_ptr = tl.load(row_table + 5).to(tl.pointer_type(tl.int32))
-        tl.store(skipped_ptr, tl.load(skipped_ptr) + tl.where(ok, 0, 1))
+        tl.store(skipped_ptr, tl.load(skipped_ptr) + tl.where(is_whole, 0, 1))
         q_ptr = tl.load(row_table + 6).to(tl.pointer_type(tl.float32))
-        tl.store(q_ptr, tl.load(scalars_ptr + 3 * tensor + 2), mask=is_relative != 0)
+        tl.store(q_ptr, tl.load(scalars_ptr + 4 * tensor + 2), mask=is_relative != 0)
 
     total = sum_of_parts(update_sums_ptr + first_program, num_programs * scaled)
     norm = tl.load(update_norms_ptr + tensor * scaled)
@@ -333,7 +346,7 @@ def scaled_step_kernel(
     factor = sign / tl.load(scale_ptr)
     key = tl.full((), 0, tl.uint32)
     if WEIGHT_ROUNDING == "stochastic":
-        step = step_value + tl.load(step_ptr + tensor * step_stride)
+        step = step_value + tl.load(step_ptr + tensor * step_stride).to(tl.int32)
         key = random_key(tl.load(seed_ptr + tensor * seed_stride), step, _SLOT_WEIGHT)
     WIDE: tl.constexpr = (tl.float32 == PARAM) | (tl.float32 == GRAD) | (tl.float32 == SQUARE) | (tl.float32 == BUFFER)
     VECTOR: tl.constexpr = 4 if WIDE else 8
@@ -375,7 +388,7 @@ def configurations() -> Iterator[Configuration]:
     tables = "*i64", "*i64", "*i32"
     for grad in TRITON_DTYPES:
         dtypes = [TRITON_DTYPES[grad]]
-        yield Configuration(scaled_squares_kernel, (*tables, "*fp32", "*fp32"), (*dtypes,), NUM_WARPS, 1, "irregular")
+        yield Configuration(scaled_squares_kernel, (*tables, *("*fp32",) * 3), (*dtypes,), NUM_WARPS, 1, "irregular")
     # Two kernels take as many arguments of each kind, but for the flags at the end.
     arguments = (*tables, *("*fp32",) * 3, "*i32", "*i64", "*fp32", "*fp32", *("i32",) * 3, *("fp32",) * 7)
     average, step = (*arguments, *("i32",) * 2), (*arguments, *("i32",) * 4)
@@ -431,12 +444,13 @@ def scaled_rmsprop(
     call = diagonal_call(_num_programs, params, state, grads, lr, draws, scaling, options)
     where, bits, norms = call.where, call.bits, state.update_norms
     sums = call.lr.new_empty((2, where.num_programs))
-    per_tensor = call.lr.new_empty((len(params), 3))
+    per_tensor = call.lr.new_empty((len(params), 4))
     sign, decay, growth, momentum, damping, *decays = call.scalars
     param, grad, square, buffer = (TRITON_DTYPES[dtype] for dtype in call.dtypes)
     tables, draw = (where.rows, call.grads, where.owners), (bits.stride, bits.step_stride, bits.step)
     average, flags = _weights_of_average(options), (int(options.relative_damping), int(options.direction == "whitened"))
-    launch(scaled_squares_kernel, where.num_programs, (*tables, sums[0], call.grad_scale), (), (grad,), NUM_WARPS)
+    squares = *tables, sums[0], per_tensor, call.grad_scale
+    launch(scaled_squares_kernel, where.num_programs, squares, (), (grad,), NUM_WARPS)
     launch(
         scaled_average_kernel,
         where.num_programs,

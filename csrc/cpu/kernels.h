@@ -98,8 +98,9 @@ struct Kernels {
   // Return the sum of squares of u of a chunk in the scaled diagonal step, before `scale` is applied.
   double (*scaled_squares)(const DiagonalChunk&, const ScaledScalars&);
 
-  // Step a chunk in place, by the scaled diagonal step.
-  void (*scaled_rmsprop)(const DiagonalChunk&, const ScaledScalars&);
+  // Step a chunk in place, by the scaled diagonal step. Return whether an element of u counted as 0 because it is not
+  // finite.
+  bool (*scaled_rmsprop)(const DiagonalChunk&, const ScaledScalars&);
 
   // Return a norm of alpha m + (1 - alpha) delta over a share: the sum of squares, or the largest absolute row sum of
   // rows of `cols` elements.
@@ -139,8 +140,9 @@ struct Kernels {
   // Return the sum of squares of a row of u, in which elements that are not finite count as 0.
   float (*direction_squares)(const TypedPointer& direction, int64_t length);
 
-  // Step a row of weights in place, and its momentum unless that averages gradients.
-  void (*step_weight_row)(const WeightRow&, const WeightScalars&);
+  // Step a row of weights in place, and its momentum unless that averages gradients. Return whether an element of u
+  // counted as 0 because it is not finite.
+  bool (*step_weight_row)(const WeightRow&, const WeightScalars&);
 };
 
 constexpr int64_t tile_size = 32;  // two FP32 tiles, 8 KiB, fit the first-level cache

@@ -9,6 +9,7 @@
 #include <ATen/record_function.h>
 #include <torch/library.h>
 
+#include <atomic>
 #include <vector>
 
 #include "blocks.h"
@@ -106,8 +107,11 @@ void for_rows(int64_t num_rows, int64_t cols, const F& f) {
   });
 }
 
-// Return the factors [L] that scale U [L, p, d] to its norms. Without norms they are 1.
-std::vector<float> scales_of(const at::Tensor& u, const float* norms) {
+using Flags = std::vector<std::atomic<bool>>;
+
+// Return the factors [L] that scale U [L, p, d] to its norms. Without norms they are 1. A block whose sum of squares
+// overflows gets 0, and its flag in `lost`.
+std::vector<float> scales_of(const at::Tensor& u, const float* norms, Flags& lost) {
   const Kernels& kernel = kernels();
   const int64_t rows = u.size(1), cols = u.size(2), num_rows = u.size(0) * rows;
   std::vector<float> scales(u.size(0), 1.0f), squares(norms ? num_rows : 0);
@@ -116,14 +120,16 @@ std::vector<float> scales_of(const at::Tensor& u, const float* norms) {
     for_rows(num_rows, cols,
              [&](int64_t i) { squares[i] = kernel.direction_squares(directions.offset(i * cols), cols); });
     for (int64_t block = 0; block < u.size(0); ++block) {
-      scales[block] = scale_to_norm(norms[block], sum_of(squares.data() + block * rows, rows));
+      const float total = sum_of(squares.data() + block * rows, rows);
+      scales[block] = scale_to_norm(norms[block], total);
+      lost[block] = !is_finite(total);
     }
   }
   return scales;
 }
 
 // Step the blocks in place. A block is skipped, and counted in `skipped`, if its gradient is not finite, if `ok` is
-// false for it, or if GradScaler found an overflow.
+// false for it, or if GradScaler found an overflow. It is counted too if elements of U are not finite: these count as 0.
 void kron_step(at::TensorList params,               // contiguous, or with two axes
                at::TensorList buffers,              // shapes of params
                at::TensorList residuals,            // int16, shapes of params, or an empty list
@@ -167,8 +173,8 @@ void kron_step(at::TensorList params,               // contiguous, or with two a
       const int64_t block = first + i;
       const bool finite = is_finite(sum_of(sums + block * shares, shares));
       is_stepped[i] = finite && !overflow && (!ok || ok->const_data_ptr<bool>()[block]);
-      num_skipped[block] += is_stepped[i] ? 0 : 1;
     }
+    Flags lost(length);
     const auto for_stepped_rows = [&](const auto& f) {  // f(block of the slice, row of the block, row of the slice)
       for_rows(length * rows, cols, [&](int64_t i) {
         if (is_stepped[i / rows]) {
@@ -190,14 +196,20 @@ void kron_step(at::TensorList params,               // contiguous, or with two a
       return precondition(c, k, cached, g);
     }();
     RECORD_USER_SCOPE("apply");
-    const std::vector<float> scales = scales_of(u, norms.defined() ? norms.const_data_ptr<float>() + first : nullptr);
+    const float* const norm = norms.defined() ? norms.const_data_ptr<float>() + first : nullptr;
+    const std::vector<float> scales = scales_of(u, norm, lost);
     const TypedPointer directions = pointer_to(u);
     for_stepped_rows([&](int64_t block, int64_t row, int64_t i) {
       const uint32_t key = weights.rounding == Rounding::stochastic ? draws.key(first + block, slot_weight) : 0;
       WeightRow weight = weights.row(first + block, row, key, directions.offset(i * cols), cols);
       weight.scale = scales[block];
-      kernel.step_weight_row(weight, scalars);
+      if (kernel.step_weight_row(weight, scalars)) {
+        lost[block].store(true, std::memory_order_relaxed);
+      }
     });
+    for (int64_t i = 0; i < length; ++i) {
+      num_skipped[first + i] += !is_stepped[i] || lost[i];
+    }
   });
   // The schema says that grad is written, since other backends and averages overwrite it.
   for (const at::TensorList& tensors : {params, buffers, residuals, at::TensorList(skipped), at::TensorList(grad)}) {

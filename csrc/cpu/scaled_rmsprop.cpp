@@ -7,6 +7,7 @@
 
 #include <torch/library.h>
 
+#include <atomic>
 #include <cmath>
 #include <vector>
 
@@ -40,10 +41,10 @@ struct CurvatureOptions {
   bool overflow;
 };
 
-// What is stepped: the scalars of a tensor, and whether it is stepped at all.
+// What is stepped: the scalars of a tensor, whether it is stepped at all, and whether its update was too large for that.
 struct Step {
   ScaledScalars scalars;
-  bool ok;
+  bool ok, lost;
 };
 
 // Return the step of a tensor, from the sum of its squared gradient. `curvature` is its q, which is updated, or null.
@@ -63,7 +64,7 @@ Step step_of(double squares, int64_t numel, float* curvature, ScaledScalars scal
     scalars.damping = o.damping * *curvature;
   }
   scalars.damping = scalars.whitened ? std::sqrt(scalars.damping) : scalars.damping;
-  return {scalars, ok};
+  return {scalars, ok, false};
 }
 
 // Scale the updates of all tensors to their norms.
@@ -74,6 +75,7 @@ void scale_to(const float* norms, const std::vector<DiagonalChunk>& tensors, std
   });
   for (size_t t = 0; t < tensors.size(); ++t) {
     steps[t].scalars.scale = scale_to_norm(norms[t], squares[t]);
+    steps[t].lost = !is_finite(static_cast<float>(squares[t]));
   }
 }
 
@@ -91,7 +93,7 @@ std::vector<float*> pointers_to(at::TensorList curvatures, size_t num_params) {
 void scaled_rmsprop(at::TensorList params,               // FP32, BF16 or FP16
                     at::TensorList squares,              // s: FP32 or BF16
                     at::TensorList buffers,              // M or m: FP32 or BF16
-                    at::TensorList skipped,              // int32: steps in which the tensor was skipped
+                    at::TensorList skipped,              // int32: steps that left out the tensor or elements
                     at::TensorList curvatures,           // q: FP32, for relative damping, or an empty list
                     at::TensorList square_residuals,     // int16, or an empty list
                     at::TensorList weight_residuals,     // int16, or an empty list
@@ -136,16 +138,19 @@ void scaled_rmsprop(at::TensorList params,               // FP32, BF16 or FP16
   std::vector<Step> tensor_steps;
   for (size_t t = 0; t < params.size(); ++t) {
     tensor_steps.push_back(step_of(sums[t], tensors.chunks[t].length, old_curvatures[t], shared, options));
-    *tensors.skipped[t] += tensor_steps[t].ok ? 0 : 1;
   }
   if (update_norms) {
     scale_to(norms.const_data_ptr<float>(), tensors.chunks, tensor_steps);
   }
+  std::vector<std::atomic<bool>> lost_any(params.size());
   for_chunks(tensors.chunks, [&](size_t t, int64_t, const DiagonalChunk& chunk) {
-    if (tensor_steps[t].ok) {
-      k.scaled_rmsprop(chunk, tensor_steps[t].scalars);
+    if (tensor_steps[t].ok && k.scaled_rmsprop(chunk, tensor_steps[t].scalars)) {
+      lost_any[t].store(true, std::memory_order_relaxed);
     }
   });
+  for (size_t t = 0; t < params.size(); ++t) {
+    *tensors.skipped[t] += !tensor_steps[t].ok || tensor_steps[t].lost || lost_any[t];
+  }
   tensors.write_back();
   lists.bump_versions();
   for (const at::Tensor& x : curvatures) {

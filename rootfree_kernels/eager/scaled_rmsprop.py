@@ -42,7 +42,8 @@ def scaled_rmsprop(
     """Step n tensors in place.
 
     A tensor keeps its weights and its state, and its `skipped` grows by one, if B·Σg² is not finite. With relative
-    damping s and q also stay while a gradient is 0. An element of u that is not finite counts as 0.
+    damping s and q also stay while a gradient is 0. An element of u that is not finite counts as 0. The tensor's
+    `skipped` then grows by one as well, unless u is 0/0, and so it does if ‖u‖ overflows where u is scaled.
     """
     for chunk in chunks(params):
         some, drawn = some_blocks(state, chunk), some_blocks(draws, chunk)
@@ -73,7 +74,6 @@ def _step_chunk(
     ok = square_sum * max(1.0, options.beta2) < torch.inf
     if scaling.found_inf is not None:
         ok = ok & (scaling.found_inf.reshape(()) == 0)
-    torch._foreach_add_(state.skipped, list((~ok).to(torch.int32).unbind()))
     keep = _spread(ok.to(dtype), lengths, len(grad))
     grad = torch.where(keep > 0, grad.to(dtype), 0.0)
 
@@ -104,11 +104,18 @@ def _step_chunk(
         buffer = buffer.lerp(grad.to(buffer.dtype), keep * (1 - options.momentum))
         grad = grad.lerp(buffer.to(dtype), options.momentum) if options.nesterov else buffer.to(dtype)
     direction = grad / ((stored.sqrt() if is_whitened else stored) + damping)
+    if not options.damping:
+        direction.nan_to_num_(0.0, torch.inf, -torch.inf)  # only 0/0 is NaN: an element without any gradient so far
+    # Multiplied by 0, only elements that are not finite count. (An infinity norm is 16 times as slow on a CPU.)
+    whole = _norms(direction if state.update_norms is not None else direction * 0.0, sizes) < torch.inf
+    if options.relative_damping:
+        whole = whole | (curvatures == 0)  # a tensor without any gradient so far
     direction = direction.nan_to_num_(0.0, 0.0, 0.0).to(buffer.dtype)
     if state.update_norms is not None:
         norms = _norms(direction, sizes)
         direction *= _spread(torch.where(norms > 0, state.update_norms / norms, 0.0), lengths, len(grad))
 
+    torch._foreach_add_(state.skipped, list((~(ok & whole)).to(torch.int32).unbind()))
     new_weight = weight.load()
     if averages:
         descend_([new_weight], [direction], (keep * lr)[None], options.weight_decay)

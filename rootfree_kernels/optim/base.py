@@ -45,7 +45,7 @@ class RootFreeOptimizer(Optimizer):
 
     State of every parameter: `step`, the number of calls with a gradient (int64, 0-d; on the CPU, or with `capturable`
     on the parameter's device); `momentum_buffer`, of the parameter's shape; `skipped` (int32), how many steps left out
-    the parameter, or a part of it, because they were not finite.
+    the parameter, or a part of it, because its gradient or its update was not finite.
     """
 
     _step_supports_amp_scaling = True  # GradScaler then sets grad_scale and found_inf, which stay on the device

@@ -130,7 +130,8 @@ class IFShampoo(RootFreeOptimizer):
 
     A step leaves out a whole block if its gradient is not finite, or so large that its square overflows. The diagonal
     step leaves out elements by the paper's rule, and whole tensors with options of the recipe. `skipped` counts such
-    steps. The next step goes on.
+    steps. It also counts steps in which elements of the preconditioned update overflow although the gradient is finite.
+    These elements count as 0, and the others step. The next step goes on.
 
     Raises:
         ValueError: an option or a parameter cannot be served. The message names it, its value and the remedy.

@@ -155,23 +155,31 @@ class BlockTable(NamedTuple):
     rows: Tensor
     num_blocks: int
     aligned: bool  # whether every row of every block is contiguous and begins on a 16-byte boundary
+    counters: Tensor  # int64 [L], or empty: scratch memory of a kernel, which must leave it filled with 0
 
 
 def block_table(
-    lists: Sequence[Sequence[Tensor]], tiles: Sequence[int], block_shape: tuple[int, int], device: torch.device
+    lists: Sequence[Sequence[Tensor]],
+    tiles: Sequence[int],
+    block_shape: tuple[int, int],
+    device: torch.device,
+    with_counters: bool = False,
 ) -> BlockTable:
     """Return the table of the blocks of one tile of each tensor of every list.
 
-    The tensors have two axes, and those of a list have one dtype. `tiles` holds the `Tile.as_ints` of all tiles.
+    The tensors have two axes, and those of a list have one dtype. `tiles` holds the `Tile.as_ints` of all tiles. The
+    kernels of one launch at a time may use the counters, which only a table `with_counters` has.
     """
     known = {id(tensors): _places(tensors) for tensors in {id(x): x for x in lists}.values()}
     places = tuple([known[id(tensors)] for tensors in lists])
-    key = (places, tuple(tiles), block_shape, device)
+    key = (places, tuple(tiles), block_shape, device, with_counters)
     if (kept := _kept(_block_tables, key, device)) is not None:
         return kept
     rows, aligned = _block_rows(places, key[1], block_shape)
-    made = BlockTable(table(rows, device), len(rows) // (3 * len(lists)), aligned)
-    return _keep(_block_tables, key, device, made, [made.rows])
+    num_blocks = len(rows) // (3 * len(lists))
+    counters = torch.zeros(num_blocks if with_counters else 0, dtype=torch.int64, device=device)
+    made = BlockTable(table(rows, device), num_blocks, aligned, counters)
+    return _keep(_block_tables, key, device, made, [made.rows, counters])
 
 
 _Places = tuple[tuple[int, ...], tuple[tuple[int, ...], ...], int]

@@ -7,7 +7,7 @@ namespace rootfree::cpu::ROOTFREE_ISA {
 bool rf_rmsprop(const DiagonalChunk&, const DiagonalScalars&);
 double gradient_squares(const DiagonalChunk&, float);
 double scaled_squares(const DiagonalChunk&, const ScaledScalars&);
-void scaled_rmsprop(const DiagonalChunk&, const ScaledScalars&);
+bool scaled_rmsprop(const DiagonalChunk&, const ScaledScalars&);
 float share_norm(const TypedPointer&, const float*, int64_t, int64_t, float, bool);
 void share_momentum(const TypedPointer&, const float*, int64_t, float);
 float gather(const Matrix&, int64_t, int64_t, float, const TypedPointer&);
@@ -18,7 +18,7 @@ void update_factor(const Stored&, const TypedPointer&, uint32_t, int64_t, float)
 void update_symmetric_tile(const Stored&, const TypedPointer&, int64_t, int64_t, int64_t, float);
 void average_gradient_row(const GradientRow&, float, bool);
 float direction_squares(const TypedPointer&, int64_t);
-void step_weight_row(const WeightRow&, const WeightScalars&);
+bool step_weight_row(const WeightRow&, const WeightScalars&);
 
 const Kernels& kernel_table() {
   static constexpr Kernels kernels{

@@ -81,20 +81,23 @@ float direction_squares(const TypedPointer& direction, int64_t length) {
   return static_cast<float>(total);
 }
 
-// Step contiguous elements. The buffer may be a null pointer if the momentum averages gradients.
-static void step(const Stored& weight, const TypedPointer& buffer, const TypedPointer& direction, float scale,
+// Step contiguous elements. Return whether an element of u counted as 0. The buffer may be a null pointer if the momentum
+// averages gradients.
+static bool step(const Stored& weight, const TypedPointer& buffer, const TypedPointer& direction, float scale,
                  uint32_t first, int64_t length, const WeightScalars& scalars) {
   alignas(64) float weights[buffer_length], buffers[buffer_length], directions[buffer_length];
   float* w = load(weight, 0, length, weights);
   float* m = scalars.averages ? nullptr : load(buffer, 0, length, buffers);
-  step_weights(w, m, load(direction, 0, length, directions), length, scale, scalars);
+  const bool lost = step_weights(w, m, load(direction, 0, length, directions), length, scale, scalars);
   if (!scalars.averages) {
     store(buffer, 0, length, m);
   }
   store(weight, 0, length, first, w);
+  return lost;
 }
 
-void step_weight_row(const WeightRow& row, const WeightScalars& scalars) {
+bool step_weight_row(const WeightRow& row, const WeightScalars& scalars) {
+  bool lost = false;
   const TypedPointer &w = row.weight.value, &m = row.buffer;
   for (int64_t start = 0; start < row.length; start += buffer_length) {
     const int64_t count = minimum(buffer_length, row.length - start);
@@ -106,11 +109,12 @@ void step_weight_row(const WeightRow& row, const WeightScalars& scalars) {
     ContiguousRow residual(residuals, residuals ? row.residual_stride : 1, 2, count);
     const Stored stored{
         {weight.data(), w.dtype}, static_cast<int16_t*>(residual.data()), row.weight.rounding, row.weight.key};
-    step(stored, {buffer.data(), m.dtype}, row.direction.offset(start), row.scale, first, count, scalars);
+    lost |= step(stored, {buffer.data(), m.dtype}, row.direction.offset(start), row.scale, first, count, scalars);
     weight.write_back();
     buffer.write_back();
     residual.write_back();
   }
+  return lost;
 }
 
 }  // namespace rootfree::cpu::ROOTFREE_ISA

@@ -30,8 +30,10 @@ static void round_as_stored(const Stored& target, uint32_t index, int64_t length
   load(copy, 0, length, elements);
 }
 
-// Compute the new s and M, and u, of `length` <= buffer_length elements. An element of u that is not finite is 0.
-static void compute(const DiagonalChunk& p, const ScaledScalars& shared_scalars, int64_t start, int64_t length,
+// Compute the new s and M, and u, of `length` <= buffer_length elements. An element of u that is not finite is 0. If
+// COUNTS, return whether there is an infinite one. A NaN is 0/0, of an element without any gradient so far.
+template <bool COUNTS>
+static bool compute(const DiagonalChunk& p, const ScaledScalars& shared_scalars, int64_t start, int64_t length,
                     Directions& out) {
   alignas(64) float grads[buffer_length], squares[buffer_length], buffers[buffer_length];
   const ScaledScalars c = shared_scalars;  // a local copy, which no store can alias
@@ -47,6 +49,7 @@ static void compute(const DiagonalChunk& p, const ScaledScalars& shared_scalars,
   }
   round_as_stored(p.square, p.first + static_cast<uint32_t>(start), length, s);
   const float alpha = c.weight.momentum, beta = 1 - alpha;
+  uint32_t lost = 0;
   for (int64_t i = 0; i < length; ++i) {
     const float x = g[i] * c.grad_factor;
     const float average = alpha * old_m[i] + beta * x;
@@ -55,7 +58,11 @@ static void compute(const DiagonalChunk& p, const ScaledScalars& shared_scalars,
     const float along = select(c.weight.averages, ahead, x) / (root + c.damping);
     m[i] = select(c.weight.averages, average, old_m[i]);
     u[i] = select(is_finite(along), along, 0.0f);
+    if (COUNTS) {
+      lost |= (bits_of(along) & 0x7FFFFFFFu) == 0x7F800000u ? 1u : 0u;
+    }
   }
+  return lost != 0;
 }
 
 double gradient_squares(const DiagonalChunk& p, float factor) {
@@ -79,7 +86,7 @@ double scaled_squares(const DiagonalChunk& p, const ScaledScalars& scalars) {
   double total = 0;
   for (int64_t start = 0; start < p.length; start += buffer_length) {
     const int64_t count = minimum(buffer_length, p.length - start);
-    compute(p, scalars, start, count, x);
+    compute<false>(p, scalars, start, count, x);
     Lanes sums;
     add_squares(sums, x.along, count);
     total += sums.total();
@@ -87,19 +94,26 @@ double scaled_squares(const DiagonalChunk& p, const ScaledScalars& scalars) {
   return total;
 }
 
-void scaled_rmsprop(const DiagonalChunk& p, const ScaledScalars& scalars) {
+// Gradients are below 2e19, the root of the largest FP32 number, since the sum of their squares is finite. Divided by
+// this or more, neither they nor their averages overflow, and nothing has to be looked for.
+constexpr float safe_damping = 1e-18f;
+
+bool scaled_rmsprop(const DiagonalChunk& p, const ScaledScalars& scalars) {
+  const auto compute_all = scalars.damping >= safe_damping ? compute<false> : compute<true>;
   alignas(64) float params[buffer_length];
+  bool lost = false;
   Directions x;
   for (int64_t start = 0; start < p.length; start += buffer_length) {
     const int64_t count = minimum(buffer_length, p.length - start);
     const uint32_t index = p.first + static_cast<uint32_t>(start);
-    compute(p, scalars, start, count, x);
+    lost |= compute_all(p, scalars, start, count, x);
     float* weights = load(p.param, start, count, params);
     step_weights(weights, x.buffer, x.along, count, scalars.scale, scalars.weight);
     store(p.square, start, count, index, x.square);
     store(p.buffer, start, count, x.buffer);
     store(p.param, start, count, index, weights);
   }
+  return lost;
 }
 
 }  // namespace rootfree::cpu::ROOTFREE_ISA
