@@ -144,6 +144,7 @@ def _average(
     offsets,
     mask,  # None for a whole chunk
     key,  # of random bits for s
+    flag_ptr,  # one element, FP32
     scalars,
     GRAD: tl.constexpr,
     SQUARE: tl.constexpr,
@@ -151,7 +152,7 @@ def _average(
     ROUNDING: tl.constexpr,
     VECTOR: tl.constexpr,  # elements to whose size the addresses are aligned
 ):
-    """Write s of the elements at `start + offsets` of one tensor. Return their u², and 1 if u leaves any out."""
+    """Write s of the elements at `start + offsets` of one tensor, and a flag if u leaves any out. Return their u²."""
     grad, square, buffer, residual = addresses
     factor, decay, growth, moves, damping, of_g, of_m, whitened = scalars
     square_ptr = element_of(square, start, SQUARE, VECTOR)
@@ -165,7 +166,8 @@ def _average(
     u, is_left_out = _direction(g, m, s, damping, of_g, of_m, whitened)
     if mask is not None:
         u = tl.where(mask, u, 0.0)
-    return u * u, tl.max(is_left_out.to(tl.int32))
+    tl.store(flag_ptr + offsets * 0, 1.0, mask=is_left_out)  # costs less than a reduction, and is hardly ever done
+    return u * u
 
 
 @kernel
@@ -220,7 +222,7 @@ def scaled_average_kernel(
 
     key = tl.full((), 0, tl.uint32)
     if ROUNDING == "stochastic":
-        step = step_value + tl.load(step_ptr + tensor * step_stride)
+        step = step_value + tl.load(step_ptr + tensor * step_stride).to(tl.int32)
         key = random_key(tl.load(seed_ptr + tensor * seed_stride), step, _SLOT_SQUARE)
     WIDE: tl.constexpr = (tl.float32 == GRAD) | (tl.float32 == SQUARE) | (tl.float32 == BUFFER)
     VECTOR: tl.constexpr = 4 if WIDE else 8
@@ -229,27 +231,22 @@ def scaled_average_kernel(
     scalars = factor, decay, growth, moves, damping, of_g, of_m, whitened
     length = tl.where(ok, length, 0)
     whole = tl.where((grad | square | buffer | residual) % 16 == 0, length // _CHUNK * _CHUNK, 0)
-    squares, left_out = tl.zeros((_CHUNK,), tl.float32), 0
+    flag_ptr = scalars_ptr + 4 * tensor + 3
+    squares = tl.zeros((_CHUNK,), tl.float32)
     for first in range(0, whole, _CHUNK):
-        parts, is_left_out = _average(
-            *(addresses, start + first, tl.arange(0, _CHUNK), None, key, scalars),
+        squares += _average(
+            *(addresses, start + first, tl.arange(0, _CHUNK), None, key, flag_ptr, scalars),
             *(GRAD, SQUARE, BUFFER, ROUNDING, VECTOR),
         )
-        squares += parts
-        left_out = tl.maximum(left_out, is_left_out)
     total = tl.sum(squares)
     squares = tl.zeros((_PART,), tl.float32)
     for first in range(whole, length, _PART):
         offsets = first + tl.arange(0, _PART)
-        parts, is_left_out = _average(
-            *(addresses, start, offsets, offsets < length, key, scalars),
+        squares += _average(
+            *(addresses, start, offsets, offsets < length, key, flag_ptr, scalars),
             *(GRAD, SQUARE, BUFFER, ROUNDING, 1),
         )
-        squares += parts
-        left_out = tl.maximum(left_out, is_left_out)
     tl.store(update_sums_ptr + tl.program_id(0), total + tl.sum(squares))
-    if left_out > 0:
-        tl.store(scalars_ptr + 4 * tensor + 3, 1.0)
 
 
 @triton.jit
@@ -333,21 +330,23 @@ def scaled_step_kernel(
     grad = tl.load(grad_table + tensor)
     ok = tl.load(scalars_ptr + 4 * tensor) != 0.0
     damping = tl.load(scalars_ptr + 4 * tensor + 1)
-    total = sum_of_parts(update_sums_ptr + first_program, num_programs * scaled)
     if tl.program_id(0) == first_program:
+        # The sum is added once more, since a second use of the one below makes the compiler spill registers.
+        total = sum_of_parts(update_sums_ptr + first_program, num_programs * scaled)
         is_whole = ok & is_finite(total) & (tl.load(scalars_ptr + 4 * tensor + 3) == 0.0)
         skipped_ptr = tl.load(row_table + 5).to(tl.pointer_type(tl.int32))
         tl.store(skipped_ptr, tl.load(skipped_ptr) + tl.where(is_whole, 0, 1))
         q_ptr = tl.load(row_table + 6).to(tl.pointer_type(tl.float32))
         tl.store(q_ptr, tl.load(scalars_ptr + 4 * tensor + 2), mask=is_relative != 0)
 
+    total = sum_of_parts(update_sums_ptr + first_program, num_programs * scaled)
     norm = tl.load(update_norms_ptr + tensor * scaled)
     scale = tl.where(scaled != 0, tl.where(total > 0.0, norm / tl.sqrt(total), 0.0), 1.0)
     lr = lr_value + tl.load(lr_ptr)
     factor = sign / tl.load(scale_ptr)
     key = tl.full((), 0, tl.uint32)
     if WEIGHT_ROUNDING == "stochastic":
-        step = step_value + tl.load(step_ptr + tensor * step_stride)
+        step = step_value + tl.load(step_ptr + tensor * step_stride).to(tl.int32)
         key = random_key(tl.load(seed_ptr + tensor * seed_stride), step, _SLOT_WEIGHT)
     WIDE: tl.constexpr = (tl.float32 == PARAM) | (tl.float32 == GRAD) | (tl.float32 == SQUARE) | (tl.float32 == BUFFER)
     VECTOR: tl.constexpr = 4 if WIDE else 8
