@@ -14,7 +14,7 @@ from tests.calls.kron import RULE
 from tests.calls.operators import Call as Run
 from tests.calls.operators import through
 from tests.calls.rf_rmsprop import Call, Lists, values
-from tests.calls.tensors import FP32, FP64, fp64
+from tests.calls.tensors import BF16, FP32, FP64, fp64
 from tests.calls.tolerances import tolerance
 
 
@@ -86,6 +86,8 @@ def assert_matches_reference(call: ScaledCall, lists: Lists, before: Lists, allo
         for name, value in expected.items():
             norm, size = np.linalg.norm(value), np.size(value)
             bound = (coarse if allowed is None else allowed) * norm
-            cancelled = (2e-6 if allowed is None else allowed) * size**0.5  # the terms have magnitude 1
+            # The terms have magnitude 1. Where they cancel, their errors remain, as u's from an s that was rounded.
+            remains = tolerance("one step", BF16) if stored["square"] == BF16 else 2e-6
+            cancelled = (remains if allowed is None else allowed) * size**0.5
             error = np.linalg.norm(new[name][index] - value)
             assert error <= bound + cancelled, f"{name}[{index}] of {size} elements: {error:.1e}"
