@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -22,8 +21,6 @@ from rootfree_kernels.optim.state_spec import (
     tile_spec,
 )
 
-_version = attrgetter("_version")
-
 SLICED_DEVICES = ("cpu", "cuda")
 """Types of devices on which an address can be computed with, so that storages can be cut."""
 
@@ -32,16 +29,17 @@ MAX_BATCH_ELEMENTS = 1 << 26
 
 
 def own_storage(view: Tensor) -> Tensor:
-    """Return a tensor over the memory of a contiguous view that has a storage of its own, of the size of the view.
+    """Give a contiguous view a storage of its own size over the same memory, and return it.
 
-    `torch.save` writes whole storages, so that a view would be saved with everything around it. Version counters are
-    not shared. Fake tensors and devices whose memory cannot be cut get the view itself.
+    `torch.save` writes whole storages, so that a view would be saved with everything around it. The view keeps the
+    version counter of its base. Fake tensors and devices whose memory cannot be cut keep the storage.
     """
     if view.device.type not in SLICED_DEVICES or type(view) is not Tensor or not view.numel():
         return view
     first, size = view.storage_offset() * view.element_size(), view.numel() * view.element_size()
     storage = view.untyped_storage()[first : first + size]
-    return torch.empty(0, dtype=view.dtype, device=view.device).set_(storage, 0, view.shape, view.stride())
+    view.data = torch.empty(0, dtype=view.dtype, device=view.device).set_(storage, 0, view.shape, view.stride())
+    return view
 
 
 class BatchEntry(NamedTuple):
@@ -85,7 +83,6 @@ class BlockBatch:
         self.packs_momenta: bool = group["packed_momentum"]
         self.is_whitened = group["direction"] == "whitened"
         self.storage: dict[str, Tensor] = {}
-        self._factors: list[Tensor] = []  # of the states, with version counters of their own
         self.products: dict[str, Tensor] = {}
         self.seeds = torch.tensor(seeds, dtype=torch.int32, device=self.device)
         for name in tile_spec(Tile.single(1, 1), group):
@@ -94,7 +91,6 @@ class BlockBatch:
             self.products = self._new_products()
         named = {**self.storage, **self.products}
         factors = Factors(**{name: named.get(name) for name in Factors._fields})  # type: ignore[arg-type]
-        self._factors += [factors.factor_c, factors.factor_k]
         self._whole = BatchPart(factors, self.storage["skipped"], self.seeds)
         self.note_versions()
 
@@ -103,17 +99,15 @@ class BlockBatch:
         parts = [states[entry.param][name + entry.suffix] for entry in self.entries]
         self.storage[name] = torch.cat(parts)
         for entry in self.entries:
-            part = own_storage(self.storage[name][entry.blocks])
-            states[entry.param][name + entry.suffix] = part
-            if name in ("factor_c", "factor_k"):
-                self._factors.append(part)
+            states[entry.param][name + entry.suffix] = own_storage(self.storage[name][entry.blocks])
 
     def note_versions(self) -> None:
         """Remember the version counters of the factors, so that a change from outside shows."""
         self._versions = self._factor_versions()
 
     def _factor_versions(self) -> list[int]:
-        return [] if self._factors[-1].is_inference() else list(map(_version, self._factors))
+        factors = (self.storage["factor_c"], self.storage["factor_k"])
+        return [0 if factor.is_inference() else factor._version for factor in factors]
 
     def products_are_valid(self) -> bool:
         """Return whether the products still belong to the factors: a user may have written into one."""
