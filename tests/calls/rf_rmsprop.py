@@ -149,7 +149,9 @@ def flat(lists: Lists) -> Lists:
 
 
 def bits(lists: Lists) -> dict[str, list[bytes]]:
-    return {name: [x.view(torch.uint8).numpy().tobytes() for x in tensors] for name, tensors in flat(lists).items()}
+    return {
+        name: [x.cpu().view(torch.uint8).numpy().tobytes() for x in tensors] for name, tensors in flat(lists).items()
+    }
 
 
 def assert_equal(actual: Lists, expected: Lists) -> None:

@@ -69,7 +69,7 @@ class Run:
         for param in self.params:
             param.grad = torch.zeros_like(param)
         options = {"fused": True, "capturable": True, "weight_decay": 0.1, "batch_size": 4, **case.options, **options}
-        self.optimizer = case.optimizer(self.params, lr=self.lr, damping=0.05, **options)
+        self.optimizer = case.optimizer(self.params, lr=self.lr, **{"damping": 0.05, **options})
 
     def prepare(self, step: int) -> None:
         """Overwrite the gradients and the learning rate in place."""

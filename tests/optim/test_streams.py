@@ -72,8 +72,8 @@ def races() -> Iterator[list[str]]:
     mode = CUDASanitizerDispatchMode()
 
     def told(launch: Callable[..., None]) -> Callable[..., None]:
-        def call(kernel: Any, grid: int, tensors: tuple[Tensor, ...], *rest: Any) -> None:
-            launch(kernel, grid, tensors, *rest)
+        def call(kernel: Any, grid: int, tensors: tuple[Tensor, ...], *rest: Any, **options: Any) -> None:
+            launch(kernel, grid, tensors, *rest, **options)
             read = {x.data_ptr() for x in tensors if x.numel()}
             stream = torch.cuda.current_stream().cuda_stream
             aliases: dict[int, list[str]] = {address: [] for address in read}
