@@ -196,6 +196,7 @@ def scaled_average_kernel(
     of_m,
     is_relative,  # 0 or 1: whether λq stands in the place of λ
     whitened,  # 0 or 1
+    scaled,  # 0 or 1: whether u is scaled to a norm
     GRAD: tl.constexpr,  # dtypes
     SQUARE: tl.constexpr,
     BUFFER: tl.constexpr,
@@ -246,7 +247,10 @@ def scaled_average_kernel(
             *(addresses, start, offsets, offsets < length, key, flag_ptr, scalars),
             *(GRAD, SQUARE, BUFFER, ROUNDING, 1),
         )
-    tl.store(update_sums_ptr + tl.program_id(0), total + tl.sum(squares))
+    total += tl.sum(squares)
+    tl.store(update_sums_ptr + tl.program_id(0), total)
+    # The next kernel scales u to 0 then. It is noted here, since that kernel has no register to spare.
+    tl.store(flag_ptr, 1.0, mask=(scaled != 0) & (is_finite(total) == 0))
 
 
 @triton.jit
@@ -331,9 +335,7 @@ def scaled_step_kernel(
     ok = tl.load(scalars_ptr + 4 * tensor) != 0.0
     damping = tl.load(scalars_ptr + 4 * tensor + 1)
     if tl.program_id(0) == first_program:
-        # The sum is added once more, since a second use of the one below makes the compiler spill registers.
-        total = sum_of_parts(update_sums_ptr + first_program, num_programs * scaled)
-        is_whole = ok & is_finite(total) & (tl.load(scalars_ptr + 4 * tensor + 3) == 0.0)
+        is_whole = ok & (tl.load(scalars_ptr + 4 * tensor + 3) == 0.0)
         skipped_ptr = tl.load(row_table + 5).to(tl.pointer_type(tl.int32))
         tl.store(skipped_ptr, tl.load(skipped_ptr) + tl.where(is_whole, 0, 1))
         q_ptr = tl.load(row_table + 6).to(tl.pointer_type(tl.float32))
@@ -391,7 +393,7 @@ def configurations() -> Iterator[Configuration]:
         yield Configuration(scaled_squares_kernel, (*tables, *("*fp32",) * 3), (*dtypes,), NUM_WARPS, 1, "irregular")
     # Two kernels take as many arguments of each kind, but for the flags at the end.
     arguments = (*tables, *("*fp32",) * 3, "*i32", "*i64", "*fp32", "*fp32", *("i32",) * 3, *("fp32",) * 7)
-    average, step = (*arguments, *("i32",) * 2), (*arguments, *("i32",) * 4)
+    average, step = (*arguments, *("i32",) * 3), (*arguments, *("i32",) * 4)
     for grad, square, buffer in product(TRITON_DTYPES, STATE_DTYPES, STATE_DTYPES):
         dtypes = [TRITON_DTYPES[dtype] for dtype in (grad, square, buffer)]
         kind = _kind({square}, {grad, buffer})
@@ -457,7 +459,7 @@ def scaled_rmsprop(
         (*tables, sums[0], sums[1], per_tensor, bits.seeds, bits.steps, call.grad_scale, call.found_inf),
         (
             *(*draw, sign, float(options.batch_size), decay, growth, damping, *average),
-            *flags,
+            *(*flags, int(norms is not None)),
         ),
         (grad, square, buffer, call.modes[0]),
         NUM_WARPS,
