@@ -31,7 +31,7 @@ from rootfree_kernels.batch_size.hooks import ModelHook, innermost, params_of, u
 SeveralCalls = Literal["add", "same"]
 
 _lock = threading.RLock()
-"""Hooks run in the threads of autograd, one for every device. A lock for all counters, since they ask each other."""
+"""One lock for all counters. Hooks run in the threads of autograd, and counters of one optimizer read each other."""
 
 
 class BatchSizeCounter:

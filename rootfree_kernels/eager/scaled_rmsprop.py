@@ -106,7 +106,7 @@ def _step_chunk(
     direction = grad / ((stored.sqrt() if is_whitened else stored) + damping)
     if not options.damping:
         direction.nan_to_num_(0.0, torch.inf, -torch.inf)  # only 0/0 is NaN: an element without any gradient so far
-    # Multiplied by 0, only elements that are not finite count. (An infinity norm is 16 times as slow on a CPU.)
+    # Multiplied by 0, only elements that are not finite count. An infinity norm takes more time on a CPU.
     whole = _norms(direction if state.update_norms is not None else direction * 0.0, sizes) < torch.inf
     if options.relative_damping:
         whole = whole | (curvatures == 0)  # a tensor without any gradient so far

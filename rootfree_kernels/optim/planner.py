@@ -187,11 +187,12 @@ class Planner:
         """Raise if an option, a gradient, the state or the backend cannot be served."""
         normalise(group)
         check_options(group)
+        rule = rule_of(group)
         for param in group["params"]:
-            if states.get(param) and rule_of(group) != (rule := self._rules.get(param, rule_of(group))):
+            if states.get(param) and (made_by := self._rules.get(param, rule)) != rule:
                 raise ValueError(
-                    f"{rule_of(group)} in a group whose state was made with {rule}: set them before the first step, or "
-                    "make a new optimizer."
+                    f"{rule} in a group whose state was made with {made_by}: set them before the first step, or make a "
+                    "new optimizer."
                 )
         for index, param in enumerate(group["params"]):
             if param.grad is not None and (problem := grad_problem(param, param.grad)):
