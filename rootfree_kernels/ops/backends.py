@@ -93,8 +93,8 @@ def choose(
 
     `fused=True` asks for a backend with kernels, `fused=False` for eager PyTorch. None leaves the choice to
     `ROOTFREE_BACKEND`, or else to the order of preference. No backend has kernels for FP64 or for meta tensors: eager
-    PyTorch then serves `fused=True` too. A `favourite` that can serve comes before that order; one that cannot is passed
-    over.
+    PyTorch then serves `fused=True` too. A `favourite` that can serve comes before the order of preference; one that
+    cannot is passed over.
 
     Raises:
         RuntimeError: the backend that was asked for cannot run; the message says why.
